@@ -1,0 +1,43 @@
+"""Background jobs for Flask that start as one line."""
+
+from flask_executor.exceptions import (
+    AppNotFound,
+    ConfigError,
+    ExecutorError,
+    ExecutorShutdown,
+    KeyExists,
+    MissingExtra,
+    NotPicklable,
+    QueueFull,
+    RemoteTraceback,
+    WorkerLost,
+)
+from flask_executor.executor import Executor, ExecutorJob
+from flask_executor.futures import FutureCollection, FutureProxy
+from flask_executor.jobs import Job, JobStatus
+from flask_executor.signals import job_failed, job_finished, job_queued, job_started
+
+__all__ = [
+    "AppNotFound",
+    "ConfigError",
+    "Executor",
+    "ExecutorError",
+    "ExecutorJob",
+    "ExecutorShutdown",
+    "FutureCollection",
+    "FutureProxy",
+    "Job",
+    "JobStatus",
+    "KeyExists",
+    "MissingExtra",
+    "NotPicklable",
+    "QueueFull",
+    "RemoteTraceback",
+    "WorkerLost",
+    "job_failed",
+    "job_finished",
+    "job_queued",
+    "job_started",
+]
+
+__version__ = "2.0.0.dev1"

@@ -1,0 +1,1 @@
+"""The backends; each is imported only when it is configured."""

@@ -1,0 +1,282 @@
+"""One executor in one app: the configuration read there, the backend, the store and the handles."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from werkzeug.utils import import_string
+
+from flask_executor.abc import Backend, Health, JobChannel, JobStore
+from flask_executor.context import CapturedContext, call_to_end, current_app_or_none, register_app
+from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull
+from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
+from flask_executor.helpers import callable_name
+from flask_executor.jobs import JobOptions, JobStatus, LiveJob
+from flask_executor.logs import log_failure, logger
+from flask_executor.runner import Call, Chunk
+from flask_executor.signals import job_failed, job_finished, job_queued, job_started
+
+if TYPE_CHECKING:
+    from blinker import NamedSignal
+    from flask import Flask
+
+    from flask_executor.config import Config
+
+T = TypeVar("T")
+Callback = Callable[[Future[Any]], object]
+
+
+class Unfinished:
+    """The futures that are not settled yet, in the order of submission.
+
+    Every future of a binding is in here from before it is queued until its callbacks have run. Single
+    operations on the dict are atomic; the lock is for the bound and for those who wait.
+    """
+
+    def __init__(self) -> None:
+        self._futures: dict[FutureProxy[Any], None] = {}
+        self._changed = threading.Condition(threading.Lock())
+        self._watchers = 0
+
+    def add(self, future: FutureProxy[Any], limit: int | None) -> bool:
+        """Take in a future; False, and it is not taken in, when there are ``limit`` already."""
+        if limit is None:
+            self._futures[future] = None
+            return True
+        with self._changed:
+            if len(self._futures) >= limit:
+                return False
+            self._futures[future] = None
+            return True
+
+    def discard(self, future: Future[Any]) -> None:
+        """The future is settled."""
+        self._futures.pop(future, None)  # type: ignore[call-overload]
+        if self._watchers:
+            with self._changed:
+                self._changed.notify_all()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until there is none left, at most ``timeout`` seconds; whether that is so."""
+        with self._changed:
+            self._watchers += 1
+            try:
+                return self._changed.wait_for(lambda: not self._futures, timeout)
+            finally:
+                self._watchers -= 1
+
+    def all(self) -> Sequence[FutureProxy[Any]]:
+        """Those unfinished now, oldest first."""
+        return list(self._futures)
+
+
+class Binding(JobChannel):
+    """What :meth:`flask_executor.Executor.init_app` makes for an app.
+
+    The backend is made when it is first needed and belongs to this process: in the child of a fork
+    :meth:`after_fork` drops it, and the jobs of the parent with it.
+    """
+
+    def __init__(self, executor: Any, app: Flask, config: Config, default_callbacks: Sequence[Callback]) -> None:
+        self.config = config
+        self.futures: FutureCollection[Any] = FutureCollection(config.futures_max_length)
+        self.store: JobStore = import_string(config.store)(config.store_max_records)
+        self.unfinished = Unfinished()
+        self._executor = executor
+        self._app = weakref.ref(app)
+        self._default_callbacks = default_callbacks
+        self._own_callbacks = (propagate_exceptions_callback,) if config.propagate_exceptions else ()
+        self._backend_class = _backend_class(config)
+        self._backend: Backend | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        register_app(app)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of this process, made now if there was none."""
+        backend = self._backend
+        if backend is None:
+            with self._lock:
+                if self._backend is None:
+                    self._backend = self._backend_class(self.config.backend_options())
+                backend = self._backend
+        return backend
+
+    @property
+    def app(self) -> Flask | None:
+        """The app, None when it is gone."""
+        return self._app()
+
+    @property
+    def remote(self) -> bool:
+        """Whether jobs run in other processes."""
+        return self._backend_class.remote
+
+    # ---- submitting ----
+
+    def submit(
+        self, app: Flask, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> FutureProxy[Any]:
+        """Start a job; with a key in the options its handle is kept under it.
+
+        :raises KeyExists: if the key is taken.
+        :raises QueueFull: if too many jobs wait.
+        :raises ExecutorShutdown: after :meth:`shutdown`.
+        """
+        call = self._prepare(app, options, fn, args, kwargs)
+        future: Any = call.future
+        try:
+            if options.key is not None:
+                self.futures.add(options.key, future)
+        except KeyExists:
+            self.unfinished.discard(future)
+            raise
+        return self._start(call)
+
+    def submit_once(
+        self, app: Flask, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> FutureProxy[Any]:
+        """The job under the key in the options, started if there is none."""
+        there: Any = self.futures.get(options.key)
+        if there is None:
+            call = self._prepare(app, options, fn, args, kwargs)
+            there = self.futures.setdefault(options.key, call.future)
+            if there is call.future:
+                return self._start(call)
+            self.unfinished.discard(call.future)
+        return there  # type: ignore[no-any-return]
+
+    def submit_chunk(
+        self, app: Flask, options: JobOptions, fn: Callable[..., Any], chunk: Sequence[tuple[Any, ...]]
+    ) -> FutureProxy[list[Any]]:
+        """One job that calls ``fn`` for each set of arguments, in contexts of their own."""
+        context = CapturedContext(app, self.config.push_app_context)
+        return self.submit(app, options, Chunk(fn, context), (chunk,), {})
+
+    def _prepare(
+        self, app: Flask, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
+        if self._closed:
+            raise ExecutorShutdown(
+                "cannot schedule new futures after shutdown: this executor was shut down in this process"
+            )
+        job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
+        future: FutureProxy[Any] = FutureProxy(job, self)
+        context = CapturedContext(app, self.config.push_app_context)
+        pending = self.config.max_pending
+        if not self.unfinished.add(future, None if pending is None else self.backend.capacity + pending):
+            raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), pending or 0)
+        return Call(future, job, fn, args, kwargs, context, self)
+
+    def _start(self, call: Call) -> FutureProxy[Any]:
+        future: Any = call.future
+        self.store.add(call.job)
+        for callback in (*self._own_callbacks, *self._default_callbacks):
+            future.add_done_callback(callback)
+        if job_queued.receivers:
+            self._send(job_queued, call.job)
+        try:
+            self._enqueue(call)
+        except BaseException:
+            # Refused. Somebody may have found it by key meanwhile, so it is ended, not just dropped. Where
+            # that fails a worker has got it all the same (a pool that could not start one more thread).
+            if future.cancel():
+                self._forget(future)
+                raise
+        return future  # type: ignore[no-any-return]
+
+    def _forget(self, future: FutureProxy[Any]) -> None:
+        if future.key is not None:
+            self.futures.pop(future.key)
+        self.store.remove(future.job_id)
+
+    def _enqueue(self, call: Call) -> None:
+        try:
+            self.backend.enqueue(call)
+        except RuntimeError as error:
+            raise ExecutorShutdown(str(error)) from error
+
+    # ---- the channel ----
+
+    def started(self, job: LiveJob) -> None:
+        self.store.update(job)
+        if job_started.receivers:
+            self._send(job_started, job)
+
+    def ended(self, job: LiveJob) -> None:
+        self.store.update(job)
+        if job.error is not None and job_failed.receivers:
+            self._send(job_failed, job)
+        if job_finished.receivers:
+            self._send(job_finished, job)
+
+    def settled(self, future: Future[Any]) -> None:
+        self.unfinished.discard(future)
+
+    def unseen(self, job: LiveJob, error: BaseException) -> None:
+        log_failure(self.app, job.record(), error)
+
+    def in_contexts(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        app = self.app
+        if app is None:
+            return fn
+        context = CapturedContext(app, self.config.push_app_context)
+        return lambda future: context.run(fn, future)
+
+    def _send(self, signal: NamedSignal, job: LiveJob) -> None:
+        app = self.app
+        if app is not None and current_app_or_none() is None:  # for a job in another process
+            CapturedContext(app).run(self._send, signal, job)
+            return
+        record = job.record()
+        for receiver in list(signal.receivers_for(self._executor)):
+            try:
+                call_to_end(receiver, (self._executor,), {"job": record})
+            except Exception:
+                logger.exception("A receiver of %s failed for job %s (%s).", signal.name, record.name, record.id)
+
+    # ---- life ----
+
+    def health(self) -> Health:
+        """How it is doing now."""
+        jobs = [future.record() for future in self.unfinished.all()]
+        waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
+        return Health(
+            workers=self._backend.workers if self._backend else 0,
+            busy=sum(job.status == JobStatus.RUNNING for job in jobs),
+            waiting=len(waiting),
+            oldest_wait=max((time.time() - job.queued_at for job in waiting), default=0.0),
+            store_reachable=self.store.reachable(),
+            accepting=not self._closed,
+        )
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Accept no more jobs, and let those that were accepted end."""
+        self._closed = True
+        self.backend.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+    def after_fork(self) -> None:
+        """In the child of a fork: start anew, without the threads and the jobs of the parent."""
+        self._lock = threading.Lock()
+        self._backend = None
+        self.futures.after_fork()
+        self.store.after_fork()
+        inherited, self.unfinished = self.unfinished.all(), Unfinished()
+        for future in inherited:
+            self.store.update(future.abandon())
+
+
+def _backend_class(config: Config) -> type[Backend]:
+    try:
+        backend_class = import_string(config.type)
+    except ImportError as error:
+        raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, f"importable ({error})") from error
+    if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
+        raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, "a subclass of flask_executor.abc.Backend")
+    return backend_class

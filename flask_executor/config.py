@@ -1,0 +1,146 @@
+"""Configuration: read once, in ``init_app``, into one typed object."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from flask_executor.abc import BackendOptions
+from flask_executor.exceptions import ConfigError
+
+#: The names that ``EXECUTOR_TYPE`` knows, and where the backends are.
+BACKENDS = {
+    "thread": "flask_executor.backends.thread:ThreadBackend",
+    "process": "flask_executor.backends.process:ProcessBackend",
+    "immediate": "flask_executor.backends.immediate:ImmediateBackend",
+}
+#: The names that ``EXECUTOR_STORE`` knows, and where the stores are.
+STORES = {"memory": "flask_executor.stores.memory:MemoryStore"}
+
+_IMPORT_STRING = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
+_TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
+_FALSE = frozenset({"false", "f", "no", "n", "off", "0", ""})
+
+
+class _Refused(Exception):
+    """A value that cannot be used; the argument says what is allowed."""
+
+
+def _type(value: object) -> str:
+    if isinstance(value, str):
+        name = value.strip()
+        if name in BACKENDS:
+            return BACKENDS[name]
+        if _IMPORT_STRING.match(name):
+            return name
+    raise _Refused(f"{_one_of(BACKENDS)}, or 'package.module:Class' for a backend of your own")
+
+
+def _store(value: object) -> str:
+    if isinstance(value, str) and value.strip() in STORES:
+        return STORES[value.strip()]
+    raise _Refused(_one_of(STORES))
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE or value is None:
+        return False
+    raise _Refused("True or False (or 'yes', 'no', 'on', 'off', '1', '0')")
+
+
+def _count(value: object) -> int:
+    """A positive whole number, as itself or as a string."""
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if number > 0:
+            return number
+    raise _Refused("a whole number greater than 0")
+
+
+def _count_or_none(value: object) -> int | None:
+    if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
+        return None
+    try:
+        return _count(value)
+    except _Refused as refused:
+        raise _Refused(f"{refused}, or None") from None
+
+
+def _length(value: object) -> int:
+    length = _count_or_none(value)
+    return 50 if length is None else length
+
+
+def _one_of(names: Mapping[str, str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _key(name: str, default: object, coerce: Callable[[object], Any]) -> Any:
+    return field(metadata={"name": name, "default": default, "coerce": coerce})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """What an app's config says about one executor.
+
+    Each key is read with the executor's name as prefix, in capitals: ``REPORTS_EXECUTOR_TYPE`` for
+    ``Executor(app, name="reports")``. A named executor does not look at the keys without prefix.
+    """
+
+    #: The executor's name, in capitals and with an underscore, or the empty string.
+    prefix: str
+    #: Import string of the backend's class.
+    type: str = _key("EXECUTOR_TYPE", "thread", _type)
+    #: Most jobs at a time; None for the standard library's choice.
+    max_workers: int | None = _key("EXECUTOR_MAX_WORKERS", None, _count_or_none)
+    #: Most jobs that wait to start; None for no bound.
+    max_pending: int | None = _key("EXECUTOR_MAX_PENDING", None, _count_or_none)
+    #: Most handles that ``executor.futures`` holds.
+    futures_max_length: int = _key("EXECUTOR_FUTURES_MAX_LENGTH", None, _length)
+    #: Whether jobs see a copy of ``g``, and an app context where there is no request.
+    push_app_context: bool = _key("EXECUTOR_PUSH_APP_CONTEXT", True, _flag)
+    #: Whether a job's exception is raised again in a done callback.
+    propagate_exceptions: bool = _key("EXECUTOR_PROPAGATE_EXCEPTIONS", False, _flag)
+    #: Whether type ``immediate`` pickles function, arguments and result.
+    immediate_pickle: bool = _key("EXECUTOR_IMMEDIATE_PICKLE", False, _flag)
+    #: Import string of the store's class.
+    store: str = _key("EXECUTOR_STORE", "memory", _store)
+    #: Most records of ended jobs that the store keeps.
+    store_max_records: int = _key("EXECUTOR_STORE_MAX_RECORDS", 1000, _count)
+
+    @classmethod
+    def read(cls, values: dict[str, Any], executor_name: str = "") -> Config:
+        """Read ``app.config``, and write the defaults of missing keys into it.
+
+        :raises ConfigError: for the first value that cannot be used.
+        """
+        prefix = f"{executor_name.upper()}_" if executor_name else ""
+        parsed: dict[str, Any] = {}
+        for entry in fields(cls):
+            if not entry.metadata:
+                continue
+            key = prefix + entry.metadata["name"]
+            value = values.setdefault(key, entry.metadata["default"])
+            try:
+                parsed[entry.name] = entry.metadata["coerce"](value)
+            except _Refused as refused:
+                raise ConfigError(key, value, str(refused)) from None
+        return cls(prefix=prefix, **parsed)
+
+    def key(self, name: str) -> str:
+        """The key in ``app.config`` that this executor reads: ``key("EXECUTOR_TYPE")``."""
+        return self.prefix + name
+
+    def backend_options(self) -> BackendOptions:
+        """What the backend is made from."""
+        return BackendOptions(max_workers=self.max_workers, pickle=self.immediate_pickle)

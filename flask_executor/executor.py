@@ -1,0 +1,436 @@
+"""The Flask extension."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import gc
+import os
+import re
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+from flask import Flask
+
+from flask_executor.abc import Health, JobRecords
+from flask_executor.bindings import Binding
+from flask_executor.config import Config
+from flask_executor.context import current_app_or_none
+from flask_executor.exceptions import AppNotFound, NotPicklable
+from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
+from flask_executor.helpers import InstanceProxy, callable_name
+from flask_executor.jobs import JobOptions
+
+__all__ = ["Executor", "ExecutorJob", "ExecutorWithOptions", "propagate_exceptions_callback"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+
+
+class Executor(InstanceProxy, concurrent.futures.Executor):
+    """Runs functions in the background, in copies of the contexts they were submitted from.
+
+    .. code-block:: python
+
+        app = Flask(__name__)
+        executor = Executor(app)
+
+        @app.post("/reports")
+        def start():
+            executor.submit_stored("report", render, request.form["month"])
+            return "started", 202
+
+    It stands in front of one backend per app: ``isinstance(executor, ThreadPoolExecutor)`` is true for type
+    ``thread``, and attributes it lacks itself are the backend's.
+
+    :param app: the app to bind at once, as :meth:`init_app` does.
+    :param name: letters, digits and underscores; tells several executors of one app apart, and is the prefix
+        of their config keys.
+    :raises ValueError: for another name.
+    :raises ConfigError: for a value in ``app.config`` that cannot be used.
+    """
+
+    def __init__(self, app: Flask | None = None, name: str = "") -> None:
+        if not re.fullmatch(r"\w*", name, re.ASCII):
+            raise ValueError(f"the executor's name is {name!r}; it may only have letters, digits and underscores")
+        self.name = name
+        self._bindings: weakref.WeakKeyDictionary[Flask, Binding] = weakref.WeakKeyDictionary()
+        self._default_done_callbacks: list[Callable[[concurrent.futures.Future[Any]], object]] = []
+        self._defaults = JobOptions()
+        _executors.add(self)
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Bind an app: read its config and register as ``app.extensions[name + "executor"]``.
+
+        Any number of apps can be bound. Binding one again reads its config anew; jobs that were accepted go on.
+
+        :raises ConfigError: for a value in ``app.config`` that cannot be used.
+        """
+        config = Config.read(app.config, self.name)
+        binding = Binding(self, app, config, self._default_done_callbacks)
+        previous = self._bindings.get(app)
+        self._bindings[app] = binding
+        app.extensions[f"{self.name}executor"] = self
+        if previous is not None:
+            previous.shutdown(wait=False)
+
+    # ---- submitting ----
+
+    def submit(self, /, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[override, valid-type]
+        """Run ``fn(*args, **kwargs)`` in the background.
+
+        :param fn: the function; an ``async def`` one runs as the app runs its async views.
+        :return: the handle of the job.
+        :raises TypeError: if ``fn`` cannot be called.
+        :raises AppNotFound: if there is no app context and not exactly one app is bound.
+        :raises QueueFull: if ``EXECUTOR_MAX_PENDING`` jobs wait.
+        :raises ExecutorShutdown: after :meth:`shutdown`.
+        """
+        return self._submit(self._defaults, fn, args, kwargs)
+
+    def submit_stored(
+        self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs  # type: ignore[valid-type]
+    ) -> FutureProxy[T]:
+        """As :meth:`submit`, with the handle kept in :attr:`futures` under a key.
+
+        :param future_key: the key, free again when it was popped from :attr:`futures`.
+        :raises KeyExists: if the key is taken (a :exc:`ValueError`); ``fn`` does not run.
+        """
+        return self._submit(replace(self._defaults, key=_checked_key(future_key)), fn, args, kwargs)
+
+    def submit_once(
+        self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs  # type: ignore[valid-type]
+    ) -> FutureProxy[T]:
+        """The job under this key, started now if there is none.
+
+        However often and from however many threads this is called, ``fn`` runs once, until the key is popped.
+        """
+        return self._submit(replace(self._defaults, key=_checked_key(key)), fn, args, kwargs, once=True)
+
+    def map(  # type: ignore[override]
+        self, /, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+    ) -> Iterator[T]:
+        """As the built-in :func:`map`, with the calls running at the same time, each in contexts of its own.
+
+        All calls are submitted at once; the results come in order.
+
+        :param timeout: most seconds to wait for the results, counted from this call.
+        :param chunksize: calls per job. For many short calls a larger one is faster; it is ignored for processes.
+        :raises concurrent.futures.TimeoutError: from the iterator, when a result is not there in time.
+        """
+        return self._map(self._defaults, fn, iterables, timeout, chunksize)
+
+    def options(
+        self, *, name: str | None = None, key: Hashable | None = None, owner: str | None = None
+    ) -> ExecutorWithOptions:
+        """The same executor with options for the jobs submitted through it.
+
+        .. code-block:: python
+
+            executor.options(name="monthly report", owner=current_user.id).submit(render, "may")
+
+        :param name: what to call the job, instead of its function's name.
+        :param key: keep the handle under this key, as :meth:`submit_stored` does.
+        :param owner: whose job it is.
+        """
+        return ExecutorWithOptions(self, JobOptions(name=name, key=key, owner=owner))
+
+    @overload
+    def job(self, fn: Callable[P, T], /) -> ExecutorJob[P, T]: ...
+
+    @overload
+    def job(
+        self, fn: None = None, /, *, name: str | None = None, owner: str | None = None
+    ) -> Callable[[Callable[P, T]], ExecutorJob[P, T]]: ...
+
+    def job(self, fn: Any = None, /, *, name: str | None = None, owner: str | None = None) -> Any:
+        """Decorator: give a function ``submit``, ``submit_stored``, ``submit_once``, ``map`` and ``options``.
+
+        It stays an ordinary function otherwise. Works before and after :meth:`init_app`.
+
+        .. code-block:: python
+
+            @executor.job
+            def render(month): ...
+
+            render("may")                          # here and now
+            render.submit("may")                   # in the background
+            render.submit_stored("report", "may")
+
+        :param name: what to call its jobs, instead of the function's name.
+        :param owner: whose jobs they are.
+        :raises TypeError: for what cannot be called, and where jobs run in other processes for a function
+            that they cannot import.
+        """
+
+        def decorate(fn: Any) -> Any:
+            _check_callable(fn)
+            if any(binding.remote for binding in list(self._bindings.values())):
+                _check_importable(fn)
+            return ExecutorJob(self, fn, JobOptions(name=name, owner=owner))
+
+        return decorate if fn is None else decorate(fn)
+
+    def add_default_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
+        """Add a callback to every future made from now on, as ``future.add_done_callback(fn)`` does.
+
+        :raises TypeError: if ``fn`` cannot be called.
+        """
+        _check_callable(fn)
+        self._default_done_callbacks.append(fn)
+
+    # ---- looking ----
+
+    @property
+    def app(self) -> Flask | None:
+        """The app that is bound, None when there is none or several."""
+        apps = list(self._bindings)
+        return apps[0] if len(apps) == 1 else None
+
+    @property
+    def futures(self) -> FutureCollection[Any]:
+        """The handles of stored jobs, by key."""
+        return self._binding()[1].futures
+
+    @property
+    def jobs(self) -> JobRecords:
+        """The records of the app's jobs, also of those that have ended."""
+        return self._binding()[1].store
+
+    def health(self) -> Health:
+        """How the executor is doing in this process: workers, jobs running and waiting."""
+        return self._binding()[1].health()
+
+    def unfinished(self) -> list[FutureProxy[Any]]:
+        """The handles of all jobs in this process that have not ended, of all apps."""
+        return [*chain.from_iterable(binding.unfinished.all() for binding in list(self._bindings.values()))]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until no job is left in this process, its callbacks included, of all apps.
+
+        :param timeout: most seconds to wait for each app; None for as long as it takes.
+        :return: whether that is so.
+        """
+        return all([binding.unfinished.wait(timeout) for binding in list(self._bindings.values())])
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Accept no more jobs, from any app. Those that were accepted still run.
+
+        :param wait: whether to return only when they have ended.
+        :param cancel_futures: whether to cancel those that have not started.
+        """
+        for binding in list(self._bindings.values()):
+            binding.shutdown(wait, cancel_futures=cancel_futures)
+
+    @property
+    def _self(self) -> Any:
+        """The backend, None where it cannot be told for which app."""
+        try:
+            return self._binding()[1].backend
+        except AppNotFound:
+            return None
+
+    # ---- the work ----
+
+    def _binding(self) -> tuple[Flask, Binding]:
+        """The app meant and what is bound to it.
+
+        :raises AppNotFound: saying what to do.
+        """
+        app = current_app_or_none()
+        if app is not None:
+            binding = self._bindings.get(app)
+            if binding is None:
+                raise AppNotFound(
+                    f"This executor is not bound to the current app, {app.name!r}: pass the app to Executor(app), "
+                    "or call executor.init_app(app) in the app's factory."
+                )
+            return app, binding
+        apps = list(self._bindings.items())
+        if len(apps) > 1:
+            gc.collect()  # apps of earlier tests are cycles that nobody refers to any more
+            apps = list(self._bindings.items())
+        if len(apps) == 1:
+            return apps[0]
+        if not apps:
+            raise AppNotFound(
+                "This executor is not bound to an app: pass the app to Executor(app), or call executor.init_app(app)."
+            )
+        names = ", ".join(repr(app.name) for app, _ in apps)
+        raise AppNotFound(
+            f"This executor is bound to {len(apps)} apps ({names}) and no app context tells which is meant: "
+            "do this in a view, or inside 'with app.app_context():'."
+        )
+
+    def _submit(
+        self,
+        options: JobOptions,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        once: bool = False,
+    ) -> FutureProxy[Any]:
+        _check_callable(fn)
+        app, binding = self._binding()
+        submit = binding.submit_once if once else binding.submit
+        return submit(app, options, fn, args, kwargs)
+
+    def _map(
+        self,
+        options: JobOptions,
+        fn: Callable[..., T],
+        iterables: tuple[Iterable[Any], ...],
+        timeout: float | None,
+        chunksize: int,
+    ) -> Iterator[T]:
+        if chunksize < 1:
+            raise ValueError(f"chunksize is {chunksize}; it must be 1 or more")
+        _check_callable(fn)
+        app, binding = self._binding()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        calls = zip(*iterables)  # noqa: B905  # as map() does, end with the shortest
+        if chunksize == 1 or binding.remote:
+            return _results([binding.submit(app, options, fn, args, {}) for args in calls], deadline)
+        options = replace(options, name=options.name or callable_name(fn))
+        chunks = iter(lambda: tuple(islice(calls, chunksize)), ())
+        jobs = [binding.submit_chunk(app, options, fn, chunk) for chunk in chunks]
+        return chain.from_iterable(_results(jobs, deadline))
+
+
+class ExecutorWithOptions:
+    """An executor with options for the next jobs; what :meth:`Executor.options` returns."""
+
+    def __init__(self, executor: Executor, options: JobOptions) -> None:
+        self._executor = executor
+        self._options = options
+
+    def submit(self, /, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[valid-type]
+        """As :meth:`Executor.submit`; with a key as :meth:`Executor.submit_stored`."""
+        return self._executor._submit(self._options, fn, args, kwargs)
+
+    def submit_stored(
+        self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs  # type: ignore[valid-type]
+    ) -> FutureProxy[T]:
+        """As :meth:`Executor.submit_stored`."""
+        return self._executor._submit(self._with_key(future_key), fn, args, kwargs)
+
+    def submit_once(
+        self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs  # type: ignore[valid-type]
+    ) -> FutureProxy[T]:
+        """As :meth:`Executor.submit_once`."""
+        return self._executor._submit(self._with_key(key), fn, args, kwargs, once=True)
+
+    def map(
+        self, /, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+    ) -> Iterator[T]:
+        """As :meth:`Executor.map`.
+
+        :raises ValueError: with a key: it can belong to one job only.
+        """
+        if self._options.key is not None:
+            raise ValueError(f"map() starts many jobs, which cannot all have the key {self._options.key!r}")
+        return self._executor._map(self._options, fn, iterables, timeout, chunksize)
+
+    def _with_key(self, key: Hashable) -> JobOptions:
+        return replace(self._options, key=_checked_key(key))
+
+
+class ExecutorJob(Generic[P, T]):
+    """A function that can submit itself; what :meth:`Executor.job` makes of it.
+
+    :param executor: where it is submitted to.
+    :param fn: the function.
+    :param options: for each job.
+    """
+
+    def __init__(self, executor: Executor, fn: Callable[P, T], options: JobOptions | None = None) -> None:
+        functools.update_wrapper(self, fn)
+        self.executor = executor
+        self.fn = fn
+        self._options = options or JobOptions()
+        self._submitter = ExecutorWithOptions(executor, self._options)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.fn(*args, **kwargs)
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+        """As :meth:`Executor.submit`."""
+        return self._submitter.submit(self, *args, **kwargs)
+
+    def submit_stored(self, /, future_key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[valid-type]
+        """As :meth:`Executor.submit_stored`."""
+        return self._submitter.submit_stored(future_key, self, *args, **kwargs)
+
+    def submit_once(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[valid-type]
+        """As :meth:`Executor.submit_once`."""
+        return self._submitter.submit_once(key, self, *args, **kwargs)
+
+    def map(self, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1) -> Iterator[T]:
+        """As :meth:`Executor.map`."""
+        return self._submitter.map(self, *iterables, timeout=timeout, chunksize=chunksize)
+
+    def options(
+        self, *, name: str | None = None, key: Hashable | None = None, owner: str | None = None
+    ) -> ExecutorJob[P, T]:
+        """The same job with other options, as :meth:`Executor.options`; what is not given stays."""
+        given = {"name": name, "key": key, "owner": owner}
+        changed = {option: value for option, value in given.items() if value is not None}
+        return ExecutorJob(self.executor, self.fn, replace(self._options, **changed))  # type: ignore[arg-type]
+
+    def __reduce__(self) -> str:
+        # By reference, as functions are pickled: the module's name for it leads here, not to the function.
+        return self.__qualname__
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.__qualname__}>"
+
+
+def _results(futures: list[FutureProxy[T]], deadline: float | None) -> Iterator[T]:
+    """The results in order; those not needed any more, by an error or a closed iterator, are cancelled."""
+    futures.reverse()
+    try:
+        while futures:
+            # The last reference, so that a result lives no longer than the one who asked wants it.
+            yield futures.pop().result(None if deadline is None else deadline - time.monotonic())
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _check_callable(fn: Any) -> None:
+    if not callable(fn):
+        raise TypeError(f"a job needs a function to call, not {fn!r}; its arguments follow: submit(fn, 1, 2)")
+
+
+def _check_importable(fn: Any) -> None:
+    name = getattr(fn, "__qualname__", "")
+    if "<" in name:  # <locals> or <lambda>
+        raise NotPicklable(
+            f"Can't decorate {name}: worker processes import a job's function by its name, which needs a function "
+            "defined with def at the top of a module. Move it there, or use EXECUTOR_TYPE 'thread'."
+        )
+
+
+def _checked_key(key: Hashable) -> Hashable:
+    if key is None:
+        raise ValueError("the future_key is None, which stands for no key; use a string")
+    hash(key)  # raises the TypeError that a dict would, before anything is started
+    return key
+
+
+def _reset_after_fork() -> None:
+    for executor in list(_executors):
+        for binding in list(executor._bindings.values()):
+            binding.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)

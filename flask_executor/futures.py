@@ -1,0 +1,321 @@
+"""Handles of jobs, and the collection that keeps them by key."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable
+from concurrent.futures import Future
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, PENDING, RUNNING
+from typing import Any, Generic, TypeVar
+
+from flask_executor.abc import JobChannel
+from flask_executor.exceptions import KeyExists, WorkerLost
+from flask_executor.jobs import Job, JobStatus, LiveJob
+
+__all__ = ["Future", "FutureCollection", "FutureProxy", "propagate_exceptions_callback"]
+
+T = TypeVar("T")
+
+
+def propagate_exceptions_callback(future: Future[Any]) -> None:
+    """A done callback that raises the job's exception again; :mod:`concurrent.futures` then logs it."""
+    error = future.exception()
+    if error is not None:
+        raise error
+
+
+class FutureProxy(Future[T]):
+    """The handle of one job: a :class:`concurrent.futures.Future` that knows its job.
+
+    It works wherever a future does: ``wait``, ``as_completed``, as a key of a dict. In an async view it can be
+    awaited. Only executors make them.
+    """
+
+    # Invariants: the job leaves ``queued`` only under ``_condition``, by set_running_or_notify_cancel() or by
+    # cancel(), so that exactly one of them wins. Whoever wins is the only one to settle the future.
+
+    def __init__(self, job: LiveJob, channel: JobChannel) -> None:
+        super().__init__()
+        self._job = job
+        self._channel = channel
+        self._looked_at = False
+        self._unseen: _Unseen | None = None
+
+    @property
+    def job_id(self) -> str:
+        """The id of the job: 24 hexadecimal digits."""
+        return self._job.id
+
+    @property
+    def key(self) -> Hashable | None:
+        """The key that the job was submitted under, None without one."""
+        return self._job.key
+
+    @property
+    def status(self) -> JobStatus:
+        """Where the job stands."""
+        return self._job.status
+
+    def stop(self, grace: float | None = None) -> bool:
+        """Ask the job to stop: a queued one is cancelled.
+
+        :param grace: seconds before force is used, on backends that can.
+        :return: whether the job will not run. A job that runs already goes on, which gives False.
+        """
+        return self.cancel()
+
+    def cancel(self) -> bool:
+        """Cancel the job if it has not started.
+
+        :return: True when it will not run; False when it runs or has ended.
+        """
+        with self._condition:
+            if self._state != PENDING:
+                return self.cancelled()
+            self._job.end(JobStatus.CANCELLED)
+            # Waiters are told here and now: the standard library leaves that to the worker that finds the
+            # cancelled call, and wait() hangs when the pool was shut down and none ever does.
+            self._state = CANCELLED_AND_NOTIFIED
+            for waiter in self._waiters:
+                waiter.add_cancelled(self)
+            self._condition.notify_all()
+        self._channel.ended(self._job)
+        self._invoke_callbacks()
+        self._channel.settled(self)
+        return True
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """For backends: claim the job for a worker; False when it was cancelled."""
+        with self._condition:
+            if self._state != PENDING:
+                return False
+            self._job.start()
+            self._state = RUNNING
+            return True
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """For backends: settle the future with an error."""
+        if exception is not None:
+            unseen = self._unseen = _Unseen(self._job, self._channel, exception)
+            unseen.seen = self._looked_at
+            stored_and_alone = self._job.key is not None and not self._waiters
+        super().set_exception(exception)
+        if exception is not None and stored_and_alone:
+            # The collection holds this handle, perhaps for hours: do not wait until it is dropped.
+            unseen.tell()
+
+    def result(self, timeout: float | None = None) -> T:
+        """What the job returned; waits for it.
+
+        :param timeout: most seconds to wait; None for as long as it takes.
+        :raises concurrent.futures.TimeoutError: when the job has not ended by then.
+        :raises concurrent.futures.CancelledError: when it was cancelled.
+        """
+        self._look()
+        try:
+            return super().result(timeout)
+        finally:
+            self._looked_at = self.done()
+            self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The exception that the job raised, None if it succeeded; waits for it.
+
+        :param timeout: most seconds to wait; None for as long as it takes.
+        :raises concurrent.futures.TimeoutError: when the job has not ended by then.
+        :raises concurrent.futures.CancelledError: when it was cancelled.
+        """
+        self._look()
+        try:
+            return super().exception(timeout)
+        finally:
+            self._looked_at = self.done()
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        """Call ``fn`` with this future when the job has ended, in a copy of the contexts that are active now.
+
+        It is called in a thread of this process, at once if the job has ended already. An exception that it
+        raises is logged by :mod:`concurrent.futures`.
+
+        :raises TypeError: if ``fn`` cannot be called.
+        """
+        if not callable(fn):
+            raise TypeError(f"add_done_callback() takes a function, not {fn!r}")
+        super().add_done_callback(self._channel.in_contexts(fn))
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """Wait in an async function. Giving up waiting does not stop the job."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def done(_: Future[T]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody awaits any more
+                loop.call_soon_threadsafe(wake)
+
+        super().add_done_callback(done)
+        yield from ended
+        return self.result()
+
+    def record(self) -> Job:
+        """The record of the job as it stands now."""
+        return self._job.record()
+
+    def abandon(self) -> LiveJob:
+        """In the child of a fork: end with :class:`WorkerLost`, as the job goes on in the parent only."""
+        # The lock may be held by a thread that is not here, and the callbacks run in the parent.
+        self._condition = threading.Condition()
+        self._done_callbacks.clear()
+        self._waiters.clear()
+        if self._state not in (PENDING, RUNNING) or self._job.status.ended:
+            return self._job
+        error = WorkerLost(f"Job {self._job.name} was submitted before this process was forked; only its parent has it.")
+        self._job.end(JobStatus.LOST, error)
+        self._looked_at = True
+        self.set_exception(error)
+        return self._job
+
+    def _invoke_callbacks(self) -> None:
+        super()._invoke_callbacks()  # type: ignore[misc]
+        # They hold contexts and so the app and the request; the future may be held for long.
+        self._done_callbacks.clear()
+
+    def _look(self) -> None:
+        self._looked_at = True
+        if self._unseen is not None:
+            self._unseen.seen = True
+
+
+class _Unseen:
+    """A failure that is reported when it is dropped, unless somebody has seen it."""
+
+    def __init__(self, job: LiveJob, channel: JobChannel, error: BaseException) -> None:
+        self._job = job
+        self._channel = channel
+        self._error = error
+        self.seen = False
+
+    def tell(self) -> None:
+        if not self.seen:
+            self.seen = True
+            self._channel.unseen(self._job, self._error)
+
+    def __del__(self) -> None:
+        self.tell()
+
+
+class FutureCollection(Generic[T]):
+    """Futures by key; ``executor.futures``.
+
+    Every attribute and method of a future can be used with the key in front: ``futures.done("report")``,
+    ``futures.result("report", timeout=5)``, ``futures.status("report")``. With a key that is not there the answer is
+    None; an attribute that futures do not have raises :exc:`AttributeError`.
+
+    :param max_length: most futures to hold, None for no bound. When it is exceeded finished ones leave first,
+        oldest first. An unfinished one that has to leave can still be found by key until it ends.
+    """
+
+    # Who owns what: everything is changed under _lock. _held counts the keys of each future in _futures.
+
+    def __init__(self, max_length: int | None = 50) -> None:
+        self.max_length = max_length
+        self._lock = threading.RLock()  # a future's finalizer may run in the middle and look here
+        self._futures: dict[Hashable, Future[Any]] = {}
+        self._held: Counter[Future[Any]] = Counter()
+        self._left_unfinished: weakref.WeakValueDictionary[Hashable, Future[Any]] = weakref.WeakValueDictionary()
+
+    def add(self, future_key: Hashable, future: Future[Any]) -> None:
+        """Hold ``future`` under ``future_key``.
+
+        :raises KeyExists: if the key is taken (a :exc:`ValueError`).
+        """
+        with self._lock:
+            if self._get(future_key) is not None:
+                raise KeyExists(future_key)
+            self._put(future_key, future)
+
+    def setdefault(self, future_key: Hashable, future: Future[Any]) -> Future[Any]:
+        """The future under this key; ``future``, now held, if there was none."""
+        with self._lock:
+            there = self._get(future_key)
+            if there is None:
+                self._put(future_key, future)
+            return future if there is None else there
+
+    def get(self, future_key: Hashable) -> Future[Any] | None:
+        """The future under this key, None for an unknown key."""
+        with self._lock:
+            return self._get(future_key)
+
+    def pop(self, future_key: Hashable) -> Future[Any] | None:
+        """Take a future out, and free its key; None for an unknown key."""
+        with self._lock:
+            future = self._futures.pop(future_key, None)
+            if future is None:
+                return self._left_unfinished.pop(future_key, None)
+            self._release(future)
+            return future
+
+    def keys(self) -> list[Hashable]:
+        """The keys of the futures held, oldest first."""
+        with self._lock:
+            return list(self._futures)
+
+    def __contains__(self, item: object) -> bool:
+        """Whether a future is held, or a key."""
+        if isinstance(item, Future):
+            return item in self._held
+        return item in self._futures
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def __getattr__(self, attr: str) -> Callable[..., Any]:
+        if attr.startswith("__"):  # copy, pickle and the like ask for optional methods
+            raise AttributeError(attr)
+
+        def of_the_future(future_key: Hashable, *args: Any, **kwargs: Any) -> Any:
+            future = self.get(future_key)
+            if future is None:
+                return None
+            value = getattr(future, attr)
+            return value(*args, **kwargs) if callable(value) else value
+
+        return of_the_future
+
+    def after_fork(self) -> None:
+        """In the child of a fork: replace the lock, which a thread of the parent may have held."""
+        self._lock = threading.RLock()
+
+    def _get(self, future_key: Hashable) -> Future[Any] | None:
+        future = self._futures.get(future_key)
+        return self._left_unfinished.get(future_key) if future is None else future
+
+    def _put(self, future_key: Hashable, future: Future[Any]) -> None:
+        self._futures[future_key] = future
+        self._held[future] += 1
+        self._make_room()
+
+    def _make_room(self) -> None:
+        if self.max_length is None:
+            return
+        while len(self._futures) > self.max_length:
+            oldest = next(iter(self._futures))
+            key = next((key for key, future in self._futures.items() if future.done()), oldest)
+            future = self._futures.pop(key)
+            self._release(future)
+            if not future.done():
+                self._left_unfinished[key] = future
+
+    def _release(self, future: Future[Any]) -> None:
+        self._held[future] -= 1
+        if not self._held[future]:
+            del self._held[future]
+

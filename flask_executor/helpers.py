@@ -1,0 +1,56 @@
+"""Small things that know nothing of jobs."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+
+def describe_error(error: BaseException) -> str:
+    """An error as one line, ``ValueError: no such page``; never raises, whatever its ``__str__`` does."""
+    return traceback.format_exception_only(type(error), error)[-1].strip()
+
+
+def callable_name(fn: Any) -> str:
+    """What to call a job that runs ``fn``: its qualified name, also for partials and callable objects."""
+    while True:
+        try:
+            return str(fn.__qualname__)
+        except AttributeError:
+            wrapped = getattr(fn, "func", None)
+            if wrapped is None:
+                return type(fn).__qualname__
+            fn = wrapped
+
+
+class InstanceProxy:
+    """Stands in front of another object: what it lacks itself is looked up there.
+
+    ``isinstance`` sees the class of the object behind (and the proxy's own), so a proxy passes
+    wherever the object does.
+
+    :param target: the object behind, readable as ``_self``.
+    """
+
+    def __init__(self, target: object) -> None:
+        self._target = target
+
+    @property
+    def _self(self) -> Any:
+        return self._target
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        target = self._self
+        return type(self) if target is None else type(target)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_target":  # not set yet: a copy, an unpickled or half-built object
+            raise AttributeError(name)
+        target = self._self
+        if target is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(target, name)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}({self._self!r})>"

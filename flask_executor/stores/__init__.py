@@ -1,0 +1,1 @@
+"""The stores; each is imported only when it is configured."""

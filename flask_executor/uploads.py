@@ -1,0 +1,178 @@
+"""Keeping a request's body and uploads readable for jobs that outlive the request.
+
+A request closes its uploaded files when it ends. Once a job was submitted from it, :class:`KeptUploads` owns
+the closing instead: the files stay open until the request and the last of its jobs are gone. Each job
+reads them through streams of its own, which begin at the start of the file, so that neither the view nor
+another job moves its position.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from flask import Request
+from werkzeug.datastructures import FileStorage, Headers, ImmutableMultiDict
+from werkzeug.exceptions import HTTPException
+
+_SMALL = 500 * 1024  # bytes; what Werkzeug keeps in memory instead of a temporary file
+_ATTRIBUTE = "_flask_executor_uploads"
+
+
+def read_body(request: Request) -> None:
+    """Read the body now, unless the view has begun to; later the connection is gone.
+
+    Forms with files are parsed (large files go to disk), anything else is kept as bytes, from which
+    ``form``, ``json`` and ``data`` can still be made, by the view too.
+    """
+    state = request.__dict__
+    if "stream" in state or "_cached_data" in state:
+        return
+    environ = request.environ
+    if environ.get("CONTENT_LENGTH") in (None, "", "0") and not environ.get("wsgi.input_terminated"):
+        return
+    try:
+        if request.mimetype == "multipart/form-data":
+            request._load_form_data()
+        else:
+            request.get_data()
+    except HTTPException:
+        # Too large, or the client has gone. A job that never looks at the body must not fail for
+        # it, nor the view; one that does look gets the same error from Werkzeug again.
+        return
+
+
+def keep_uploads(request: Request) -> None:
+    """See to it that the files of ``request`` outlive it, as long as a copy of it exists."""
+    state = request.__dict__
+    if state.get("files") and _ATTRIBUTE not in state:
+        kept = KeptUploads(state["files"])
+        state[_ATTRIBUTE] = kept
+        state["close"] = _Release(state)
+
+
+def own_uploads(request: Request) -> None:
+    """Give ``request``, a copy made for one job, streams of its own."""
+    state = request.__dict__
+    kept = state.get(_ATTRIBUTE)
+    if kept is not None:
+        state.pop("close", None)
+        state["files"] = kept.independent()
+
+
+class _Release:
+    """Takes the place of ``request.close``: lets go of the files instead of closing them."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def __call__(self) -> None:
+        self._state.pop(_ATTRIBUTE, None)
+        self._state.pop("close", None)
+
+
+class KeptUploads:
+    """Holds the uploaded files of one request open; they are closed when nobody holds this any more.
+
+    :param files: ``request.files`` of the request as it was parsed.
+    """
+
+    def __init__(self, files: ImmutableMultiDict[str, FileStorage]) -> None:
+        self._files = files
+        self._contents = {id(file): _content(file) for file in self._all()}
+
+    def independent(self) -> ImmutableMultiDict[str, FileStorage]:
+        """The same files with streams of their own."""
+        return ImmutableMultiDict([(name, self._copy(file)) for name, file in self._files.items(multi=True)])
+
+    def _copy(self, file: FileStorage) -> FileStorage:
+        content = self._contents[id(file)]
+        if content is None:
+            return file
+        stream: IO[bytes] = io.BytesIO(content) if isinstance(content, bytes) else io.BufferedReader(_Reader(content))
+        return FileStorage(stream, file.filename, file.name, headers=file.headers)
+
+    def _all(self) -> Iterator[FileStorage]:
+        for _, file in self._files.items(multi=True):
+            yield file
+
+    def __del__(self) -> None:
+        for file in self._all():
+            file.close()
+
+
+class _Reader(io.RawIOBase):
+    """Reads a descriptor that others read as well, with a position of its own."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.pread(self._descriptor, len(buffer), self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}
+        self._position = max(0, start[whence] + offset)
+        return self._position
+
+
+def _content(file: FileStorage) -> bytes | int | None:
+    """What independent streams can be made from: bytes, the descriptor of a large file, None where neither can be."""
+    # Through the FileStorage: on Python 3.10 a SpooledTemporaryFile has no seekable() of its own.
+    if not file.seekable():
+        return None
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END) or file.tell()
+    try:
+        if size > _SMALL and hasattr(os, "pread"):
+            try:
+                return int(file.fileno())
+            except OSError:  # io.UnsupportedOperation: not a file
+                pass
+        file.seek(0)
+        return file.read()
+    finally:
+        file.seek(position)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UploadSnapshot:
+    """One uploaded file as values."""
+
+    field: str
+    filename: str | None
+    headers: list[tuple[str, str]]
+    content: bytes
+
+
+def snapshot_uploads(request: Request) -> list[UploadSnapshot]:
+    """The files of a request that was given streams of its own by :func:`own_uploads`."""
+    return [
+        UploadSnapshot(field=field, filename=file.filename, headers=list(file.headers), content=file.read())
+        for field, file in request.__dict__.get("files", ImmutableMultiDict()).items(multi=True)
+    ]
+
+
+def rebuild_uploads(request: Request, sent: list[UploadSnapshot]) -> None:
+    """Give ``request`` the files that were sent, in another process."""
+    if sent:
+        request.__dict__["files"] = ImmutableMultiDict(
+            (
+                upload.field,
+                FileStorage(io.BytesIO(upload.content), upload.filename, upload.field, headers=Headers(upload.headers)),
+            )
+            for upload in sent
+        )
