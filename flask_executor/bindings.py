@@ -177,30 +177,28 @@ class Binding(JobChannel):
     def _start(self, call: Call) -> FutureProxy[Any]:
         future: Any = call.future
         self.store.add(call.job)
-        for callback in (*self._own_callbacks, *self._default_callbacks):
+        for callback in self._own_callbacks:
+            future.add_done_callback(callback)
+        for callback in self._default_callbacks:
             future.add_done_callback(callback)
         if job_queued.receivers:
             self._send(job_queued, call.job)
         try:
-            self._enqueue(call)
-        except BaseException:
-            # Refused. Somebody may have found it by key meanwhile, so it is ended, not just dropped. Where
-            # that fails a worker has got it all the same (a pool that could not start one more thread).
-            if future.cancel():
-                self._forget(future)
-                raise
+            self.backend.enqueue(call)
+        except BaseException as error:
+            self._refuse(future, error)
         return future  # type: ignore[no-any-return]
 
-    def _forget(self, future: FutureProxy[Any]) -> None:
+    def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
+        """The backend did not take a call. Somebody may have found it by key meanwhile: end it, do not just drop it."""
+        if not future.cancel():
+            return  # a worker has got it all the same: a pool that could not start one more thread
         if future.key is not None:
             self.futures.pop(future.key)
         self.store.remove(future.job_id)
-
-    def _enqueue(self, call: Call) -> None:
-        try:
-            self.backend.enqueue(call)
-        except RuntimeError as error:
+        if isinstance(error, RuntimeError):
             raise ExecutorShutdown(str(error)) from error
+        raise error
 
     # ---- the channel ----
 

@@ -3,20 +3,20 @@
 The only module that touches Flask's context internals. What it does instead of Flask's own
 ``copy_current_request_context``, and why:
 
-- A job gets its own :class:`contextvars.Context`, in which nothing has to be undone in order; Flask's
+- Each call runs in a :class:`contextvars.Context` of its own, in which nothing has to be undone in order. Flask's
   tokens are tied to the thread that pushed, which breaks as soon as two threads share one wrapper.
-- ``g``, ``request`` and ``session`` are copied one level deep. The live objects belong to the view,
-  which changes and closes them when the request ends.
-- Copies are made by copying attributes, and the request is not matched to its route again. Pushing a
-  second request context costs more than most jobs' bookkeeping.
+- ``g``, ``request`` and ``session`` are copied one level deep. The live objects belong to the view, which changes
+  and closes them when the request ends.
+- What costs is put off or left out. At submit only dicts are copied; the request and the session are made of
+  them when a job first looks at them; and the request is not matched to its route a second time.
 
-Flask up to 3.1 keeps two context variables, one for the app and one for the request; Flask 3.2 merges them into one.
+Flask up to 3.1 has two context variables, one for the app and one for the request; Flask 3.2 merges them into one.
 """
 
 from __future__ import annotations
 
 import contextvars
-import copy
+import functools
 import pickle
 import weakref
 from collections.abc import Callable
@@ -27,14 +27,13 @@ from typing import Any, TypeVar
 from flask import Flask, Request
 from flask.ctx import AppContext
 from flask.globals import _cv_app
-from flask.signals import appcontext_pushed
+from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
 from werkzeug.datastructures import EnvironHeaders
 
 from flask_executor.uploads import (
     UploadSnapshot,
-    keep_uploads,
+    outlive,
     own_uploads,
-    read_body,
     rebuild_uploads,
     snapshot_uploads,
 )
@@ -44,8 +43,13 @@ T = TypeVar("T")
 _MERGED = hasattr(AppContext, "has_request")
 if _MERGED:
     _cv_request: contextvars.ContextVar[Any] = _cv_app  # type: ignore[assignment]
+    _REQUEST, _SESSION = "_request", "_session"
 else:
+    from flask.ctx import RequestContext
     from flask.globals import _cv_request  # type: ignore[no-redef]
+
+    # Flask 3.1.3 made the session a property that notes who looks.
+    _REQUEST, _SESSION = "request", "_session" if hasattr(RequestContext, "session") else "session"
 
 
 def current_app_or_none() -> Flask | None:
@@ -60,133 +64,130 @@ def call_to_end(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, A
     :raises RuntimeError: for a coroutine when Flask's extra ``async`` is not installed.
     """
     result: Any = fn(*args, **kwargs)
-    if isinstance(result, CoroutineType):
-        app = current_app_or_none()
+    return run_coroutine(result) if type(result) is CoroutineType else result  # type: ignore[no-any-return]
+
+
+def run_coroutine(coroutine: CoroutineType[Any, Any, Any]) -> Any:
+    async def finish() -> Any:
+        return await coroutine
+
+    app = current_app_or_none()
+    try:
         if app is None:
-            result.close()
-            raise RuntimeError("an async job needs an app context; EXECUTOR_PUSH_APP_CONTEXT is off")
-        try:
-            run = app.async_to_sync(_await)
-        except RuntimeError:
-            result.close()
-            raise
-        return run(result)  # type: ignore[no-any-return]
-    return result  # type: ignore[no-any-return]
+            raise RuntimeError("an async job needs an app context, and EXECUTOR_PUSH_APP_CONTEXT is off")
+        run = app.async_to_sync(finish)
+    except RuntimeError:
+        coroutine.close()  # or Python warns that it was never awaited
+        raise
+    return run()
 
 
-async def _await(coroutine: Any) -> Any:
-    return await coroutine
+# ---- capture ----
 
 
 class CapturedContext:
-    """The contexts of whoever made it, copied, for one call.
+    """The contexts of whoever made it, copied; each :meth:`run` gets a fresh copy of the copy.
 
     :param app: the app to use where no app context is active.
-    :param push_app_context: whether the call sees a copy of ``g``; when it is False there is an app context,
+    :param push_app_context: whether calls see a copy of ``g``. When it is False there is an app context,
         with an empty ``g``, only where there is a request.
     """
 
-    __slots__ = ("_contexts", "_variables")
+    __slots__ = ("app_context", "globals", "request", "request_context", "session", "variables")
 
     def __init__(self, app: Flask, push_app_context: bool = True) -> None:
-        self._contexts = _capture(app, push_app_context)
-        self._variables = contextvars.copy_context() if self._contexts else _variables_without_flask()
-
-    def fresh(self) -> CapturedContext:
-        """Another copy of what was captured, for another call; only good before this one has run."""
-        new = object.__new__(CapturedContext)
-        new._contexts = self._contexts.copy() if self._contexts else None
-        new._variables = self._variables.copy()
-        return new
+        outer = _cv_app.get(None)
+        context = _cv_request.get(None)
+        self.app_context: Any = app.app_context() if outer is None else outer
+        self.globals: dict[str, Any] | None = None
+        if outer is not None and push_app_context:
+            self.globals = outer.g.__dict__.copy()
+        self.request_context: Any = context
+        if context is None or (_MERGED and not context.has_request):
+            self.request_context = None
+            if not push_app_context:
+                self.app_context = None
+                self.variables = _variables_without_flask()
+                return
+        else:
+            request, session = getattr(context, _REQUEST), getattr(context, _SESSION)
+            outlive(request)
+            self.request: dict[str, Any] = request.__dict__.copy()
+            self.session = None if session is None else (type(session), dict(session), session.__dict__.copy())
+        self.variables = contextvars.copy_context()
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
-        """Call ``fn`` in these contexts, and the app's teardown functions after it; once only.
+        """Call ``fn`` in a copy of these contexts, and the app's teardown functions after it.
 
         A teardown function that raises is logged, and the result stands.
         """
-        if self._contexts is None:
-            return self._variables.run(fn, *args)
-        return self._variables.run(self._contexts.run, fn, args)
+        variables = self.variables.copy()
+        if self.app_context is None:
+            return variables.run(fn, *args)
+        app_context, request_context = self.make_contexts()
+        return variables.run(_run_in, app_context, request_context, fn, args)
 
-
-class _Contexts:
-    """The app context and request context of one call; :meth:`run` in a :class:`contextvars.Context` of its own."""
-
-    __slots__ = ("app_context", "request_context")
-
-    def __init__(self, app_context: AppContext, request_context: Any) -> None:
-        self.app_context = app_context
-        self.request_context = request_context
-
-    def copy(self) -> _Contexts:
-        app_context = _copy_app_context(self.app_context)
-        if _MERGED:
-            return _Contexts(app_context, app_context if self.request_context else None)
-        request_context = self.request_context
-        return _Contexts(app_context, request_context and _copy_request_context(request_context))
-
-    def run(self, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
-        self._enter()
-        error: BaseException | None = None
-        try:
-            return fn(*args)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            self._leave(error)
-            error = None  # the error's traceback refers to this frame
-
-    def _enter(self) -> None:
-        app_context = self.app_context
-        if _MERGED:
-            # As AppContext.push(), without matching the request to its route once more.
-            app_context._push_count = 1  # type: ignore[attr-defined]
-            app_context._cv_token = _cv_app.set(app_context)  # type: ignore[attr-defined]
-            if appcontext_pushed.receivers:
-                appcontext_pushed.send(app_context.app, _async_wrapper=app_context.app.ensure_sync)
-            return
-        app_context.push()
-        # In a context of our own nothing has to be restored, so no token is kept.
-        if self.request_context is not None:
-            _cv_request.set(self.request_context)
-
-    def _leave(self, error: BaseException | None) -> None:
-        if self.request_context is not None and not _MERGED:
-            self._teardown(self._leave_request, error)
-        self._teardown(self.app_context.pop, error)
-
-    def _leave_request(self, error: BaseException | None) -> None:
-        try:
-            self.request_context.app.do_teardown_request(error)
-        finally:
-            self.request_context.request.close()
-
-    def _teardown(self, leave: Callable[[BaseException | None], None], error: BaseException | None) -> None:
-        try:
-            leave(error)
-        except Exception:
-            self.app_context.app.logger.exception("A teardown function failed after a job; the job's result stands.")
-
-
-def _capture(app: Flask, push_app_context: bool) -> _Contexts | None:
-    outer = _cv_app.get(None)
-    request_context = _cv_request.get(None)
-    if _MERGED and request_context is not None and not request_context.has_request:
+    def make_contexts(self) -> tuple[Any, Any]:
+        """An app context and a request context (or None) for one call; with Flask 3.2 they may be the same."""
+        captured = self.app_context
         request_context = None
-    if request_context is not None:
-        read_body(request_context.request)
-        keep_uploads(request_context.request)
-    elif not push_app_context:
-        return None
-    if outer is None:
-        return _Contexts(app.app_context(), None)
-    app_context = _copy_app_context(outer)
-    if not push_app_context:
-        app_context.g = outer.app.app_ctx_globals_class()
-    if _MERGED:
-        return _Contexts(app_context, app_context if request_context is not None else None)
-    return _Contexts(app_context, request_context and _copy_request_context(request_context))
+        if self.request_context is not None:
+            request_context = object.__new__(_job_context_class(type(self.request_context)))
+            request_context._captured = self
+            request_context.app = self.request_context.app
+        if _MERGED and request_context is not None:
+            app_context = request_context
+        else:
+            app_context = object.__new__(type(captured))
+            app_context.__dict__ = captured.__dict__.copy()
+        app_context.g = captured.app.app_ctx_globals_class()
+        if self.globals:
+            app_context.g.__dict__.update(self.globals)
+        return app_context, request_context
+
+    def fill(self, context: Any) -> None:
+        """Give a request context made by :meth:`make_contexts` its request, session and the rest."""
+        original = self.request_context
+        request = object.__new__(type(getattr(original, _REQUEST)))
+        request.__dict__ = self.request.copy()
+        request.environ = dict(request.environ)
+        request.headers = EnvironHeaders(request.environ)
+        own_uploads(request)
+        state = {**original.__dict__, _REQUEST: request, "_after_request_functions": [], **context.__dict__}
+        state[_SESSION] = None if self.session is None else _make_session(*self.session)
+        context.__dict__.update(state)
+
+
+def _make_session(session_class: Any, items: dict[str, Any], state: dict[str, Any]) -> Any:
+    # Not copy.copy(): it would mark the copy as modified.
+    session = session_class.__new__(session_class)
+    dict.update(session, items)
+    session.__dict__.update(state)
+    return session
+
+
+@functools.lru_cache(maxsize=None)
+def _job_context_class(base: type) -> type:
+    """A subclass of an app's request context class that is filled when something is looked up in it.
+
+    Most jobs never look at the request; making it for all would cost more than the rest of their contexts.
+    """
+    if issubclass(base, _Unfilled):  # a job that submits a job
+        return base
+    return type(f"Job{base.__name__}", (_Unfilled, base), {})
+
+
+class _Unfilled:
+    _captured: CapturedContext | None
+
+    def __getattr__(self, name: str) -> Any:
+        state = self.__dict__
+        captured = state.get("_captured")
+        if captured is None:
+            raise AttributeError(name)
+        state["_captured"] = None
+        captured.fill(self)
+        return getattr(self, name)
 
 
 def _variables_without_flask() -> contextvars.Context:
@@ -198,63 +199,62 @@ def _variables_without_flask() -> contextvars.Context:
     return variables
 
 
-def _shallow_copy(original: T) -> T:
-    """As :func:`copy.copy` for instances whose state is their ``__dict__``, at a fifth of the cost."""
-    new = object.__new__(type(original))
-    new.__dict__.update(original.__dict__)
-    return new
+# ---- restore ----
 
 
-def _copy_app_context(original: AppContext) -> AppContext:
-    new = _shallow_copy(original)
-    new.g = _copy_globals(original.g)
+def _run_in(app_context: Any, request_context: Any, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
+    """Call ``fn`` with these contexts pushed, in a :class:`contextvars.Context` that is used for nothing else.
+
+    What Flask's own push and pop do, less the match of the route and the signals that nobody receives.
+    """
+    app = app_context.app
     if _MERGED:
-        state: Any = new
-        state._cv_token = None
-        state._push_count = 0
-        state._after_request_functions = []
-        if state._request is not None:
-            state._request = _copy_request(state._request)
-            state._session = _copy_session(state._session)
+        app_context._push_count = 1
+        app_context._cv_token = _cv_app.set(app_context)
     else:
-        new._cv_tokens = []
-    return new
+        app_context._cv_tokens = [_cv_app.set(app_context)]
+        if request_context is not None:
+            request_context._cv_tokens = [(_cv_request.set(request_context), None)]
+    if appcontext_pushed.receivers:
+        appcontext_pushed.send(app, _async_wrapper=app.ensure_sync)
+    error: BaseException | None = None
+    try:
+        return fn(*args)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        if (
+            app.teardown_appcontext_funcs
+            or app.teardown_request_funcs
+            or appcontext_tearing_down.receivers
+            or appcontext_popped.receivers
+            or request_tearing_down.receivers
+            or type(app) is not Flask
+        ):
+            _tear_down(app_context, request_context, error)
+        if request_context is not None and _REQUEST in request_context.__dict__:
+            request_context.request.close()
+        error = None  # its traceback refers to this frame
 
 
-def _copy_globals(original: Any) -> Any:
-    if type(original).__dict__.get("__slots__"):
-        return copy.copy(original)
-    return _shallow_copy(original)
-
-
-def _copy_request_context(original: Any) -> Any:
-    new = _shallow_copy(original)
-    new.request = _copy_request(original.request)
-    new._cv_tokens = []
-    new._after_request_functions = []
-    state = new.__dict__
-    session = "_session" if "_session" in state else "session"  # Flask 3.1.3 made it a property
-    state[session] = _copy_session(state[session])
-    return new
-
-
-def _copy_request(original: Request) -> Request:
-    new = _shallow_copy(original)
-    new.environ = dict(original.environ)
-    new.headers = EnvironHeaders(new.environ)
-    own_uploads(new)
-    return new
-
-
-def _copy_session(original: Any) -> Any:
-    if not isinstance(original, dict):
-        return copy.copy(original)
-    # By hand: copy.copy() would store item by item and so mark the copy as modified.
-    new = type(original).__new__(type(original))
-    dict.update(new, original)
-    if hasattr(original, "__dict__"):
-        new.__dict__.update(original.__dict__)
-    return new
+def _tear_down(app_context: Any, request_context: Any, error: BaseException | None) -> None:
+    """Run the app's teardown functions."""
+    app = app_context.app
+    try:
+        if _MERGED:
+            app_context.pop(error)
+            return
+        try:
+            if request_context is not None:
+                request_context.app.do_teardown_request(error)
+        finally:
+            try:
+                app.do_teardown_appcontext(error)
+            finally:
+                appcontext_popped.send(app, _async_wrapper=app.ensure_sync)
+    except BaseException:  # also SystemExit: nobody is above this thread to whom it could mean anything
+        app.logger.exception("A teardown function failed after a job; the job's result stands.")
 
 
 # ---- for worker processes ----
@@ -294,30 +294,22 @@ class Snapshot:
         if app is None or self.globals is None:
             # Not forked from the process that has the app, or contexts are off: nothing to push.
             return contextvars.Context().run(call_to_end, fn, args, kwargs)
-        contexts = self._restore(app)
-        return contextvars.Context().run(contexts.run, call_to_end, (fn, args, kwargs))
-
-    def _restore(self, app: Flask) -> _Contexts:
-        app_context: Any
-        if self.request is None:
-            app_context, request_context = app.app_context(), None
-        else:
-            request_context = _rebuild_request_context(app, self.request)
-            app_context = request_context if _MERGED else app.app_context()
-        for name, value in (self.globals or {}).items():
+        request_context = None if self.request is None else _rebuild_request_context(app, self.request)
+        app_context = request_context if _MERGED and request_context is not None else app.app_context()
+        for name, value in self.globals.items():
             setattr(app_context.g, name, pickle.loads(value))
-        return _Contexts(app_context, request_context)
+        return contextvars.Context().run(_run_in, app_context, request_context, call_to_end, (fn, args, kwargs))
 
 
-def snapshot(captured: CapturedContext, app: Flask) -> Snapshot:
+def snapshot(captured: CapturedContext) -> Snapshot:
     """The same contexts as values."""
-    contexts = captured._contexts
-    if contexts is None:
-        return Snapshot(app=id(app), globals=None, request=None)
+    if captured.app_context is None:
+        return Snapshot(app=0, globals=None, request=None)
+    _, request_context = captured.make_contexts()
     return Snapshot(
-        app=id(contexts.app_context.app),
-        globals=_picklable(contexts.app_context.g.__dict__),
-        request=_snapshot_request(contexts.request_context) if contexts.request_context is not None else None,
+        app=id(captured.app_context.app),
+        globals=_picklable(captured.globals or {}),
+        request=None if request_context is None else _snapshot_request(request_context),
     )
 
 
@@ -328,12 +320,12 @@ _NOT_SENT = frozenset({"environ", "headers", "stream", "files", "json_module", "
 def _snapshot_request(context: Any) -> RequestSnapshot:
     request = context.request
     state = {name: value for name, value in request.__dict__.items() if name not in _NOT_SENT}
-    session = context.__dict__.get("_session", context.__dict__.get("session"))
+    session = getattr(context, _SESSION)
     return RequestSnapshot(
         environ={name: value for name, value in request.environ.items() if isinstance(value, (str, int, tuple))},
         attributes=_picklable(state),
         # As a plain dict: Flask's session class holds a callback that cannot be pickled.
-        session=_picklable({"session": (type(session), dict(session))}).get("session"),
+        session=None if session is None else _picklable({"": (type(session), dict(session))}).get(""),
         uploads=snapshot_uploads(request),
     )
 
@@ -349,7 +341,7 @@ def _rebuild_request_context(app: Flask, sent: RequestSnapshot) -> Any:
     else:
         session_class, values = pickle.loads(sent.session)
         session = session_class(values)
-    context.__dict__["session" if "session" in context.__dict__ else "_session"] = session
+    context.__dict__[_SESSION] = session
     if context.url_adapter is not None:
         context.match_request()
     return context

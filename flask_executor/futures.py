@@ -183,9 +183,10 @@ class FutureProxy(Future[T]):
         return self._job
 
     def _invoke_callbacks(self) -> None:
-        super()._invoke_callbacks()  # type: ignore[misc]
-        # They hold contexts and so the app and the request; the future may be held for long.
-        self._done_callbacks.clear()
+        if self._done_callbacks:
+            super()._invoke_callbacks()  # type: ignore[misc]
+            # They hold contexts and so the app and the request; the future may be held for long.
+            self._done_callbacks.clear()
 
     def _look(self) -> None:
         self._looked_at = True

@@ -23,21 +23,19 @@ class JobStatus(str, enum.Enum):
 
     __str__ = str.__str__
 
+    #: Where a job can go from here; nowhere once it has ended.
+    successors: tuple[JobStatus, ...]
+
     @property
     def ended(self) -> bool:
         """Whether a job in this state stays in it."""
-        return not TRANSITIONS[self]
+        return not self.successors
 
 
-#: Every legal step; what has none has ended.
-TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.CANCELLED, JobStatus.LOST}),
-    JobStatus.RUNNING: frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.LOST}),
-    JobStatus.SUCCEEDED: frozenset(),
-    JobStatus.FAILED: frozenset(),
-    JobStatus.CANCELLED: frozenset(),
-    JobStatus.LOST: frozenset(),
-}
+for _status in JobStatus:
+    _status.successors = ()
+JobStatus.QUEUED.successors = (JobStatus.RUNNING, JobStatus.CANCELLED, JobStatus.LOST)
+JobStatus.RUNNING.successors = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.LOST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,18 +73,17 @@ class LiveJob:
     holds the job. It never refers to the result, so that a history of jobs does not keep results alive.
     """
 
-    __slots__ = ("ended_at", "error", "id", "key", "name", "owner", "queued_at", "started_at", "status")
+    status = JobStatus.QUEUED
+    started_at: float | None = None
+    ended_at: float | None = None
+    error: str | None = None
 
     def __init__(self, name: str, key: Hashable | None = None, owner: str | None = None) -> None:
         self.id = new_id()
         self.name = name
         self.key = key
         self.owner = owner
-        self.status = JobStatus.QUEUED
         self.queued_at = time.time()
-        self.started_at: float | None = None
-        self.ended_at: float | None = None
-        self.error: str | None = None
 
     def start(self) -> None:
         """Go from ``queued`` to ``running``."""
@@ -115,7 +112,7 @@ class LiveJob:
         )
 
     def _become(self, status: JobStatus) -> None:
-        if status not in TRANSITIONS[self.status]:
+        if status not in self.status.successors:
             raise RuntimeError(f"job {self.id} is {self.status} and cannot become {status}")
         self.status = status
 

@@ -6,17 +6,16 @@ import pickle
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flask_executor.context import CapturedContext, call_to_end, snapshot
+from flask_executor.context import CapturedContext, call_to_end, run_coroutine, snapshot
 from flask_executor.exceptions import NotPicklable, RemoteTraceback
 from flask_executor.helpers import describe_error
 from flask_executor.jobs import JobStatus, LiveJob
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-
-    from flask import Flask
 
     from flask_executor.abc import JobChannel
 
@@ -60,7 +59,8 @@ class Call:
             self.fail(error)
             self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
         else:
-            self.succeed(result)
+            self.future.set_result(result)
+            self.channel.settled(self.future)
 
     def begin(self) -> bool:
         """Claim the call for a worker elsewhere; False when it was cancelled meanwhile."""
@@ -72,17 +72,24 @@ class Call:
     def succeed(self, result: Any) -> None:
         """Settle the call with its result."""
         self._end(JobStatus.SUCCEEDED)
-        self._settle(self.future.set_result, result)
+        self.future.set_result(result)
+        self.channel.settled(self.future)
 
     def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
         """Settle the call with an error."""
-        self._end(status, error)
-        self._settle(self.future.set_exception, error)
+        if not self.job.status.ended:
+            self._end(status, error)
+        future, channel = self.future, self.channel
+        del self.future  # the error's traceback refers to this call, and the future will refer to the error
+        future.set_exception(error)
+        channel.settled(future)
 
     def _report_and_call(self) -> Any:
         self.channel.started(self.job)
         try:
-            result = call_to_end(self.fn, self.args, self.kwargs)
+            result = self.fn(*self.args, **self.kwargs)
+            if type(result) is CoroutineType:
+                result = run_coroutine(result)
         except BaseException as error:
             self._end(JobStatus.FAILED, error)
             raise
@@ -90,16 +97,8 @@ class Call:
         return result
 
     def _end(self, status: JobStatus, error: BaseException | None = None) -> None:
-        if not self.job.status.ended:
-            self.job.end(status, error)
-            self.channel.ended(self.job)
-
-    def _settle(self, settle: Callable[[Any], None], outcome: Any) -> None:
-        future, channel = self.future, self.channel
-        # A worker that idles must not keep the job's arguments and contexts alive.
-        del self.future, self.fn, self.args, self.kwargs, self.context
-        settle(outcome)
-        channel.settled(future)
+        self.job.end(status, error)
+        self.channel.ended(self.job)
 
 
 class Chunk:
@@ -112,7 +111,7 @@ class Chunk:
         self.context = context
 
     def __call__(self, chunk: Iterable[tuple[Any, ...]]) -> list[Any]:
-        return [self.context.fresh().run(call_to_end, self.fn, args, {}) for args in chunk]
+        return [self.context.run(call_to_end, self.fn, args, {}) for args in chunk]
 
 
 def pickled(value: T, what: str) -> bytes:
@@ -130,13 +129,13 @@ def pickled(value: T, what: str) -> bytes:
         ) from error
 
 
-def ship(call: Call, app: Flask) -> bytes:
+def ship(call: Call) -> bytes:
     """A call as bytes, for :func:`run_shipped` in a worker process.
 
     :raises NotPicklable: naming the part that cannot travel.
     """
     fn, args, kwargs = pickled_parts(call)
-    return pickle.dumps((snapshot(call.context, app), fn, args, kwargs))
+    return pickle.dumps((snapshot(call.context), fn, args, kwargs))
 
 
 def pickled_parts(call: Call) -> tuple[bytes, list[bytes], dict[str, bytes]]:

@@ -19,10 +19,22 @@ from werkzeug.datastructures import FileStorage, Headers, ImmutableMultiDict
 from werkzeug.exceptions import HTTPException
 
 _SMALL = 500 * 1024  # bytes; what Werkzeug keeps in memory instead of a temporary file
-_ATTRIBUTE = "_flask_executor_uploads"
+_KEPT = "_flask_executor_uploads"  # in a request's state once it was prepared; None where it has no files
 
 
-def read_body(request: Request) -> None:
+def outlive(request: Request) -> None:
+    """See to it that the body and the files of ``request`` outlive it, as long as a copy of it exists."""
+    state = request.__dict__
+    if _KEPT in state:
+        return
+    _read_body(request)
+    state[_KEPT] = None
+    if state.get("files"):
+        state[_KEPT] = KeptUploads(state["files"])
+        state["close"] = _Release(state)
+
+
+def _read_body(request: Request) -> None:
     """Read the body now, unless the view has begun to; later the connection is gone.
 
     Forms with files are parsed (large files go to disk), anything else is kept as bytes, from which
@@ -45,19 +57,10 @@ def read_body(request: Request) -> None:
         return
 
 
-def keep_uploads(request: Request) -> None:
-    """See to it that the files of ``request`` outlive it, as long as a copy of it exists."""
-    state = request.__dict__
-    if state.get("files") and _ATTRIBUTE not in state:
-        kept = KeptUploads(state["files"])
-        state[_ATTRIBUTE] = kept
-        state["close"] = _Release(state)
-
-
 def own_uploads(request: Request) -> None:
     """Give ``request``, a copy made for one job, streams of its own."""
     state = request.__dict__
-    kept = state.get(_ATTRIBUTE)
+    kept = state[_KEPT]
     if kept is not None:
         state.pop("close", None)
         state["files"] = kept.independent()
@@ -70,7 +73,7 @@ class _Release:
         self._state = state
 
     def __call__(self) -> None:
-        self._state.pop(_ATTRIBUTE, None)
+        self._state[_KEPT] = None
         self._state.pop("close", None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Hashable, Sequence
 from itertools import islice
 
@@ -13,46 +13,42 @@ from flask_executor.jobs import Job, JobStatus, LiveJob
 class MemoryStore(JobStore):
     """Keeps the live jobs themselves; a step needs no writing down.
 
+    Needs no lock: each operation on a dict or a deque is atomic, and what a reader sees between two of
+    them is a job more or less, never a broken one.
+
     :param max_records: most jobs that have ended to keep.
     """
 
     def __init__(self, max_records: int) -> None:
         self._max_records = max_records
-        self._lock = threading.Lock()
-        self._open: dict[str, LiveJob] = {}
-        self._ended: dict[str, LiveJob] = {}
+        self._jobs: dict[str, LiveJob] = {}
+        self._ended: deque[LiveJob] = deque()  # in the order in which they ended
         self._by_key: dict[Hashable, LiveJob] = {}
 
     def add(self, job: LiveJob) -> None:
-        with self._lock:
-            self._open[job.id] = job
-            if job.key is not None:
-                self._by_key[job.key] = job
+        self._jobs[job.id] = job
+        if job.key is not None:
+            self._by_key[job.key] = job
 
     def update(self, job: LiveJob) -> None:
-        if not job.status.ended:
+        if job.ended_at is None:
             return
-        with self._lock:
-            if self._open.pop(job.id, None) is not None:
-                self._ended[job.id] = job
-                if len(self._ended) > self._max_records:
-                    self._forget(self._ended.pop(next(iter(self._ended))))
+        self._ended.append(job)
+        if len(self._ended) > self._max_records:
+            self._forget(self._ended.popleft())
 
     def remove(self, id: str) -> None:
-        with self._lock:
-            job = self._open.pop(id, None) or self._ended.pop(id, None)
-            if job is not None:
-                self._forget(job)
+        job = self._jobs.get(id)
+        if job is not None:
+            self._forget(job)
 
     def get(self, id: str) -> Job | None:
-        with self._lock:
-            job = self._open.get(id) or self._ended.get(id)
-            return None if job is None else job.record()
+        job = self._jobs.get(id)
+        return None if job is None else job.record()
 
     def find(self, key: Hashable) -> Job | None:
-        with self._lock:
-            job = self._by_key.get(key)
-            return None if job is None else job.record()
+        job = self._by_key.get(key)
+        return None if job is None else job.record()
 
     def list(
         self,
@@ -65,9 +61,8 @@ class MemoryStore(JobStore):
         if limit is not None and limit < 0:
             raise ValueError(f"limit is {limit}; it must be 0 or more, or None")
         status = None if status is None else JobStatus(status)
-        with self._lock:
-            jobs = [*self._open.values(), *self._ended.values()]
-        jobs.sort(key=lambda job: job.queued_at, reverse=True)
+        jobs = list(self._jobs.values())
+        jobs.reverse()
         matching = (
             job.record()
             for job in jobs
@@ -78,11 +73,12 @@ class MemoryStore(JobStore):
         return [*islice(matching, limit)]
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()  # the old one may be held by a thread that is not here
+        pass  # no lock that a thread of the parent could have held
 
     def reachable(self) -> bool:
         return True
 
     def _forget(self, job: LiveJob) -> None:
-        if self._by_key.get(job.key) is job:
-            del self._by_key[job.key]
+        self._jobs.pop(job.id, None)
+        if job.key is not None and self._by_key.get(job.key) is job:
+            self._by_key.pop(job.key, None)
