@@ -4,8 +4,8 @@
 
     $ python benchmarks/compare.py            # some minutes; --rounds 3 for a glance
 
-Each contender has a process of its own. The rounds are interleaved, contender by contender, so that a machine that slows down
-slows down all of them; what is printed are medians, and ratios of medians, of one run.
+Each contender has a process of its own. The rounds are interleaved, contender by contender, so that a machine
+that slows down slows down all of them; what is printed are medians, and ratios of medians, of one run.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def main() -> None:
             "1.0.0": Contender("flask_executor", Path(folder)),
             "ours": Contender("flask_executor", HERE.parent),
         }
-        print(f"Python {platform.python_version()}, {os.cpu_count()} processors, {arguments.rounds} rounds, microseconds")
+        print(
+            f"Python {platform.python_version()}, {os.cpu_count()} processors, {arguments.rounds} rounds, microseconds"
+        )
         print(f"{'':48} {'bare':>8} {'1.0.0':>9} {'ours':>8} {'1.0.0/bare':>11} {'ours/bare':>10} {'ours/1.0.0':>11}")
         for case, count, title in CASES:
             if arguments.only not in (None, case):

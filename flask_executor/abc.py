@@ -24,7 +24,7 @@ class BackendOptions:
     pickle: bool = False
 
 
-class Call(Protocol):
+class PreparedCall(Protocol):
     """One call on its way through a backend; :class:`flask_executor.runner.Call` is the one there is."""
 
     future: concurrent.futures.Future[Any]
@@ -32,6 +32,7 @@ class Call(Protocol):
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    context: Any
 
     def run(self, *unused: object) -> None:
         """Run it here and now, in its contexts, and settle its future. Never raises."""
@@ -53,11 +54,14 @@ class Backend(concurrent.futures.Executor):
     first call, so that forking after an import is safe), and raises nothing for a valid configuration.
     """
 
+    def __init__(self, options: BackendOptions) -> None:
+        super().__init__()
+
     #: Whether jobs run in another process, so that functions, arguments and results must be picklable.
     remote: bool = False
 
     @abc.abstractmethod
-    def enqueue(self, call: Call) -> None:
+    def enqueue(self, call: PreparedCall) -> None:
         """Accept a call, which is then run once or its future cancelled; first come, first served.
 
         :raises RuntimeError: after :meth:`shutdown`; the call was not accepted.

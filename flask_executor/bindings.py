@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from werkzeug.utils import import_string
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from flask_executor.config import Config
 
 T = TypeVar("T")
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 Callback = Callable[[Future[Any]], object]
 
 
@@ -90,7 +94,9 @@ class Binding(JobChannel):
         self._executor = executor
         self._app = weakref.ref(app)
         self._default_callbacks = default_callbacks
-        self._own_callbacks = (propagate_exceptions_callback,) if config.propagate_exceptions else ()
+        self._own_callbacks: Sequence[Callback] = (
+            (propagate_exceptions_callback,) if config.propagate_exceptions else ()
+        )
         self._backend_class = _backend_class(config)
         self._backend: Backend | None = None
         self._lock = threading.Lock()
@@ -121,46 +127,52 @@ class Binding(JobChannel):
     # ---- submitting ----
 
     def submit(
-        self, app: Flask, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> FutureProxy[Any]:
-        """Start a job; with a key in the options its handle is kept under it.
+        """Start a job in these contexts; with a key in the options its handle is kept under it.
 
         :raises KeyExists: if the key is taken.
         :raises QueueFull: if too many jobs wait.
         :raises ExecutorShutdown: after :meth:`shutdown`.
         """
-        call = self._prepare(app, options, fn, args, kwargs)
+        call = self._prepare(context, options, fn, args, kwargs)
         future: Any = call.future
-        try:
-            if options.key is not None:
-                self.futures.add(options.key, future)
-        except KeyExists:
+        if options.key is not None and self.futures.setdefault(options.key, future) is not future:
             self.unfinished.discard(future)
-            raise
+            raise KeyExists(options.key)
         return self._start(call)
 
     def submit_once(
-        self, app: Flask, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> FutureProxy[Any]:
         """The job under the key in the options, started if there is none."""
         there: Any = self.futures.get(options.key)
         if there is None:
-            call = self._prepare(app, options, fn, args, kwargs)
+            call = self._prepare(context, options, fn, args, kwargs)
             there = self.futures.setdefault(options.key, call.future)
             if there is call.future:
                 return self._start(call)
             self.unfinished.discard(call.future)
         return there  # type: ignore[no-any-return]
 
-    def submit_chunk(
-        self, app: Flask, options: JobOptions, fn: Callable[..., Any], chunk: Sequence[tuple[Any, ...]]
-    ) -> FutureProxy[list[Any]]:
-        """One job that calls ``fn`` for each set of arguments, in contexts of their own."""
-        context = CapturedContext(app, self.config.push_app_context)
-        return self.submit(app, options, Chunk(fn, context), (chunk,), {})
+    def map(
+        self,
+        context: CapturedContext,
+        options: JobOptions,
+        fn: Callable[..., Any],
+        calls: Iterable[Args],
+        chunksize: int,
+    ) -> list[FutureProxy[Any]]:
+        """Start a job for every set of arguments; with a chunksize, for so many together, each giving a list."""
+        if chunksize == 1:
+            return [self.submit(context, options, fn, args, {}) for args in calls]
+        options = replace(options, name=options.name or callable_name(fn))
+        calls = iter(calls)
+        chunks = iter(lambda: tuple(islice(calls, chunksize)), ())
+        return [self.submit(context, options, Chunk(fn, context), (chunk,), {}) for chunk in chunks]
 
     def _prepare(
-        self, app: Flask, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Call:
         if self._closed:
             raise ExecutorShutdown(
@@ -168,7 +180,6 @@ class Binding(JobChannel):
             )
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         future: FutureProxy[Any] = FutureProxy(job, self)
-        context = CapturedContext(app, self.config.push_app_context)
         pending = self.config.max_pending
         if not self.unfinished.add(future, None if pending is None else self.backend.capacity + pending):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), pending or 0)
@@ -177,10 +188,9 @@ class Binding(JobChannel):
     def _start(self, call: Call) -> FutureProxy[Any]:
         future: Any = call.future
         self.store.add(call.job)
-        for callback in self._own_callbacks:
-            future.add_done_callback(callback)
-        for callback in self._default_callbacks:
-            future.add_done_callback(callback)
+        if self._own_callbacks or self._default_callbacks:
+            for callback in (*self._own_callbacks, *self._default_callbacks):
+                future.add_done_callback(callback)
         if job_queued.receivers:
             self._send(job_queued, call.job)
         try:
@@ -218,7 +228,7 @@ class Binding(JobChannel):
         self.unfinished.discard(future)
 
     def unseen(self, job: LiveJob, error: BaseException) -> None:
-        log_failure(self.app, job.record(), error)
+        log_failure(self.app, job.name, job.id, job.key, error)
 
     def in_contexts(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         app = self.app

@@ -24,7 +24,7 @@ _TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "off", "0", ""})
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A value that cannot be used; the argument says what is allowed."""
 
 
@@ -35,13 +35,13 @@ def _type(value: object) -> str:
             return BACKENDS[name]
         if _IMPORT_STRING.match(name):
             return name
-    raise _Refused(f"{_one_of(BACKENDS)}, or 'package.module:Class' for a backend of your own")
+    raise _RefusedError(f"{_one_of(BACKENDS)}, or 'package.module:Class' for a backend of your own")
 
 
 def _store(value: object) -> str:
     if isinstance(value, str) and value.strip() in STORES:
         return STORES[value.strip()]
-    raise _Refused(_one_of(STORES))
+    raise _RefusedError(_one_of(STORES))
 
 
 def _flag(value: object) -> bool:
@@ -52,7 +52,7 @@ def _flag(value: object) -> bool:
         return True
     if text in _FALSE or value is None:
         return False
-    raise _Refused("True or False (or 'yes', 'no', 'on', 'off', '1', '0')")
+    raise _RefusedError("True or False (or 'yes', 'no', 'on', 'off', '1', '0')")
 
 
 def _count(value: object) -> int:
@@ -64,7 +64,7 @@ def _count(value: object) -> int:
             number = 0
         if number > 0:
             return number
-    raise _Refused("a whole number greater than 0")
+    raise _RefusedError("a whole number greater than 0")
 
 
 def _count_or_none(value: object) -> int | None:
@@ -72,8 +72,8 @@ def _count_or_none(value: object) -> int | None:
         return None
     try:
         return _count(value)
-    except _Refused as refused:
-        raise _Refused(f"{refused}, or None") from None
+    except _RefusedError as refused:
+        raise _RefusedError(f"{refused}, or None") from None
 
 
 def _length(value: object) -> int:
@@ -133,7 +133,7 @@ class Config:
             value = values.setdefault(key, entry.metadata["default"])
             try:
                 parsed[entry.name] = entry.metadata["coerce"](value)
-            except _Refused as refused:
+            except _RefusedError as refused:
                 raise ConfigError(key, value, str(refused)) from None
         return cls(prefix=prefix, **parsed)
 

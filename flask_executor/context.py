@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import CoroutineType
 from typing import Any, TypeVar
 
-from flask import Flask, Request
+from flask import Flask
 from flask.ctx import AppContext
 from flask.globals import _cv_app
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
@@ -42,11 +42,11 @@ T = TypeVar("T")
 
 _MERGED = hasattr(AppContext, "has_request")
 if _MERGED:
-    _cv_request: contextvars.ContextVar[Any] = _cv_app  # type: ignore[assignment]
+    _cv_request: contextvars.ContextVar[Any] = _cv_app
     _REQUEST, _SESSION = "_request", "_session"
 else:
     from flask.ctx import RequestContext
-    from flask.globals import _cv_request  # type: ignore[no-redef]
+    from flask.globals import _cv_request
 
     # Flask 3.1.3 made the session a property that notes who looks.
     _REQUEST, _SESSION = "request", "_session" if hasattr(RequestContext, "session") else "session"
@@ -93,7 +93,16 @@ class CapturedContext:
         with an empty ``g``, only where there is a request.
     """
 
-    __slots__ = ("app_context", "globals", "request", "request_context", "session", "variables")
+    __slots__ = (
+        "app_context",
+        "globals",
+        "request",
+        "request_context",
+        "session_class",
+        "session_items",
+        "session_state",
+        "variables",
+    )
 
     def __init__(self, app: Flask, push_app_context: bool = True) -> None:
         outer = _cv_app.get(None)
@@ -101,7 +110,7 @@ class CapturedContext:
         self.app_context: Any = app.app_context() if outer is None else outer
         self.globals: dict[str, Any] | None = None
         if outer is not None and push_app_context:
-            self.globals = outer.g.__dict__.copy()
+            self.globals = outer.g.__dict__.copy() or None
         self.request_context: Any = context
         if context is None or (_MERGED and not context.has_request):
             self.request_context = None
@@ -113,7 +122,11 @@ class CapturedContext:
             request, session = getattr(context, _REQUEST), getattr(context, _SESSION)
             outlive(request)
             self.request: dict[str, Any] = request.__dict__.copy()
-            self.session = None if session is None else (type(session), dict(session), session.__dict__.copy())
+            self.session_class: Any = None
+            if session is not None:
+                self.session_class = type(session)
+                self.session_items = dict(session)
+                self.session_state = session.__dict__.copy()
         self.variables = contextvars.copy_context()
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
@@ -130,9 +143,9 @@ class CapturedContext:
     def make_contexts(self) -> tuple[Any, Any]:
         """An app context and a request context (or None) for one call; with Flask 3.2 they may be the same."""
         captured = self.app_context
-        request_context = None
+        request_context: Any = None
         if self.request_context is not None:
-            request_context = object.__new__(_job_context_class(type(self.request_context)))
+            request_context = object.__new__(_job_context_class(self.request_context.__class__))
             request_context._captured = self
             request_context.app = self.request_context.app
         if _MERGED and request_context is not None:
@@ -141,7 +154,7 @@ class CapturedContext:
             app_context = object.__new__(type(captured))
             app_context.__dict__ = captured.__dict__.copy()
         app_context.g = captured.app.app_ctx_globals_class()
-        if self.globals:
+        if self.globals is not None:
             app_context.g.__dict__.update(self.globals)
         return app_context, request_context
 
@@ -149,24 +162,24 @@ class CapturedContext:
         """Give a request context made by :meth:`make_contexts` its request, session and the rest."""
         original = self.request_context
         request = object.__new__(type(getattr(original, _REQUEST)))
-        request.__dict__ = self.request.copy()
+        request.__dict__.update(self.request)
         request.environ = dict(request.environ)
         request.headers = EnvironHeaders(request.environ)
         own_uploads(request)
-        state = {**original.__dict__, _REQUEST: request, "_after_request_functions": [], **context.__dict__}
-        state[_SESSION] = None if self.session is None else _make_session(*self.session)
-        context.__dict__.update(state)
+        own = {_REQUEST: request, _SESSION: self._make_session(), "_after_request_functions": []}
+        context.__dict__.update({**original.__dict__, **context.__dict__, **own})
+
+    def _make_session(self) -> Any:
+        if self.session_class is None:
+            return None
+        # Not copy.copy(): it would mark the copy as modified.
+        session: Any = self.session_class.__new__(self.session_class)
+        dict.update(session, self.session_items)
+        session.__dict__.update(self.session_state)
+        return session
 
 
-def _make_session(session_class: Any, items: dict[str, Any], state: dict[str, Any]) -> Any:
-    # Not copy.copy(): it would mark the copy as modified.
-    session = session_class.__new__(session_class)
-    dict.update(session, items)
-    session.__dict__.update(state)
-    return session
-
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _job_context_class(base: type) -> type:
     """A subclass of an app's request context class that is filled when something is looked up in it.
 
@@ -298,7 +311,8 @@ class Snapshot:
         app_context = request_context if _MERGED and request_context is not None else app.app_context()
         for name, value in self.globals.items():
             setattr(app_context.g, name, pickle.loads(value))
-        return contextvars.Context().run(_run_in, app_context, request_context, call_to_end, (fn, args, kwargs))
+        run: Callable[..., T] = contextvars.Context().run
+        return run(_run_in, app_context, request_context, call_to_end, (fn, args, kwargs))
 
 
 def snapshot(captured: CapturedContext) -> Snapshot:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from flask import Flask
@@ -19,7 +19,7 @@ from flask import Flask
 from flask_executor.abc import Health, JobRecords
 from flask_executor.bindings import Binding
 from flask_executor.config import Config
-from flask_executor.context import current_app_or_none
+from flask_executor.context import CapturedContext, current_app_or_none
 from flask_executor.exceptions import AppNotFound, NotPicklable
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import InstanceProxy, callable_name
@@ -84,7 +84,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
     # ---- submitting ----
 
-    def submit(self, /, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[override, valid-type]
+    def submit(self, /, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[override]
         """Run ``fn(*args, **kwargs)`` in the background.
 
         :param fn: the function; an ``async def`` one runs as the app runs its async views.
@@ -97,7 +97,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         return self._submit(self._defaults, fn, args, kwargs)
 
     def submit_stored(
-        self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs  # type: ignore[valid-type]
+        self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> FutureProxy[T]:
         """As :meth:`submit`, with the handle kept in :attr:`futures` under a key.
 
@@ -106,16 +106,14 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         return self._submit(replace(self._defaults, key=_checked_key(future_key)), fn, args, kwargs)
 
-    def submit_once(
-        self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs  # type: ignore[valid-type]
-    ) -> FutureProxy[T]:
+    def submit_once(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """The job under this key, started now if there is none.
 
         However often and from however many threads this is called, ``fn`` runs once, until the key is popped.
         """
         return self._submit(replace(self._defaults, key=_checked_key(key)), fn, args, kwargs, once=True)
 
-    def map(  # type: ignore[override]
+    def map(
         self, /, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
     ) -> Iterator[T]:
         """As the built-in :func:`map`, with the calls running at the same time, each in contexts of its own.
@@ -216,10 +214,14 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no job is left in this process, its callbacks included, of all apps.
 
-        :param timeout: most seconds to wait for each app; None for as long as it takes.
+        :param timeout: most seconds to wait; None for as long as it takes.
         :return: whether that is so.
         """
-        return all([binding.unfinished.wait(timeout) for binding in list(self._bindings.values())])
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for binding in list(self._bindings.values()):
+            if not binding.unfinished.wait(None if deadline is None else deadline - time.monotonic()):
+                return False
+        return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, from any app. Those that were accepted still run.
@@ -280,8 +282,9 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     ) -> FutureProxy[Any]:
         _check_callable(fn)
         app, binding = self._binding()
+        context = CapturedContext(app, binding.config.push_app_context)
         submit = binding.submit_once if once else binding.submit
-        return submit(app, options, fn, args, kwargs)
+        return submit(context, options, fn, args, kwargs)
 
     def _map(
         self,
@@ -296,13 +299,12 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         _check_callable(fn)
         app, binding = self._binding()
         deadline = None if timeout is None else time.monotonic() + timeout
-        calls = zip(*iterables)  # noqa: B905  # as map() does, end with the shortest
-        if chunksize == 1 or binding.remote:
-            return _results([binding.submit(app, options, fn, args, {}) for args in calls], deadline)
-        options = replace(options, name=options.name or callable_name(fn))
-        chunks = iter(lambda: tuple(islice(calls, chunksize)), ())
-        jobs = [binding.submit_chunk(app, options, fn, chunk) for chunk in chunks]
-        return chain.from_iterable(_results(jobs, deadline))
+        context = CapturedContext(app, binding.config.push_app_context)
+        # One sent to another process would have to bring its contexts once for each of its calls.
+        chunksize = 1 if binding.remote else chunksize
+        jobs = binding.map(context, options, fn, zip(*iterables), chunksize)  # noqa: B905  # as map() does
+        results = _results(jobs, deadline)
+        return results if chunksize == 1 else chain.from_iterable(results)
 
 
 class ExecutorWithOptions:
@@ -312,19 +314,17 @@ class ExecutorWithOptions:
         self._executor = executor
         self._options = options
 
-    def submit(self, /, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[valid-type]
+    def submit(self, /, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit`; with a key as :meth:`Executor.submit_stored`."""
         return self._executor._submit(self._options, fn, args, kwargs)
 
     def submit_stored(
-        self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs  # type: ignore[valid-type]
+        self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> FutureProxy[T]:
         """As :meth:`Executor.submit_stored`."""
         return self._executor._submit(self._with_key(future_key), fn, args, kwargs)
 
-    def submit_once(
-        self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs  # type: ignore[valid-type]
-    ) -> FutureProxy[T]:
+    def submit_once(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_once`."""
         return self._executor._submit(self._with_key(key), fn, args, kwargs, once=True)
 
@@ -352,6 +352,7 @@ class ExecutorJob(Generic[P, T]):
     """
 
     def __init__(self, executor: Executor, fn: Callable[P, T], options: JobOptions | None = None) -> None:
+        self.__qualname__ = callable_name(fn)
         functools.update_wrapper(self, fn)
         self.executor = executor
         self.fn = fn
@@ -365,11 +366,11 @@ class ExecutorJob(Generic[P, T]):
         """As :meth:`Executor.submit`."""
         return self._submitter.submit(self, *args, **kwargs)
 
-    def submit_stored(self, /, future_key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[valid-type]
+    def submit_stored(self, /, future_key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_stored`."""
         return self._submitter.submit_stored(future_key, self, *args, **kwargs)
 
-    def submit_once(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[valid-type]
+    def submit_once(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_once`."""
         return self._submitter.submit_once(key, self, *args, **kwargs)
 

@@ -35,6 +35,8 @@ class FutureProxy(Future[T]):
     awaited. Only executors make them.
     """
 
+    _done_callbacks: list[Callable[[Future[T]], object]]  # the standard library's
+
     # Invariants: the job leaves ``queued`` only under ``_condition``, by set_running_or_notify_cancel() or by
     # cancel(), so that exactly one of them wins. Whoever wins is the only one to settle the future.
 
@@ -176,7 +178,9 @@ class FutureProxy(Future[T]):
         self._waiters.clear()
         if self._state not in (PENDING, RUNNING) or self._job.status.ended:
             return self._job
-        error = WorkerLost(f"Job {self._job.name} was submitted before this process was forked; only its parent has it.")
+        error = WorkerLost(
+            f"Job {self._job.name} was submitted before this process was forked; only its parent has it."
+        )
         self._job.end(JobStatus.LOST, error)
         self._looked_at = True
         self.set_exception(error)
@@ -319,4 +323,3 @@ class FutureCollection(Generic[T]):
         self._held[future] -= 1
         if not self._held[future]:
             del self._held[future]
-

@@ -17,7 +17,7 @@ from flask_executor.jobs import JobStatus, LiveJob
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from flask_executor.abc import JobChannel
+    from flask_executor.abc import JobChannel, PreparedCall
 
 T = TypeVar("T")
 
@@ -50,7 +50,8 @@ class Call:
         self.channel = channel
 
     def run(self, *_unused: object) -> None:
-        """Run the call in this thread, unless it was cancelled. (The standard pool passes a worker context from 3.14.)"""
+        """Run the call in this thread, unless it was cancelled."""
+        # The standard pool passes a context of its worker, from Python 3.14.
         if not self.future.set_running_or_notify_cancel():
             return
         try:
@@ -102,7 +103,7 @@ class Call:
 
 
 class Chunk:
-    """One function over several sets of arguments, each call in contexts of its own; what ``map`` ships by the chunk."""
+    """One function over several sets of arguments, each call in contexts of its own: a job of ``map``."""
 
     __slots__ = ("context", "fn")
 
@@ -129,7 +130,7 @@ def pickled(value: T, what: str) -> bytes:
         ) from error
 
 
-def ship(call: Call) -> bytes:
+def ship(call: PreparedCall) -> bytes:
     """A call as bytes, for :func:`run_shipped` in a worker process.
 
     :raises NotPicklable: naming the part that cannot travel.
@@ -138,7 +139,7 @@ def ship(call: Call) -> bytes:
     return pickle.dumps((snapshot(call.context), fn, args, kwargs))
 
 
-def pickled_parts(call: Call) -> tuple[bytes, list[bytes], dict[str, bytes]]:
+def pickled_parts(call: PreparedCall) -> tuple[bytes, list[bytes], dict[str, bytes]]:
     """The function and arguments of a call, each as bytes.
 
     :raises NotPicklable: naming the part that cannot travel.
@@ -182,7 +183,7 @@ def run_shipped(shipped: bytes) -> Outcome:
         return Outcome(error=_portable(error), traceback=text)
 
 
-def settle_shipped(call: Call, outcome: Outcome) -> None:
+def settle_shipped(call: PreparedCall, outcome: Outcome) -> None:
     """Settle the call with what came back from the worker process."""
     if outcome.result is not None:
         call.succeed(pickle.loads(outcome.result))

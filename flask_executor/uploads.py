@@ -99,8 +99,8 @@ class KeptUploads:
         return FileStorage(stream, file.filename, file.name, headers=file.headers)
 
     def _all(self) -> Iterator[FileStorage]:
-        for _, file in self._files.items(multi=True):
-            yield file
+        for files in self._files.listvalues():
+            yield from files
 
     def __del__(self) -> None:
         for file in self._all():
@@ -146,7 +146,7 @@ def _content(file: FileStorage) -> bytes | int | None:
             except OSError:  # io.UnsupportedOperation: not a file
                 pass
         file.seek(0)
-        return file.read()
+        return bytes(file.read())
     finally:
         file.seek(position)
 

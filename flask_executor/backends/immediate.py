@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from flask_executor.abc import Backend, BackendOptions, Call
+from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.runner import pickled, pickled_parts, unpickled_parts
 
 P = ParamSpec("P")
@@ -21,7 +21,7 @@ class ImmediateBackend(Backend):
         self._pickle = options.pickle
         self._shutdown = False
 
-    def enqueue(self, call: Call) -> None:
+    def enqueue(self, call: PreparedCall) -> None:
         if self._shutdown:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if self._pickle:

@@ -14,15 +14,11 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any
 
-from flask_executor.abc import Backend, BackendOptions, Call
+from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import WorkerLost
 from flask_executor.jobs import JobStatus
 from flask_executor.runner import Outcome, run_shipped, settle_shipped, ship
-
-if TYPE_CHECKING:
-    from flask_executor.runner import Call as RunnerCall
 
 
 class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
@@ -34,9 +30,9 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         # Workers find the app by inheriting it, so they are forked wherever that is possible.
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         super().__init__(max_workers=options.max_workers, mp_context=multiprocessing.get_context(method))
-        self._capacity: int = self._max_workers  # type: ignore[attr-defined]
+        self._capacity: int = self._max_workers
 
-    def enqueue(self, call: Call) -> None:
+    def enqueue(self, call: PreparedCall) -> None:
         shipped = ship(call)
         try:
             inner = self.submit(run_shipped, shipped)
@@ -54,7 +50,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     @property
     def workers(self) -> int:
-        processes = self._processes or {}  # type: ignore[attr-defined]
+        processes = self._processes or {}
         return sum(process.is_alive() for process in list(processes.values()))
 
     @property
@@ -62,7 +58,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         return self._capacity
 
 
-def _settle(call: Call, inner: concurrent.futures.Future[Outcome]) -> None:
+def _settle(call: PreparedCall, inner: concurrent.futures.Future[Outcome]) -> None:
     if inner.cancelled():
         call.future.cancel()
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 from concurrent.futures import thread as standard
 
-from flask_executor.abc import Backend, BackendOptions, Call
+from flask_executor.abc import Backend, BackendOptions, PreparedCall
 
 
 class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
@@ -18,12 +18,13 @@ class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
     def __init__(self, options: BackendOptions) -> None:
         super().__init__(max_workers=options.max_workers, thread_name_prefix="flask-executor")
 
-    def enqueue(self, call: Call) -> None:
+    def enqueue(self, call: PreparedCall) -> None:
         with self._shutdown_lock, standard._global_shutdown_lock:
             if self._shutdown or standard._shutdown:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._work_queue.put(call)  # type: ignore[arg-type]  # the workers only call run()
-            self._adjust_thread_count()
+            if len(self._threads) < self._max_workers:  # or it would count idle threads for nothing
+                self._adjust_thread_count()
 
     @property
     def workers(self) -> int:
