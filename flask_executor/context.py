@@ -225,9 +225,13 @@ def _run_in(app_context: Any, request_context: Any, fn: Callable[..., T], args: 
         app_context._push_count = 1
         app_context._cv_token = _cv_app.set(app_context)
     else:
-        app_context._cv_tokens = [_cv_app.set(app_context)]
+        # Pushed once, so that the context counts nested pushes right; but a token would refer to this
+        # contextvars.Context, which refers to the app context: a cycle for every job.
+        app_context._cv_tokens = [None]
+        _cv_app.set(app_context)
         if request_context is not None:
-            request_context._cv_tokens = [(_cv_request.set(request_context), None)]
+            request_context._cv_tokens = [None]
+            _cv_request.set(request_context)
     if appcontext_pushed.receivers:
         appcontext_pushed.send(app, _async_wrapper=app.ensure_sync)
     error: BaseException | None = None
@@ -248,6 +252,8 @@ def _run_in(app_context: Any, request_context: Any, fn: Callable[..., T], args: 
             _tear_down(app_context, request_context, error)
         if request_context is not None and _REQUEST in request_context.__dict__:
             request_context.request.close()
+        if _MERGED:
+            app_context._cv_token = None  # refers to this contextvars.Context, which refers back
         error = None  # its traceback refers to this frame
 
 

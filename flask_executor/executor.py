@@ -79,6 +79,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         previous = self._bindings.get(app)
         self._bindings[app] = binding
         app.extensions[f"{self.name}executor"] = self
+        # An app that is thrown away, by a test's factory say, takes its threads with it.
+        weakref.finalize(app, binding.shutdown, wait=False).atexit = False
         if previous is not None:
             previous.shutdown(wait=False)
 
@@ -352,7 +354,7 @@ class ExecutorJob(Generic[P, T]):
     """
 
     def __init__(self, executor: Executor, fn: Callable[P, T], options: JobOptions | None = None) -> None:
-        self.__qualname__ = callable_name(fn)
+        self.__qualname__ = getattr(fn, "__qualname__", callable_name(fn))
         functools.update_wrapper(self, fn)
         self.executor = executor
         self.fn = fn

@@ -12,10 +12,10 @@ def describe_error(error: BaseException) -> str:
 
 
 def callable_name(fn: Any) -> str:
-    """What to call a job that runs ``fn``: its qualified name, also for partials and callable objects."""
+    """What to call a job that runs ``fn``: its name, with its class's, also for partials and callable objects."""
     while True:
         try:
-            return str(fn.__qualname__)
+            return str(fn.__qualname__).rpartition("<locals>.")[2]
         except AttributeError:
             wrapped = getattr(fn, "func", None)
             if wrapped is None:

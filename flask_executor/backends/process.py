@@ -30,7 +30,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         # Workers find the app by inheriting it, so they are forked wherever that is possible.
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         super().__init__(max_workers=options.max_workers, mp_context=multiprocessing.get_context(method))
-        self._capacity: int = self._max_workers
+        self._capacity: int = self._max_workers  # type: ignore[attr-defined]
 
     def enqueue(self, call: PreparedCall) -> None:
         shipped = ship(call)

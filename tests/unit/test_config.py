@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import MakeExecutor
+from flask import Flask
+
+from flask_executor import ConfigError, Executor, ExecutorError
+from flask_executor.config import Config
+
+
+def read(**values: Any) -> Config:
+    return Config.read({f"EXECUTOR_{key.upper()}": value for key, value in values.items()})
+
+
+def test_defaults() -> None:
+    config = read()
+    assert config.type == "flask_executor.backends.thread:ThreadBackend"
+    assert config.max_workers is None
+    assert config.max_pending is None
+    assert config.futures_max_length == 50
+    assert config.push_app_context is True
+    assert config.propagate_exceptions is False
+    assert config.immediate_pickle is False
+    assert config.store_max_records == 1000
+
+
+def test_strings_are_coerced() -> None:
+    config = read(
+        max_workers="5",
+        max_pending=" 7 ",
+        futures_max_length="10",
+        push_app_context="false",
+        propagate_exceptions="true",
+        immediate_pickle="on",
+        type=" process ",
+    )
+    assert (config.max_workers, config.max_pending, config.futures_max_length) == (5, 7, 10)
+    assert (config.push_app_context, config.propagate_exceptions, config.immediate_pickle) == (False, True, True)
+    assert config.type == "flask_executor.backends.process:ProcessBackend"
+
+
+@pytest.mark.parametrize("nothing", [None, "", "None", " none "])
+def test_none_keeps_the_default(nothing: str | None) -> None:
+    config = read(max_workers=nothing, max_pending=nothing, futures_max_length=nothing)
+    assert (config.max_workers, config.max_pending, config.futures_max_length) == (None, None, 50)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("TYPE", "threads", "'thread', 'process', 'immediate'"),
+        ("TYPE", None, "'package.module:Class'"),
+        ("TYPE", 3, "'thread'"),
+        ("MAX_WORKERS", 0, "greater than 0, or None"),
+        ("MAX_WORKERS", "-1", "greater than 0, or None"),
+        ("MAX_WORKERS", "many", "a whole number"),
+        ("MAX_WORKERS", 2.5, "a whole number"),
+        ("MAX_WORKERS", True, "a whole number"),
+        ("MAX_PENDING", [], "a whole number"),
+        ("FUTURES_MAX_LENGTH", "0", "greater than 0"),
+        ("PUSH_APP_CONTEXT", "perhaps", "True or False"),
+        ("PROPAGATE_EXCEPTIONS", 2, "True or False"),
+        ("IMMEDIATE_PICKLE", "yess", "True or False"),
+        ("STORE", "mysql", "'memory'"),
+        ("STORE_MAX_RECORDS", None, "a whole number"),
+    ],
+)
+def test_bad_values_name_key_value_and_what_is_allowed(app: Flask, key: str, value: object, allowed: str) -> None:
+    app.config[f"EXECUTOR_{key}"] = value
+    with pytest.raises(ConfigError) as raised:
+        Executor(app)
+    message = str(raised.value)
+    assert f"EXECUTOR_{key}" in message
+    assert repr(value) in message
+    assert allowed in message
+    assert isinstance(raised.value, ValueError)
+    assert isinstance(raised.value, ExecutorError)
+    assert "executor" not in app.extensions
+
+
+def test_a_named_executor_reads_prefixed_keys_only(app: Flask, make_executor: MakeExecutor) -> None:
+    app.config["EXECUTOR_MAX_WORKERS"] = 5
+    app.config["EXECUTOR_TYPE"] = "immediate"
+    plain = make_executor()
+    reports = make_executor(name="reports", max_workers=3)
+    assert reports._max_workers == 3
+    assert app.config["REPORTS_EXECUTOR_TYPE"] == "thread"
+    assert not hasattr(plain, "_max_workers")
+    with pytest.raises(ConfigError, match="REPORTS2_EXECUTOR_MAX_WORKERS is 'x'"):
+        make_executor(name="reports2", max_workers="x")
+
+
+def test_defaults_are_written_into_the_config(app: Flask, executor: Executor) -> None:
+    assert app.config["EXECUTOR_TYPE"] == "thread"
+    assert app.config["EXECUTOR_PUSH_APP_CONTEXT"] is True
+    assert app.config["EXECUTOR_FUTURES_MAX_LENGTH"] is None
+
+
+def test_a_backend_of_ones_own(make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="flask_executor.backends.immediate:ImmediateBackend")
+    assert executor.submit(int, "3").result() == 3
+
+
+@pytest.mark.parametrize("target", ["nowhere.at.all:Backend", "flask_executor.jobs:Job", "flask_executor.jobs:missing"])
+def test_a_backend_that_is_none(make_executor: MakeExecutor, target: str) -> None:
+    with pytest.raises(ConfigError, match="EXECUTOR_TYPE"):
+        make_executor(type=target)
+
+
+def test_binding_again_reads_the_config_anew(app: Flask, executor: Executor) -> None:
+    future = executor.submit(int, 1)
+    app.config["EXECUTOR_MAX_WORKERS"] = 2
+    executor.init_app(app)
+    assert executor._max_workers == 2
+    assert future.result() == 1
+    assert executor.submit(int, 2).result() == 2
