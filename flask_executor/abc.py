@@ -59,6 +59,8 @@ class Backend(concurrent.futures.Executor):
 
     #: Whether jobs run in another process, so that functions, arguments and results must be picklable.
     remote: bool = False
+    #: Whether ``map`` gains by putting several calls into one job (which is sent as it is, contexts and all).
+    chunks: bool = False
 
     @abc.abstractmethod
     def enqueue(self, call: PreparedCall) -> None:

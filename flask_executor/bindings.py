@@ -124,6 +124,11 @@ class Binding(JobChannel):
         """Whether jobs run in other processes."""
         return self._backend_class.remote
 
+    @property
+    def chunks(self) -> bool:
+        """Whether :meth:`map` can put several calls into one job."""
+        return self._backend_class.chunks
+
     # ---- submitting ----
 
     def submit(
@@ -163,13 +168,24 @@ class Binding(JobChannel):
         calls: Iterable[Args],
         chunksize: int,
     ) -> list[FutureProxy[Any]]:
-        """Start a job for every set of arguments; with a chunksize, for so many together, each giving a list."""
-        if chunksize == 1:
-            return [self.submit(context, options, fn, args, {}) for args in calls]
-        options = replace(options, name=options.name or callable_name(fn))
-        calls = iter(calls)
-        chunks = iter(lambda: tuple(islice(calls, chunksize)), ())
-        return [self.submit(context, options, Chunk(fn, context), (chunk,), {}) for chunk in chunks]
+        """Start a job for every set of arguments; with a chunksize, for so many together, each giving a list.
+
+        When one is refused, those that have not started are cancelled.
+        """
+        if chunksize > 1:
+            options = replace(options, name=options.name or callable_name(fn))
+            fn = Chunk(fn, context)
+            items = iter(calls)
+            calls = ((chunk,) for chunk in iter(lambda: tuple(islice(items, chunksize)), ()))
+        futures: list[FutureProxy[Any]] = []
+        try:
+            for args in calls:
+                futures.append(self.submit(context, options, fn, args, {}))  # noqa: PERF401  # cancelled below
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return futures
 
     def _prepare(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs

@@ -123,8 +123,10 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         All calls are submitted at once; the results come in order.
 
         :param timeout: most seconds to wait for the results, counted from this call.
-        :param chunksize: calls per job. For many short calls a larger one is faster; it is ignored for processes.
+        :param chunksize: calls per job. For many short calls on threads a larger one is faster; the other types
+            ignore it.
         :raises concurrent.futures.TimeoutError: from the iterator, when a result is not there in time.
+        :raises QueueFull: when not all calls fit; those that have not started are cancelled.
         """
         return self._map(self._defaults, fn, iterables, timeout, chunksize)
 
@@ -266,7 +268,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             return apps[0]
         if not apps:
             raise AppNotFound(
-                "This executor is not bound to an app: pass the app to Executor(app), or call executor.init_app(app)."
+                "This executor is not bound to an app, or its app is gone: pass the app to Executor(app) or call "
+                "executor.init_app(app), and keep a reference to the app."
             )
         names = ", ".join(repr(app.name) for app, _ in apps)
         raise AppNotFound(
@@ -302,8 +305,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         app, binding = self._binding()
         deadline = None if timeout is None else time.monotonic() + timeout
         context = CapturedContext(app, binding.config.push_app_context)
-        # One sent to another process would have to bring its contexts once for each of its calls.
-        chunksize = 1 if binding.remote else chunksize
+        chunksize = chunksize if binding.chunks else 1
         jobs = binding.map(context, options, fn, zip(*iterables), chunksize)  # noqa: B905  # as map() does
         results = _results(jobs, deadline)
         return results if chunksize == 1 else chain.from_iterable(results)
@@ -353,8 +355,11 @@ class ExecutorJob(Generic[P, T]):
     :param options: for each job.
     """
 
+    __name__: str
+    __qualname__: str
+
     def __init__(self, executor: Executor, fn: Callable[P, T], options: JobOptions | None = None) -> None:
-        self.__qualname__ = getattr(fn, "__qualname__", callable_name(fn))
+        self.__qualname__ = callable_name(fn)
         functools.update_wrapper(self, fn)
         self.executor = executor
         self.fn = fn

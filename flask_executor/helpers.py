@@ -19,7 +19,7 @@ def callable_name(fn: Any) -> str:
         except AttributeError:
             wrapped = getattr(fn, "func", None)
             if wrapped is None:
-                return type(fn).__qualname__
+                return callable_name(type(fn))
             fn = wrapped
 
 

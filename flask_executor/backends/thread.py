@@ -15,6 +15,8 @@ from flask_executor.abc import Backend, BackendOptions, PreparedCall
 class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
     """A :class:`~concurrent.futures.ThreadPoolExecutor` that takes prepared calls."""
 
+    chunks = True
+
     def __init__(self, options: BackendOptions) -> None:
         super().__init__(max_workers=options.max_workers, thread_name_prefix="flask-executor")
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import MakeExecutor
 from flask import Flask
 
+from conftest import MakeExecutor
 from flask_executor import ConfigError, Executor, ExecutorError
 from flask_executor.config import Config
 

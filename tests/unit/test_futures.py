@@ -7,10 +7,10 @@ import threading
 from typing import Any
 
 import pytest
-from conftest import MakeExecutor, wait_until
 from flask import Flask
 from tasks import add, fail, sleep
 
+from conftest import MakeExecutor, wait_until
 from flask_executor import Executor, FutureProxy, JobStatus
 from flask_executor.executor import propagate_exceptions_callback
 from flask_executor.futures import Future

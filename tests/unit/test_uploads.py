@@ -11,10 +11,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from conftest import MakeExecutor
 from flask import Flask, request
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.test import encode_multipart
+
+from conftest import MakeExecutor
 
 SMALL = b"small" * 10
 LARGE = bytes(range(256)) * 4096  # 1 MiB: Werkzeug puts it into a temporary file
@@ -84,7 +85,7 @@ def test_as_an_argument(shop: Shop, content: bytes) -> None:
 def test_several_jobs_read_at_the_same_time(shop: Shop, content: bytes) -> None:
     together = threading.Barrier(3, timeout=10)
 
-    def read_slowly() -> bytes:
+    def read_slowly() -> Any:
         upload = request.files["upload"]
         first = upload.read(7)
         together.wait()
@@ -95,7 +96,7 @@ def test_several_jobs_read_at_the_same_time(shop: Shop, content: bytes) -> None:
 
 
 def test_the_view_keeps_its_position(shop: Shop) -> None:
-    def view() -> bytes:
+    def view() -> Any:
         upload = request.files["upload"]
         upload.read(5)
         shop.executor.submit(read)

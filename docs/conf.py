@@ -1,0 +1,23 @@
+"""Sphinx: ``sphinx-build -W -b html docs docs/_build/html``."""
+
+from __future__ import annotations
+
+import flask_executor
+
+project = "Flask-Executor"
+copyright = "the Flask-Executor authors"
+version = release = flask_executor.__version__
+
+extensions = ["sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 80
+
+html_theme = "furo"
+html_title = f"Flask-Executor {release}"
+html_show_copyright = False
+html_copy_source = False

@@ -1,0 +1,143 @@
+"""What every backend promises. A new one joins by a line in ``TYPES``."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import io
+from functools import partial
+from typing import Any
+
+import pytest
+from flask import Flask, g, request, session
+from tasks import add, app_name, fail, form_and_file, of_g, of_request, of_session, pid
+from werkzeug.datastructures import FileStorage, MultiDict
+from werkzeug.test import encode_multipart
+
+from conftest import MakeExecutor
+from flask_executor import Executor, ExecutorShutdown, job_failed, job_finished, job_queued, job_started
+from flask_executor.testing import drain
+
+TYPES: dict[str, dict[str, Any]] = {
+    "thread": {},
+    "process": {},
+    "immediate": {},
+    "immediate with pickle": {"type": "immediate", "immediate_pickle": True},
+}
+
+
+@pytest.fixture(params=TYPES)
+def executor(request: pytest.FixtureRequest, make_executor: MakeExecutor) -> Executor:
+    return make_executor(**{"type": request.param, "max_workers": 2, **TYPES[request.param]})
+
+
+def test_it_is_an_executor_of_the_standard_library(executor: Executor) -> None:
+    assert isinstance(executor._self, concurrent.futures.Executor)
+    future = executor._self.submit(add, 1, b=2)
+    assert future.result() == 3
+    with pytest.raises(ValueError, match="no paper"):
+        executor._self.submit(fail).result()
+
+
+def test_results_and_errors(executor: Executor) -> None:
+    good, bad = executor.submit(add, 1, b=2), executor.submit(fail, message="torn")
+    assert good.result() == 3
+    with pytest.raises(ValueError, match="torn"):
+        bad.result()
+    drain(executor)
+    assert [good.status, bad.status] == ["succeeded", "failed"]
+    assert bad.record().error == "ValueError: torn"
+    assert executor.health().busy == executor.health().waiting == 0
+
+
+def test_map(executor: Executor) -> None:
+    assert list(executor.map(add, range(20), range(20))) == [2 * n for n in range(20)]
+    assert list(executor.map(add, range(20), chunksize=3)) == list(range(20))
+
+
+def test_stored(executor: Executor) -> None:
+    executor.submit_stored("sum", add, 1)
+    assert executor.futures.result("sum") == 1
+    assert executor.futures.done("sum")
+    future = executor.futures.pop("sum")
+    assert future is not None
+    assert executor.jobs.find("sum") == executor.jobs.get(future.job_id)  # type: ignore[attr-defined]
+
+
+def test_contexts(app: Flask, executor: Executor) -> None:
+    app.config["SERVER_NAME"] = "shop.test"
+    with app.test_request_context("/here?q=tea", headers={"X-Trace": "t"}):
+        g.user, session["basket"], request.note = "ada", [1], "noted"  # type: ignore[attr-defined]
+        futures = [
+            executor.submit(app_name),
+            executor.submit(of_g, "user"),
+            executor.submit(of_request, "path"),
+            executor.submit(of_request, "note"),
+            executor.submit(of_request, "query_string"),
+            executor.submit(of_session, "basket"),
+        ]
+        g.user = "bob"
+        assert list(executor.map(of_g, ["user"] * 3)) == ["bob"] * 3
+    assert [future.result() for future in futures] == ["shop", "ada", "/here", "noted", b"q=tea", [1]]
+
+
+def test_the_contexts_of_another_call_are_never_seen(app: Flask, executor: Executor) -> None:
+    with app.test_request_context("/first"):
+        g.user = "ada"
+        executor.submit(of_g, "user").result()
+    for _ in range(4):
+        with pytest.raises(AttributeError):
+            executor.submit(of_g, "user").result()
+        with pytest.raises(RuntimeError, match="outside of request context"):
+            executor.submit(of_request, "path").result()
+        with app.test_request_context("/second"):
+            assert executor.submit(of_request, "path").result() == "/second"
+
+
+def test_an_upload(app: Flask, executor: Executor) -> None:
+    futures = []
+
+    @app.post("/")
+    def view() -> str:
+        futures.append(executor.submit(form_and_file))
+        return "started"
+
+    data = MultiDict({"title": "T", "upload": FileStorage(stream=io.BytesIO(b"x" * 600_000), filename="f")})
+    boundary, body = encode_multipart(data)
+    app.test_client().post("/", data=body, content_type=f"multipart/form-data; boundary={boundary}")
+    assert futures[0].result() == ("T", "f", b"x" * 600_000)
+
+
+def test_callbacks_and_signals(app: Flask, executor: Executor) -> None:
+    seen: list[str] = []
+
+    def note(name: str, *_: Any, **__: Any) -> None:
+        seen.append(name)
+
+    receivers = [partial(note, signal.name) for signal in (job_queued, job_started, job_finished, job_failed)]
+    for signal, receiver in zip((job_queued, job_started, job_finished, job_failed), receivers, strict=True):
+        signal.connect(receiver, executor)
+    executor.submit(add, 1).add_done_callback(partial(note, "called"))
+    drain(executor)
+    assert seen[:3] == ["job-queued", "job-started", "job-finished"]
+    assert seen[3:] == ["called"]
+
+
+def test_a_decorated_function(executor: Executor) -> None:
+    import tasks
+
+    tasks.decorated = executor.job(add)  # type: ignore[attr-defined]
+    tasks.decorated.__qualname__ = "decorated"  # type: ignore[attr-defined]
+    tasks.decorated.__module__ = "tasks"  # type: ignore[attr-defined]
+    try:
+        assert tasks.decorated.submit(1, 2).result() == 3  # type: ignore[attr-defined]
+    finally:
+        del tasks.decorated  # type: ignore[attr-defined]
+
+
+def test_shutdown(executor: Executor) -> None:
+    futures = [executor.submit(pid) for _ in range(4)]
+    executor.shutdown()
+    assert all(future.done() for future in futures)
+    assert executor.health().accepting is False
+    with pytest.raises(ExecutorShutdown):
+        executor.submit(pid)

@@ -1,0 +1,150 @@
+"""Real servers, real clients."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, g, request, session
+from werkzeug.serving import make_server
+
+from conftest import MakeExecutor, wait_until
+
+APP = """
+import os, time
+from flask import Flask, g, request
+from flask_executor import Executor
+
+app = Flask(__name__)
+app.config["EXECUTOR_MAX_WORKERS"] = 3
+executor = Executor(app)
+here = os.getpid()
+executor.submit(os.getpid).result()          # a pool and its threads, before any fork
+
+
+def job(number):
+    g.number += number
+    return os.getpid(), request.args["n"], g.number
+
+
+@app.get("/")
+def view():
+    g.number = int(request.args["n"])
+    return {"imported": here, "served": os.getpid(), "jobs": list(executor.map(job, range(3)))}
+
+
+def write(path):
+    time.sleep(0.3)
+    with open(path, "w") as file:
+        file.write("done")
+
+
+@app.post("/")
+def start():
+    executor.submit(write, request.args["path"])
+    return "started"
+"""
+
+
+def get(port: int, path: str, method: str = "GET", **headers: str) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        body = response.read()
+        assert response.status == 200, (response.status, body)
+        return json.loads(body) if response.headers["Content-Type"] == "application/json" else body
+    finally:
+        connection.close()
+
+
+def test_300_concurrent_requests_and_map_with_8_threads_never_mix(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor(max_workers=8)
+
+    def look(item: int) -> list[Any]:
+        before = [request.args["n"], g.n, session["n"], request.n, request.headers["X-N"]]  # type: ignore[attr-defined]
+        g.n = session["n"] = request.n = item  # type: ignore[attr-defined]
+        return before
+
+    @app.get("/")
+    def view() -> list[Any]:
+        g.n = session["n"] = request.n = request.args["n"]  # type: ignore[attr-defined]
+        seen = list(executor.map(look, range(5))) + list(executor.map(look, range(6), chunksize=3))
+        return [*seen, [g.n, session["n"], request.n]]  # type: ignore[attr-defined]
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    try:
+        with ThreadPoolExecutor(60) as clients:
+            numbers = [str(number) for number in range(300)]
+            answers = list(clients.map(lambda n: get(server.port, f"/?n={n}", **{"X-N": n}), numbers))
+    finally:
+        server.shutdown()
+        serving.join()
+        server.server_close()
+    for number, seen in zip(numbers, answers, strict=True):
+        assert seen == [[number] * 5] * 11 + [[number] * 3]
+
+
+@contextmanager
+def gunicorn(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    (folder / "served.py").write_text(APP)
+    log = folder / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", *options, "served:app"],
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )
+    try:
+
+        def port() -> int | None:
+            for line in log.read_text().splitlines():
+                if "Listening at: http://127.0.0.1:" in line:
+                    return int(line.split("127.0.0.1:")[1].split()[0])
+            return None
+
+        assert wait_until(port, timeout=30), log.read_text()
+        yield server, port() or 0
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+            pytest.fail("gunicorn did not end")
+
+
+@pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "preload"])
+def test_gunicorn_with_several_workers(tmp_path: Path, options: list[str]) -> None:
+    with gunicorn(tmp_path, "-w", "3", "--threads", "2", *options) as (_, port), ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda n: get(port, f"/?n={n}"), range(60)))
+    for number, answer in enumerate(answers):
+        served = answer["served"]
+        assert answer["jobs"] == [[served, str(number), number + item] for item in range(3)]
+        assert (answer["imported"] != served) == bool(options)
+
+
+def test_a_server_that_is_told_to_stop_lets_its_jobs_end(tmp_path: Path) -> None:
+    target = tmp_path / "written"
+    with gunicorn(tmp_path, "-w", "1", "--threads", "2") as (server, port):
+        get(port, f"/?path={target}", "POST")
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
+    assert target.read_text() == "done"
