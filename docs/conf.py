@@ -12,10 +12,8 @@ extensions = ["sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_typehints_format = "short"
+autodoc_typehints = "none"  # ParamSpecs make them unreadable; editors show them
 autodoc_preserve_defaults = True
-python_maximum_signature_line_length = 80
 
 html_theme = "furo"
 html_title = f"Flask-Executor {release}"

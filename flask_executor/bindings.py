@@ -255,11 +255,12 @@ class Binding(JobChannel):
 
     def _send(self, signal: NamedSignal, job: LiveJob) -> None:
         app = self.app
-        if app is not None and current_app_or_none() is None:  # for a job in another process
+        receivers = list(signal.receivers_for(self._executor))
+        if receivers and app is not None and current_app_or_none() is None:  # for a job in another process, say
             CapturedContext(app).run(self._send, signal, job)
             return
         record = job.record()
-        for receiver in list(signal.receivers_for(self._executor)):
+        for receiver in receivers:
             try:
                 call_to_end(receiver, (self._executor,), {"job": record})
             except Exception:

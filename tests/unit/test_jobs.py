@@ -192,6 +192,17 @@ class TestSignals:
             make_executor(name="other").submit(add, 1).result()
         assert listener.seen == []
 
+    def test_those_of_other_executors_cost_no_context(
+        self, app: Flask, executor: Executor, make_executor: MakeExecutor
+    ) -> None:
+        listener = Listener(make_executor(name="other"))
+        left: list[object] = []
+        app.teardown_appcontext(left.append)
+        executor.submit(add, 1).result()
+        executor.wait(10)
+        assert left == [None]
+        assert listener.seen == []
+
     def test_a_receiver_that_fails_disturbs_nobody(self, executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
         def receive(sender: Any, job: Job) -> None:
             raise ValueError("receiver")
