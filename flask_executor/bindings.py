@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from werkzeug.utils import import_string
+from werkzeug.utils import ImportStringError, import_string
 
 from flask_executor.abc import Backend, Health, JobChannel, JobStore
 from flask_executor.context import CapturedContext, call_to_end, current_app_or_none, register_app
@@ -88,7 +88,7 @@ class Binding(JobChannel):
 
     def __init__(self, executor: Any, app: Flask, config: Config, default_callbacks: Sequence[Callback]) -> None:
         self.config = config
-        self.futures: FutureCollection[Any] = FutureCollection(config.futures_max_length)
+        self.futures: FutureCollection[FutureProxy[Any]] = FutureCollection(config.futures_max_length)
         self.store: JobStore = import_string(config.store)(config.store_max_records)
         self.unfinished = Unfinished()
         self._executor = executor
@@ -140,10 +140,13 @@ class Binding(JobChannel):
         :raises QueueFull: if too many jobs wait.
         :raises ExecutorShutdown: after :meth:`shutdown`.
         """
+        if options.key is None:
+            return self._start(self._prepare(context, options, fn, args, kwargs))
+        if self.futures.get(options.key) is not None:
+            raise KeyExists(options.key)
         call = self._prepare(context, options, fn, args, kwargs)
-        future: Any = call.future
-        if options.key is not None and self.futures.setdefault(options.key, future) is not future:
-            self.unfinished.discard(future)
+        if self.futures.setdefault(options.key, call.future) is not call.future:
+            self.unfinished.discard(call.future)
             raise KeyExists(options.key)
         return self._start(call)
 
@@ -151,14 +154,14 @@ class Binding(JobChannel):
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> FutureProxy[Any]:
         """The job under the key in the options, started if there is none."""
-        there: Any = self.futures.get(options.key)
+        there = self.futures.get(options.key)
         if there is None:
             call = self._prepare(context, options, fn, args, kwargs)
             there = self.futures.setdefault(options.key, call.future)
             if there is call.future:
                 return self._start(call)
             self.unfinished.discard(call.future)
-        return there  # type: ignore[no-any-return]
+        return there
 
     def map(
         self,
@@ -189,7 +192,7 @@ class Binding(JobChannel):
 
     def _prepare(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
-    ) -> Call:
+    ) -> Call[FutureProxy[Any]]:
         if self._closed:
             raise ExecutorShutdown(
                 "cannot schedule new futures after shutdown: this executor was shut down in this process"
@@ -201,8 +204,8 @@ class Binding(JobChannel):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), pending or 0)
         return Call(future, job, fn, args, kwargs, context, self)
 
-    def _start(self, call: Call) -> FutureProxy[Any]:
-        future: Any = call.future
+    def _start(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any]:
+        future = call.future
         self.store.add(call.job)
         if self._own_callbacks or self._default_callbacks:
             for callback in (*self._own_callbacks, *self._default_callbacks):
@@ -213,7 +216,7 @@ class Binding(JobChannel):
             self.backend.enqueue(call)
         except BaseException as error:
             self._refuse(future, error)
-        return future  # type: ignore[no-any-return]
+        return future
 
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
         """The backend did not take a call. Somebody may have found it by key meanwhile: end it, do not just drop it."""
@@ -300,8 +303,8 @@ class Binding(JobChannel):
 def _backend_class(config: Config) -> type[Backend]:
     try:
         backend_class = import_string(config.type)
-    except ImportError as error:
-        raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, f"importable ({error})") from error
+    except ImportStringError as error:
+        raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, f"importable ({error.exception})") from error
     if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
         raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, "a subclass of flask_executor.abc.Backend")
     return backend_class

@@ -81,8 +81,8 @@ class QueueFull(ExecutorError):
 
     def __str__(self) -> str:
         return (
-            f"{self.limit} jobs are waiting, as many as {self.key} allows, and this one was not "
-            "accepted. Try again later (in a view: answer 503 with Retry-After), or raise the limit."
+            f"As many jobs wait as {self.key} allows ({self.limit}); this one was not accepted. "
+            "Try again later (in a view: answer 503 with Retry-After), or raise the limit."
         )
 
 

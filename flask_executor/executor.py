@@ -198,7 +198,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         return apps[0] if len(apps) == 1 else None
 
     @property
-    def futures(self) -> FutureCollection[Any]:
+    def futures(self) -> FutureCollection[FutureProxy[Any]]:
         """The handles of stored jobs, by key."""
         return self._binding()[1].futures
 

@@ -19,6 +19,7 @@ from flask_executor.jobs import Job, JobStatus, LiveJob
 __all__ = ["Future", "FutureCollection", "FutureProxy", "propagate_exceptions_callback"]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Future[Any])
 
 
 def propagate_exceptions_callback(future: Future[Any]) -> None:
@@ -216,7 +217,7 @@ class _Unseen:
         self.tell()
 
 
-class FutureCollection(Generic[T]):
+class FutureCollection(Generic[F]):
     """Futures by key; ``executor.futures``.
 
     Every attribute and method of a future can be used with the key in front: ``futures.done("report")``,
@@ -232,11 +233,11 @@ class FutureCollection(Generic[T]):
     def __init__(self, max_length: int | None = 50) -> None:
         self.max_length = max_length
         self._lock = threading.RLock()  # a future's finalizer may run in the middle and look here
-        self._futures: dict[Hashable, Future[Any]] = {}
-        self._held: Counter[Future[Any]] = Counter()
-        self._left_unfinished: weakref.WeakValueDictionary[Hashable, Future[Any]] = weakref.WeakValueDictionary()
+        self._futures: dict[Hashable, F] = {}
+        self._held: Counter[F] = Counter()
+        self._left_unfinished: weakref.WeakValueDictionary[Hashable, F] = weakref.WeakValueDictionary()
 
-    def add(self, future_key: Hashable, future: Future[Any]) -> None:
+    def add(self, future_key: Hashable, future: F) -> None:
         """Hold ``future`` under ``future_key``.
 
         :raises KeyExists: if the key is taken (a :exc:`ValueError`).
@@ -246,7 +247,7 @@ class FutureCollection(Generic[T]):
                 raise KeyExists(future_key)
             self._put(future_key, future)
 
-    def setdefault(self, future_key: Hashable, future: Future[Any]) -> Future[Any]:
+    def setdefault(self, future_key: Hashable, future: F) -> F:
         """The future under this key; ``future``, now held, if there was none."""
         with self._lock:
             there = self._get(future_key)
@@ -254,12 +255,12 @@ class FutureCollection(Generic[T]):
                 self._put(future_key, future)
             return future if there is None else there
 
-    def get(self, future_key: Hashable) -> Future[Any] | None:
+    def get(self, future_key: Hashable) -> F | None:
         """The future under this key, None for an unknown key."""
         with self._lock:
             return self._get(future_key)
 
-    def pop(self, future_key: Hashable) -> Future[Any] | None:
+    def pop(self, future_key: Hashable) -> F | None:
         """Take a future out, and free its key; None for an unknown key."""
         with self._lock:
             future = self._futures.pop(future_key, None)
@@ -299,11 +300,11 @@ class FutureCollection(Generic[T]):
         """In the child of a fork: replace the lock, which a thread of the parent may have held."""
         self._lock = threading.RLock()
 
-    def _get(self, future_key: Hashable) -> Future[Any] | None:
+    def _get(self, future_key: Hashable) -> F | None:
         future = self._futures.get(future_key)
         return self._left_unfinished.get(future_key) if future is None else future
 
-    def _put(self, future_key: Hashable, future: Future[Any]) -> None:
+    def _put(self, future_key: Hashable, future: F) -> None:
         self._futures[future_key] = future
         self._held[future] += 1
         self._make_room()
@@ -319,7 +320,7 @@ class FutureCollection(Generic[T]):
             if not future.done():
                 self._left_unfinished[key] = future
 
-    def _release(self, future: Future[Any]) -> None:
+    def _release(self, future: F) -> None:
         self._held[future] -= 1
         if not self._held[future]:
             del self._held[future]

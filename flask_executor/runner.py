@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from flask_executor.context import CapturedContext, call_to_end, run_coroutine, snapshot
 from flask_executor.exceptions import NotPicklable, RemoteTraceback
@@ -15,14 +16,13 @@ from flask_executor.helpers import describe_error
 from flask_executor.jobs import JobStatus, LiveJob
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from flask_executor.abc import JobChannel, PreparedCall
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Future[Any])
 
 
-class Call:
+class Call(Generic[F]):
     """A function, its arguments and contexts, the job it is the work of, and the handle to settle.
 
     A worker in this process calls :meth:`run`. A backend whose workers are elsewhere calls :meth:`begin`, and then
@@ -33,7 +33,7 @@ class Call:
 
     def __init__(
         self,
-        future: Future[Any],
+        future: F,
         job: LiveJob,
         fn: Callable[..., Any],
         args: tuple[Any, ...],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+import weakref
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -85,7 +85,10 @@ class KeptUploads:
 
     def __init__(self, files: ImmutableMultiDict[str, FileStorage]) -> None:
         self._files = files
-        self._contents = {id(file): _content(file) for file in self._all()}
+        opened = [file for name in files for file in files.getlist(name)]
+        self._contents = {id(file): _content(file) for file in opened}
+        # Not __del__(): in a cycle the files could be finalized before it, and would warn that they are open.
+        weakref.finalize(self, _close, opened)
 
     def independent(self) -> ImmutableMultiDict[str, FileStorage]:
         """The same files with streams of their own."""
@@ -98,13 +101,10 @@ class KeptUploads:
         stream: IO[bytes] = io.BytesIO(content) if isinstance(content, bytes) else io.BufferedReader(_Reader(content))
         return FileStorage(stream, file.filename, file.name, headers=file.headers)
 
-    def _all(self) -> Iterator[FileStorage]:
-        for files in self._files.listvalues():
-            yield from files
 
-    def __del__(self) -> None:
-        for file in self._all():
-            file.close()
+def _close(files: list[FileStorage]) -> None:
+    for file in files:
+        file.close()
 
 
 class _Reader(io.RawIOBase):

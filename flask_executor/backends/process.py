@@ -37,7 +37,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         try:
             inner = self.submit(run_shipped, shipped)
         except BrokenProcessPool as error:
-            raise RuntimeError("a worker process died and took the pool with it; restart the server") from error
+            raise WorkerLost("A worker process died and took the pool with it; restart the server.") from error
 
         def begin() -> bool:
             return call.future.running() or call.begin()

@@ -129,7 +129,7 @@ def test_contexts_in_every_way_of_submitting(app: Flask) -> None:
 
 
 def test_types(either: Flask) -> None:
-    kind = {"thread": concurrent.futures.ThreadPoolExecutor, "process": concurrent.futures.ProcessPoolExecutor}[
+    kind: Any = {"thread": concurrent.futures.ThreadPoolExecutor, "process": concurrent.futures.ProcessPoolExecutor}[
         either.config["EXECUTOR_TYPE"]
     ]
     either.config["EXECUTOR_MAX_WORKERS"] = "2"

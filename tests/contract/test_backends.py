@@ -60,7 +60,7 @@ def test_stored(executor: Executor) -> None:
     assert executor.futures.done("sum")
     future = executor.futures.pop("sum")
     assert future is not None
-    assert executor.jobs.find("sum") == executor.jobs.get(future.job_id)  # type: ignore[attr-defined]
+    assert executor.jobs.find("sum") == executor.jobs.get(future.job_id)
 
 
 def test_contexts(app: Flask, executor: Executor) -> None:
