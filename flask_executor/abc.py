@@ -27,12 +27,15 @@ class BackendOptions:
 class PreparedCall(Protocol):
     """One call on its way through a backend; :class:`flask_executor.runner.Call` is the one there is."""
 
-    future: concurrent.futures.Future[Any]
     job: LiveJob
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     context: Any
+
+    @property
+    def future(self) -> concurrent.futures.Future[Any]:
+        """The handle of the job."""
 
     def run(self, *unused: object) -> None:
         """Run it here and now, in its contexts, and settle its future. Never raises."""
