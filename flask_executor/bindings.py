@@ -260,7 +260,10 @@ class Binding(JobChannel):
         app = self.app
         receivers = list(signal.receivers_for(self._executor))
         if receivers and app is not None and current_app_or_none() is None:  # for a job in another process, say
-            CapturedContext(app).run(self._send, signal, job)
+            try:
+                CapturedContext(app).run(self._send, signal, job)
+            except Exception:  # a receiver of Flask's own signals; the job must be settled all the same
+                logger.exception("%s could not be sent for job %s.", signal.name, job.id)
             return
         record = job.record()
         for receiver in receivers:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import io
 import pickle
 import weakref
 from collections.abc import Callable
@@ -43,13 +44,14 @@ T = TypeVar("T")
 _MERGED = hasattr(AppContext, "has_request")
 if _MERGED:
     _cv_request: contextvars.ContextVar[Any] = _cv_app
-    _REQUEST, _SESSION = "_request", "_session"
+    _REQUEST, _SESSION, _FLASHES = "_request", "_session", "_flashes"
 else:
     from flask.ctx import RequestContext
     from flask.globals import _cv_request
 
     # Flask 3.1.3 made the session a property that notes who looks.
     _REQUEST, _SESSION = "request", "_session" if hasattr(RequestContext, "session") else "session"
+    _FLASHES = "flashes"
 
 
 def current_app_or_none() -> Flask | None:
@@ -95,6 +97,7 @@ class CapturedContext:
 
     __slots__ = (
         "app_context",
+        "flashes",
         "globals",
         "request",
         "request_context",
@@ -122,10 +125,11 @@ class CapturedContext:
             request, session = getattr(context, _REQUEST), getattr(context, _SESSION)
             outlive(request)
             self.request: dict[str, Any] = request.__dict__.copy()
+            self.flashes: Any = getattr(context, _FLASHES)
             self.session_class: Any = None
             if session is not None:
                 self.session_class = type(session)
-                self.session_items = dict(session)
+                self.session_items = _with_own_flashes(dict(session))
                 self.session_state = session.__dict__.copy()
         self.variables = contextvars.copy_context()
 
@@ -158,25 +162,37 @@ class CapturedContext:
             app_context.g.__dict__.update(self.globals)
         return app_context, request_context
 
-    def fill(self, context: Any) -> None:
-        """Give a request context made by :meth:`make_contexts` its request, session and the rest."""
+    def contents(self) -> dict[str, Any]:
+        """What a request context made by :meth:`make_contexts` lacks: its request, session and the rest."""
         original = self.request_context
         request = object.__new__(type(getattr(original, _REQUEST)))
         request.__dict__.update(self.request)
         request.environ = dict(request.environ)
         request.headers = EnvironHeaders(request.environ)
         own_uploads(request)
-        own = {_REQUEST: request, _SESSION: self._make_session(), "_after_request_functions": []}
-        context.__dict__.update({**original.__dict__, **context.__dict__, **own})
+        own = {
+            _REQUEST: request,
+            _SESSION: self._make_session(),
+            _FLASHES: self.flashes,
+            "_after_request_functions": [],
+        }
+        return {**original.__dict__, **own}
 
     def _make_session(self) -> Any:
         if self.session_class is None:
             return None
         # Not copy.copy(): it would mark the copy as modified.
         session: Any = self.session_class.__new__(self.session_class)
-        dict.update(session, self.session_items)
+        dict.update(session, _with_own_flashes(dict(self.session_items)))
         session.__dict__.update(self.session_state)
         return session
+
+
+def _with_own_flashes(items: dict[str, Any]) -> dict[str, Any]:
+    """The items of a session; the list that ``flash()`` appends to must not be that of another one."""
+    if "_flashes" in items:
+        items["_flashes"] = [*items["_flashes"]]
+    return items
 
 
 @functools.cache
@@ -196,11 +212,14 @@ class _Unfilled:
     def __getattr__(self, name: str) -> Any:
         state = self.__dict__
         captured = state.get("_captured")
-        if captured is None:
-            raise AttributeError(name)
-        state["_captured"] = None
-        captured.fill(self)
-        return getattr(self, name)
+        if captured is not None:
+            # Threads that a job started may all be here: the contents that come first are everybody's.
+            contents: dict[str, Any] = state.setdefault("_contents", captured.contents())
+            for key, value in contents.items():
+                state.setdefault(key, value)
+            state["_captured"] = None
+            state.pop("_contents", None)
+        return object.__getattribute__(self, name)
 
 
 def _variables_without_flask() -> contextvars.Context:
@@ -232,10 +251,10 @@ def _run_in(app_context: Any, request_context: Any, fn: Callable[..., T], args: 
         if request_context is not None:
             request_context._cv_tokens = [None]
             _cv_request.set(request_context)
-    if appcontext_pushed.receivers:
-        appcontext_pushed.send(app, _async_wrapper=app.ensure_sync)
     error: BaseException | None = None
     try:
+        if appcontext_pushed.receivers:
+            appcontext_pushed.send(app, _async_wrapper=app.ensure_sync)
         return fn(*args)
     except BaseException as raised:
         error = raised
@@ -254,22 +273,25 @@ def _run_in(app_context: Any, request_context: Any, fn: Callable[..., T], args: 
             request_context.request.close()
         if _MERGED:
             app_context._cv_token = None  # refers to this contextvars.Context, which refers back
+            app_context._push_count = 0
         error = None  # its traceback refers to this frame
 
 
 def _tear_down(app_context: Any, request_context: Any, error: BaseException | None) -> None:
     """Run the app's teardown functions."""
     app = app_context.app
+    passed = (app_context,) if _MERGED else ()  # what Flask 3.2 passes along
+    # Not pop(): it refuses when the job left a context of its own pushed, or a streaming generator open.
+    _cv_app.set(app_context)
+    if request_context is not None:
+        _cv_request.set(request_context)
     try:
-        if _MERGED:
-            app_context.pop(error)
-            return
         try:
             if request_context is not None:
-                request_context.app.do_teardown_request(error)
+                request_context.app.do_teardown_request(*passed, error)
         finally:
             try:
-                app.do_teardown_appcontext(error)
+                app.do_teardown_appcontext(*passed, error)
             finally:
                 appcontext_popped.send(app, _async_wrapper=app.ensure_sync)
     except BaseException:  # also SystemExit: nobody is above this thread to whom it could mean anything
@@ -310,15 +332,27 @@ class Snapshot:
     def call(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
         """In a worker process: restore the contexts and call ``fn`` in them."""
         app = _apps.get(self.app)
+        variables = contextvars.Context()  # with nothing of what was active when this worker was forked
         if app is None or self.globals is None:
             # Not forked from the process that has the app, or contexts are off: nothing to push.
-            return contextvars.Context().run(call_to_end, fn, args, kwargs)
-        request_context = None if self.request is None else _rebuild_request_context(app, self.request)
-        app_context = request_context if _MERGED and request_context is not None else app.app_context()
-        for name, value in self.globals.items():
-            setattr(app_context.g, name, pickle.loads(value))
-        run: Callable[..., T] = contextvars.Context().run
+            return variables.run(call_to_end, fn, args, kwargs)
+        app_context, request_context = variables.run(self._make_contexts, app, self.globals)
+        run: Callable[..., T] = variables.run
         return run(_run_in, app_context, request_context, call_to_end, (fn, args, kwargs))
+
+    def _make_contexts(self, app: Flask, values: dict[str, bytes]) -> tuple[Any, Any]:
+        request_context: Any = None
+        if self.request is not None:
+            # There is a stream to read nothing from: bodies are sent as attributes.
+            request_context = app.request_context({**self.request.environ, "wsgi.input": io.BytesIO()})
+        app_context = request_context if _MERGED and request_context is not None else app.app_context()
+        _cv_app.set(app_context)
+        for name, value in values.items():
+            setattr(app_context.g, name, pickle.loads(value))
+        if self.request is not None:
+            _cv_request.set(request_context)
+            _restore_request(request_context, self.request)
+        return app_context, request_context
 
 
 def snapshot(captured: CapturedContext) -> Snapshot:
@@ -334,13 +368,13 @@ def snapshot(captured: CapturedContext) -> Snapshot:
 
 
 # Rebuilt in the worker, or bound to objects of this process.
-_NOT_SENT = frozenset({"environ", "headers", "stream", "files", "json_module", "url_rule", "view_args", "shallow"})
+_NOT_SENT = frozenset({"environ", "headers", "stream", "files", "json_module", "url_rule", "shallow"})
 
 
 def _snapshot_request(context: Any) -> RequestSnapshot:
     request = context.request
     state = {name: value for name, value in request.__dict__.items() if name not in _NOT_SENT}
-    session = getattr(context, _SESSION)
+    session = context.session
     return RequestSnapshot(
         environ={name: value for name, value in request.environ.items() if isinstance(value, (str, int, tuple))},
         attributes=_picklable(state),
@@ -350,12 +384,8 @@ def _snapshot_request(context: Any) -> RequestSnapshot:
     )
 
 
-def _rebuild_request_context(app: Flask, sent: RequestSnapshot) -> Any:
-    context: Any = app.request_context(dict(sent.environ))
-    request = context.request
-    for name, value in sent.attributes.items():
-        request.__dict__[name] = pickle.loads(value)
-    rebuild_uploads(request, sent.uploads)
+def _restore_request(context: Any, sent: RequestSnapshot) -> None:
+    app, request = context.app, context.request
     if sent.session is None:
         session = app.session_interface.make_null_session(app)
     else:
@@ -363,8 +393,10 @@ def _rebuild_request_context(app: Flask, sent: RequestSnapshot) -> Any:
         session = session_class(values)
     context.__dict__[_SESSION] = session
     if context.url_adapter is not None:
-        context.match_request()
-    return context
+        context.match_request()  # converters may look at the contexts
+    for name, value in sent.attributes.items():
+        request.__dict__[name] = pickle.loads(value)
+    rebuild_uploads(request, sent.uploads)
 
 
 def _picklable(state: dict[str, Any]) -> dict[str, bytes]:

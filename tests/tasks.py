@@ -43,6 +43,10 @@ def of_session(name: str) -> Any:
     return session[name]
 
 
+def body() -> bytes:
+    return request.get_data()
+
+
 def form_and_file() -> tuple[str, str | None, bytes]:
     upload = request.files["upload"]
     return request.form["title"], upload.filename, upload.read()

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from flask import Flask, g, request, session
-from tasks import add, app_name, fail, form_and_file, of_g, of_request, of_session, pid
+from tasks import add, app_name, body, fail, form_and_file, of_g, of_request, of_session, pid
 from werkzeug.datastructures import FileStorage, MultiDict
+from werkzeug.routing import BaseConverter
 from werkzeug.test import encode_multipart
 
 from conftest import MakeExecutor
@@ -87,10 +88,50 @@ def test_the_contexts_of_another_call_are_never_seen(app: Flask, executor: Execu
     for _ in range(4):
         with pytest.raises(AttributeError):
             executor.submit(of_g, "user").result()
-        with pytest.raises(RuntimeError, match="outside of request context"):
+        with pytest.raises(RuntimeError, match="request"):
             executor.submit(of_request, "path").result()
         with app.test_request_context("/second"):
             assert executor.submit(of_request, "path").result() == "/second"
+
+
+class Tenant(BaseConverter):
+    """A converter that looks at the contexts, which Flask allows."""
+
+    def to_python(self, value: str) -> str:
+        return f"{value} of {session.get('user')}"
+
+
+def test_the_route_is_that_of_the_request(app: Flask, executor: Executor) -> None:
+    app.url_map.converters["tenant"] = Tenant
+    app.add_url_rule("/<tenant:name>", "shelf", lambda name: "")
+
+    @app.url_value_preprocessor
+    def number(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        if values is not None:
+            values["page"] = 3
+
+    futures = []
+
+    @app.get("/start/<tenant:name>")
+    def start(name: str, page: int) -> str:
+        futures.append(executor.submit(of_request, "view_args"))
+        return str(futures[-1].result())
+
+    for user in ("ada", "bob"):
+        client = app.test_client()
+        with client.session_transaction() as values:
+            values["user"] = user
+        client.get("/start/books")
+    assert [future.result() for future in futures] == [
+        {"name": f"books of {user}", "page": 3} for user in ("ada", "bob")
+    ]
+
+
+def test_a_request_without_a_body(app: Flask, executor: Executor) -> None:
+    with app.test_request_context("/"):
+        futures: list[Any] = [executor.submit(body), executor.submit(of_request, "form")]
+    assert futures[0].result() == b""
+    assert not futures[1].result()
 
 
 def test_an_upload(app: Flask, executor: Executor) -> None:

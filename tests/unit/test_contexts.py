@@ -8,7 +8,8 @@ import logging
 import sys
 import threading
 import weakref
-from concurrent.futures import wait
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ from flask import (
     has_request_context,
     request,
     session,
+    stream_with_context,
     url_for,
 )
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
 
 from conftest import MakeExecutor
-from flask_executor import AppNotFound, Executor
+from flask_executor import AppNotFound, Executor, job_finished
 
 colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
 
@@ -286,6 +288,69 @@ def test_flasks_signals_are_sent(app: Flask, executor: Executor) -> None:
         sent.clear()
         executor.submit(int).result()
         assert sent == ["appcontext-pushed", "request-tearing-down", "appcontext-tearing-down", "appcontext-popped"]
+
+
+def test_a_context_that_a_job_leaves_pushed(app: Flask, executor: Executor) -> None:
+    left: list[str] = []
+
+    @app.teardown_appcontext
+    def close(error: BaseException | None) -> None:
+        left.append(g.connection)
+
+    def job() -> None:
+        g.connection = "of the job"
+        app.app_context().push()
+
+    executor.submit(job).result()
+    assert left == ["of the job"]
+
+
+def test_a_job_that_gives_a_stream(app: Flask, executor: Executor) -> None:
+    def job() -> Iterator[str]:
+        return iter(stream_with_context(iter([request.path, "end"])))
+
+    with app.test_request_context("/here"):
+        future = executor.submit(job)
+        assert list(future.result()) == ["/here", "end"]
+        assert request.path == "/here"
+    assert not has_app_context()
+
+
+def test_flask_signals_that_fail_fail_the_job_and_settle_it(app: Flask, executor: Executor) -> None:
+    def refuse(sender: Flask, **_: Any) -> None:
+        raise LookupError("receiver")
+
+    def note(sender: Any, job: Any) -> None: ...
+
+    job_finished.connect(note, executor)
+    appcontext_pushed.connect(refuse, app)
+    future = executor.submit(int)
+    assert isinstance(future.exception(timeout=10), LookupError)
+    assert future.status == "failed"
+
+
+def test_messages_flashed_in_a_job_do_not_reach_the_view(app: Flask, executor: Executor) -> None:
+    with app.test_request_context():
+        flash("view")
+        executor.submit(flash, "job").result()
+        assert get_flashed_messages() == ["view"]
+
+
+def test_threads_of_a_job_may_look_at_its_request_at_the_same_time(app: Flask, executor: Executor) -> None:
+    def look_at_once() -> list[Any]:
+        together = threading.Barrier(8, timeout=10)
+
+        def look() -> tuple[int, str]:
+            together.wait()
+            return id(request._get_current_object()), request.path  # type: ignore[attr-defined]
+
+        with ThreadPoolExecutor(8) as pool:
+            futures = [pool.submit(contextvars.copy_context().run, look) for _ in range(8)]
+            return [future.result() for future in futures]
+
+    with app.test_request_context("/here"):
+        for seen in [executor.submit(look_at_once).result() for _ in range(30)]:
+            assert len(set(seen)) == 1
 
 
 class StrictFlask(Flask):
