@@ -117,10 +117,14 @@ def test_the_route_is_that_of_the_request(app: Flask, executor: Executor) -> Non
         futures.append(executor.submit(of_request, "view_args"))
         return str(futures[-1].result())
 
+    @app.get("/login/<user>")
+    def login(user: str, page: int) -> str:
+        session["user"] = user
+        return ""
+
     for user in ("ada", "bob"):
         client = app.test_client()
-        with client.session_transaction() as values:
-            values["user"] = user
+        client.get(f"/login/{user}")
         client.get("/start/books")
     assert [future.result() for future in futures] == [
         {"name": f"books of {user}", "page": 3} for user in ("ada", "bob")
