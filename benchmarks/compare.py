@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 CASES = [
     ("bulk_1", 5000, "bulk submit and complete, one worker, per job"),
     ("bulk_6", 5000, "the same, six workers"),
-    ("round_trip", 1000, "round trip, one at a time"),
+    ("round_trip", 1000, "round trip, one right after the other"),
+    ("round_trip_paced", 300, "round trip, one every millisecond"),
     ("map_6", 20000, "map of 20,000, six workers, per item"),
     ("map_6_chunks", 20000, "the same with chunksize=16"),
     ("done", 100000, "future.done()"),

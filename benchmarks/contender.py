@@ -47,6 +47,18 @@ class Cases:
                 executor.submit(noop).result()
             return time.perf_counter() - begin
 
+    def round_trip_paced(self, count: int) -> float:
+        """As a server has them: with a pause before each, in which caches and threads go cold."""
+        with self.make(1) as executor:
+            executor.submit(noop).result()
+            elapsed = 0.0
+            for _ in range(count):
+                time.sleep(0.001)
+                begin = time.perf_counter()
+                executor.submit(noop).result()
+                elapsed += time.perf_counter() - begin
+            return elapsed
+
     def map_6(self, count: int, **kwargs: Any) -> float:
         with self.make(6) as executor:
             executor.submit(noop).result()
