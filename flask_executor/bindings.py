@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from flask_executor.config import Config
 
-T = TypeVar("T")
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Callback = Callable[[Future[Any]], object]
@@ -109,9 +108,11 @@ class Binding(JobChannel):
         backend = self._backend
         if backend is None:
             with self._lock:
-                if self._backend is None:
-                    self._backend = self._backend_class(self.config.backend_options())
                 backend = self._backend
+                if backend is None:
+                    backend = self._backend = self._backend_class(self.config.backend_options())
+                    if self._closed:
+                        backend.shutdown()
         return backend
 
     @property
@@ -289,8 +290,11 @@ class Binding(JobChannel):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
-        self._closed = True
-        self.backend.shutdown(wait=wait, cancel_futures=cancel_futures)
+        with self._lock:
+            self._closed = True
+            backend = self._backend
+        if backend is not None:
+            backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
     def after_fork(self) -> None:
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""

@@ -177,14 +177,14 @@ class FutureProxy(Future[T]):
         self._condition = threading.Condition()
         self._done_callbacks.clear()
         self._waiters.clear()
-        if self._state not in (PENDING, RUNNING) or self._job.status.ended:
-            return self._job
-        error = WorkerLost(
-            f"Job {self._job.name} was submitted before this process was forked; only its parent has it."
-        )
-        self._job.end(JobStatus.LOST, error)
-        self._looked_at = True
-        self.set_exception(error)
+        if self._state in (PENDING, RUNNING):
+            error = WorkerLost(
+                f"Job {self._job.name} was submitted before this process was forked; only its parent has it."
+            )
+            if not self._job.status.ended:  # it may have, with the result on its way here
+                self._job.end(JobStatus.LOST, error)
+            self._looked_at = True
+            self.set_exception(error)
         return self._job
 
     def _invoke_callbacks(self) -> None:
