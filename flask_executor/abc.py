@@ -69,7 +69,7 @@ class Backend(concurrent.futures.Executor):
     def enqueue(self, call: PreparedCall) -> None:
         """Accept a call, which is then run once or its future cancelled; first come, first served.
 
-        :raises RuntimeError: after :meth:`shutdown`; the call was not accepted.
+        :raises ExecutorShutdown: after :meth:`shutdown`; the call was not accepted.
         :raises NotPicklable: for a call that cannot be sent to where the workers are; it was not accepted.
         """
 
@@ -80,8 +80,8 @@ class Backend(concurrent.futures.Executor):
 
     @property
     @abc.abstractmethod
-    def capacity(self) -> int:
-        """How many jobs can run at a time."""
+    def capacity(self) -> int | None:
+        """How many jobs can run at a time; None where none ever waits."""
 
 
 class JobRecords(abc.ABC):

@@ -86,21 +86,38 @@ class Binding(JobChannel):
     """
 
     def __init__(self, executor: Any, app: Flask, config: Config, default_callbacks: Sequence[Callback]) -> None:
-        self.config = config
         self.futures: FutureCollection[FutureProxy[Any]] = FutureCollection(config.futures_max_length)
         self.store: JobStore = import_string(config.store)(config.store_max_records)
         self.unfinished = Unfinished()
         self._executor = executor
         self._app = weakref.ref(app)
         self._default_callbacks = default_callbacks
+        self._backend: Backend | None = None
+        self._lock = threading.Lock()
+        self._set_config(config)
+        register_app(app)
+
+    def _set_config(self, config: Config) -> None:
+        self._backend_class = _backend_class(config)
+        self.config = config
+        self.futures.max_length = config.futures_max_length
         self._own_callbacks: Sequence[Callback] = (
             (propagate_exceptions_callback,) if config.propagate_exceptions else ()
         )
-        self._backend_class = _backend_class(config)
-        self._backend: Backend | None = None
-        self._lock = threading.Lock()
         self._closed = False
-        register_app(app)
+
+    def reconfigure(self, config: Config) -> None:
+        """Take another configuration. Handles and records stay; jobs that were accepted end on the old backend.
+
+        The store stays what it is.
+        """
+        if config == self.config and not self._closed:
+            return
+        with self._lock:
+            self._set_config(config)
+            backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.shutdown(wait=False)
 
     @property
     def backend(self) -> Backend:
@@ -157,7 +174,13 @@ class Binding(JobChannel):
         """The job under the key in the options, started if there is none."""
         there = self.futures.get(options.key)
         if there is None:
-            call = self._prepare(context, options, fn, args, kwargs)
+            try:
+                call = self._prepare(context, options, fn, args, kwargs)
+            except QueueFull:
+                there = self.futures.get(options.key)  # another thread may have started it just now
+                if there is None:
+                    raise
+                return there
             there = self.futures.setdefault(options.key, call.future)
             if there is call.future:
                 return self._start(call)
@@ -200,34 +223,40 @@ class Binding(JobChannel):
             )
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         future: FutureProxy[Any] = FutureProxy(job, self)
-        pending = self.config.max_pending
-        if not self.unfinished.add(future, None if pending is None else self.backend.capacity + pending):
-            raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), pending or 0)
+        if not self.unfinished.add(future, self._limit()):
+            raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return Call(future, job, fn, args, kwargs, context, self)
+
+    def _limit(self) -> int | None:
+        pending = self.config.max_pending
+        if pending is None or self.backend.capacity is None:
+            return None
+        return self.backend.capacity + pending
 
     def _start(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any]:
         future = call.future
-        self.store.add(call.job)
-        if self._own_callbacks or self._default_callbacks:
-            for callback in (*self._own_callbacks, *self._default_callbacks):
-                future.add_done_callback(callback)
-        if job_queued.receivers:
-            self._send(job_queued, call.job)
         try:
+            self.store.add(call.job)
+            if self._own_callbacks or self._default_callbacks:
+                for callback in (*self._own_callbacks, *self._default_callbacks):
+                    future.add_done_callback(callback)
+            if job_queued.receivers:
+                self._send(job_queued, call.job)
             self.backend.enqueue(call)
         except BaseException as error:
             self._refuse(future, error)
         return future
 
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
-        """The backend did not take a call. Somebody may have found it by key meanwhile: end it, do not just drop it."""
+        """A call was not accepted. Somebody may have found it by key meanwhile: end it, do not just drop it."""
         if not future.cancel():
-            return  # a worker has got it all the same: a pool that could not start one more thread
+            # It has run, or a worker has got it all the same: a pool that could not start one more thread.
+            if isinstance(error, Exception):
+                return
+            raise error
         if future.key is not None:
             self.futures.pop(future.key)
         self.store.remove(future.job_id)
-        if isinstance(error, RuntimeError):
-            raise ExecutorShutdown(str(error)) from error
         raise error
 
     # ---- the channel ----
@@ -260,9 +289,10 @@ class Binding(JobChannel):
     def _send(self, signal: NamedSignal, job: LiveJob) -> None:
         app = self.app
         receivers = list(signal.receivers_for(self._executor))
-        if receivers and app is not None and current_app_or_none() is None:  # for a job in another process, say
+        if receivers and app is not None and current_app_or_none() is not app:  # for a job in another process, say
             try:
-                CapturedContext(app).run(self._send, signal, job)
+                with app.app_context():
+                    self._send(signal, job)
             except Exception:  # a receiver of Flask's own signals; the job must be settled all the same
                 logger.exception("%s could not be sent for job %s.", signal.name, job.id)
             return

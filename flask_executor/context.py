@@ -15,12 +15,16 @@ Flask up to 3.1 has two context variables, one for the app and one for the reque
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import contextvars
+import copy
 import functools
 import io
 import pickle
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import CoroutineType
 from typing import Any, TypeVar
@@ -66,10 +70,10 @@ def call_to_end(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, A
     :raises RuntimeError: for a coroutine when Flask's extra ``async`` is not installed.
     """
     result: Any = fn(*args, **kwargs)
-    return run_coroutine(result) if type(result) is CoroutineType else result  # type: ignore[no-any-return]
+    return _run_coroutine(result) if type(result) is CoroutineType else result  # type: ignore[no-any-return]
 
 
-def run_coroutine(coroutine: CoroutineType[Any, Any, Any]) -> Any:
+def _run_coroutine(coroutine: CoroutineType[Any, Any, Any]) -> Any:
     async def finish() -> Any:
         return await coroutine
 
@@ -78,10 +82,15 @@ def run_coroutine(coroutine: CoroutineType[Any, Any, Any]) -> Any:
         if app is None:
             raise RuntimeError("an async job needs an app context, and EXECUTOR_PUSH_APP_CONTEXT is off")
         run = app.async_to_sync(finish)
-    except RuntimeError:
-        coroutine.close()  # or Python warns that it was never awaited
-        raise
-    return run()
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return run()
+        # Type "immediate" in an async view: this thread has a loop already, which must not be entered again.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(contextvars.copy_context().run, run).result()
+    finally:
+        coroutine.close()  # if it was not run at all, or Python warns that it was never awaited
 
 
 # ---- capture ----
@@ -97,13 +106,12 @@ class CapturedContext:
 
     __slots__ = (
         "app_context",
+        "environ",
         "flashes",
-        "globals",
+        "make_globals",
+        "make_session",
         "request",
         "request_context",
-        "session_class",
-        "session_items",
-        "session_state",
         "variables",
     )
 
@@ -111,9 +119,9 @@ class CapturedContext:
         outer = _cv_app.get(None)
         context = _cv_request.get(None)
         self.app_context: Any = app.app_context() if outer is None else outer
-        self.globals: dict[str, Any] | None = None
+        self.make_globals: Callable[[], Any] | None = None
         if outer is not None and push_app_context:
-            self.globals = outer.g.__dict__.copy() or None
+            self.make_globals = _copier(outer.g)
         self.request_context: Any = context
         if context is None or (_MERGED and not context.has_request):
             self.request_context = None
@@ -125,12 +133,9 @@ class CapturedContext:
             request, session = getattr(context, _REQUEST), getattr(context, _SESSION)
             outlive(request)
             self.request: dict[str, Any] = request.__dict__.copy()
+            self.environ: dict[str, Any] = request.environ.copy()
             self.flashes: Any = getattr(context, _FLASHES)
-            self.session_class: Any = None
-            if session is not None:
-                self.session_class = type(session)
-                self.session_items = _with_own_flashes(dict(session))
-                self.session_state = session.__dict__.copy()
+            self.make_session = _copier(session)
         self.variables = contextvars.copy_context()
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
@@ -157,9 +162,7 @@ class CapturedContext:
         else:
             app_context = object.__new__(type(captured))
             app_context.__dict__ = captured.__dict__.copy()
-        app_context.g = captured.app.app_ctx_globals_class()
-        if self.globals is not None:
-            app_context.g.__dict__.update(self.globals)
+        app_context.g = (self.make_globals or captured.app.app_ctx_globals_class)()
         return app_context, request_context
 
     def contents(self) -> dict[str, Any]:
@@ -167,25 +170,34 @@ class CapturedContext:
         original = self.request_context
         request = object.__new__(type(getattr(original, _REQUEST)))
         request.__dict__.update(self.request)
-        request.environ = dict(request.environ)
+        request.environ = self.environ.copy()
         request.headers = EnvironHeaders(request.environ)
         own_uploads(request)
         own = {
             _REQUEST: request,
-            _SESSION: self._make_session(),
+            _SESSION: self.make_session(),
             _FLASHES: self.flashes,
             "_after_request_functions": [],
         }
         return {**original.__dict__, **own}
 
-    def _make_session(self) -> Any:
-        if self.session_class is None:
-            return None
-        # Not copy.copy(): it would mark the copy as modified.
-        session: Any = self.session_class.__new__(self.session_class)
-        dict.update(session, _with_own_flashes(dict(self.session_items)))
-        session.__dict__.update(self.session_state)
-        return session
+
+def _copier(original: Any) -> Callable[[], Any]:
+    """A maker of copies of ``original``, one level deep, as it is now."""
+    state = getattr(original, "__dict__", None)
+    if state is None:
+        return functools.partial(copy.copy, copy.copy(original))
+    items = _with_own_flashes(dict(original)) if isinstance(original, dict) else None
+    return functools.partial(_make_copy, type(original), state.copy(), items)
+
+
+def _make_copy(made: Any, state: dict[str, Any], items: dict[str, Any] | None) -> Any:
+    # Not copy.copy(): it costs five times as much, and would mark the copy of a session as modified.
+    new = made.__new__(made)
+    if items is not None:
+        dict.update(new, _with_own_flashes(items.copy()))
+    new.__dict__.update(state)
+    return new
 
 
 def _with_own_flashes(items: dict[str, Any]) -> dict[str, Any]:
@@ -267,10 +279,9 @@ def _run_in(app_context: Any, request_context: Any, fn: Callable[..., T], args: 
             or appcontext_popped.receivers
             or request_tearing_down.receivers
             or type(app) is not Flask
+            or (request_context is not None and _REQUEST in request_context.__dict__)
         ):
             _tear_down(app_context, request_context, error)
-        if request_context is not None and _REQUEST in request_context.__dict__:
-            request_context.request.close()
         if _MERGED:
             app_context._cv_token = None  # refers to this contextvars.Context, which refers back
             app_context._push_count = 0
@@ -278,7 +289,7 @@ def _run_in(app_context: Any, request_context: Any, fn: Callable[..., T], args: 
 
 
 def _tear_down(app_context: Any, request_context: Any, error: BaseException | None) -> None:
-    """Run the app's teardown functions."""
+    """Run the app's teardown functions, and close the request if there is one that was looked at."""
     app = app_context.app
     passed = (app_context,) if _MERGED else ()  # what Flask 3.2 passes along
     # Not pop(): it refuses when the job left a context of its own pushed, or a streaming generator open.
@@ -286,14 +297,13 @@ def _tear_down(app_context: Any, request_context: Any, error: BaseException | No
     if request_context is not None:
         _cv_request.set(request_context)
     try:
-        try:
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(appcontext_popped.send, app, _async_wrapper=app.ensure_sync)
+            last_first.callback(functools.partial(app.do_teardown_appcontext, *passed, error))
             if request_context is not None:
-                request_context.app.do_teardown_request(*passed, error)
-        finally:
-            try:
-                app.do_teardown_appcontext(*passed, error)
-            finally:
-                appcontext_popped.send(app, _async_wrapper=app.ensure_sync)
+                if _REQUEST in request_context.__dict__:
+                    last_first.callback(request_context.request.close)
+                last_first.callback(functools.partial(request_context.app.do_teardown_request, *passed, error))
     except BaseException:  # also SystemExit: nobody is above this thread to whom it could mean anything
         app.logger.exception("A teardown function failed after a job; the job's result stands.")
 
@@ -362,7 +372,7 @@ def snapshot(captured: CapturedContext) -> Snapshot:
     _, request_context = captured.make_contexts()
     return Snapshot(
         app=id(captured.app_context.app),
-        globals=_picklable(captured.globals or {}),
+        globals={} if captured.make_globals is None else _picklable(getattr(captured.make_globals(), "__dict__", {})),
         request=None if request_context is None else _snapshot_request(request_context),
     )
 

@@ -30,6 +30,7 @@ __all__ = ["Executor", "ExecutorJob", "ExecutorWithOptions", "propagate_exceptio
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_BINDINGS = "flask_executor_bindings"  # in app.extensions: what each executor has there
 _executors: weakref.WeakSet[Executor] = weakref.WeakSet()
 
 
@@ -60,7 +61,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         if not re.fullmatch(r"\w*", name, re.ASCII):
             raise ValueError(f"the executor's name is {name!r}; it may only have letters, digits and underscores")
         self.name = name
-        self._bindings: weakref.WeakKeyDictionary[Flask, Binding] = weakref.WeakKeyDictionary()
+        self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         self._default_done_callbacks: list[Callable[[concurrent.futures.Future[Any]], object]] = []
         self._defaults = JobOptions()
         _executors.add(self)
@@ -75,14 +76,14 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         :raises ConfigError: for a value in ``app.config`` that cannot be used.
         """
         config = Config.read(app.config, self.name)
-        binding = Binding(self, app, config, self._default_done_callbacks)
-        previous = self._bindings.get(app)
-        self._bindings[app] = binding
+        # The app owns what is bound to it, so that an app that is thrown away takes its jobs and threads along.
+        bindings: dict[Executor, Binding] = app.extensions.setdefault(_BINDINGS, {})
+        if self in bindings:
+            bindings[self].reconfigure(config)
+        else:
+            bindings[self] = Binding(self, app, config, self._default_done_callbacks)
+            self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
-        # An app that is thrown away, by a test's factory say, takes its threads with it.
-        weakref.finalize(app, binding.shutdown, wait=False).atexit = False
-        if previous is not None:
-            previous.shutdown(wait=False)
 
     # ---- submitting ----
 
@@ -175,7 +176,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
         def decorate(fn: Any) -> Any:
             _check_callable(fn)
-            if any(binding.remote for binding in list(self._bindings.values())):
+            if any(binding.remote for _, binding in self._bound()):
                 _check_importable(fn)
             return ExecutorJob(self, fn, JobOptions(name=name, owner=owner))
 
@@ -194,7 +195,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     @property
     def app(self) -> Flask | None:
         """The app that is bound, None when there is none or several."""
-        apps = list(self._bindings)
+        apps = list(self._apps)
         return apps[0] if len(apps) == 1 else None
 
     @property
@@ -213,7 +214,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
     def unfinished(self) -> list[FutureProxy[Any]]:
         """The handles of all jobs in this process that have not ended, of all apps."""
-        return [*chain.from_iterable(binding.unfinished.all() for binding in list(self._bindings.values()))]
+        return [*chain.from_iterable(binding.unfinished.all() for _, binding in self._bound())]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no job is left in this process, its callbacks included, of all apps.
@@ -222,7 +223,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         :return: whether that is so.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        for binding in list(self._bindings.values()):
+        for _, binding in self._bound():
             if not binding.unfinished.wait(None if deadline is None else deadline - time.monotonic()):
                 return False
         return True
@@ -233,18 +234,24 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         :param wait: whether to return only when they have ended.
         :param cancel_futures: whether to cancel those that have not started.
         """
-        for binding in list(self._bindings.values()):
+        for _, binding in self._bound():
             binding.shutdown(wait, cancel_futures=cancel_futures)
 
     @property
     def _self(self) -> Any:
         """The backend, None where it cannot be told for which app."""
-        try:
-            return self._binding()[1].backend
-        except AppNotFound:
-            return None
+        app = current_app_or_none() or self.app
+        binding = None if app is None else self._bound_to(app)
+        return None if binding is None else binding.backend
 
     # ---- the work ----
+
+    def _bound(self) -> list[tuple[Flask, Binding]]:
+        return [(app, app.extensions[_BINDINGS][self]) for app in list(self._apps)]
+
+    def _bound_to(self, app: Flask) -> Binding | None:
+        binding: Binding | None = app.extensions.get(_BINDINGS, {}).get(self)
+        return binding
 
     def _binding(self) -> tuple[Flask, Binding]:
         """The app meant and what is bound to it.
@@ -253,17 +260,17 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         app = current_app_or_none()
         if app is not None:
-            binding = self._bindings.get(app)
+            binding = self._bound_to(app)
             if binding is None:
                 raise AppNotFound(
                     f"This executor is not bound to the current app, {app.name!r}: pass the app to Executor(app), "
                     "or call executor.init_app(app) in the app's factory."
                 )
             return app, binding
-        apps = list(self._bindings.items())
+        apps = self._bound()
         if len(apps) > 1:
             gc.collect()  # apps of earlier tests are cycles that nobody refers to any more
-            apps = list(self._bindings.items())
+            apps = self._bound()
         if len(apps) == 1:
             return apps[0]
         if not apps:
@@ -365,25 +372,26 @@ class ExecutorJob(Generic[P, T]):
         self.fn = fn
         self._options = options or JobOptions()
         self._submitter = ExecutorWithOptions(executor, self._options)
+        self._submitted: ExecutorJob[P, T] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.fn(*args, **kwargs)
 
-    def submit(self, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+    def submit(self, /, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit`."""
-        return self._submitter.submit(self, *args, **kwargs)
+        return self._submitter.submit(self._submitted, *args, **kwargs)
 
     def submit_stored(self, /, future_key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_stored`."""
-        return self._submitter.submit_stored(future_key, self, *args, **kwargs)
+        return self._submitter.submit_stored(future_key, self._submitted, *args, **kwargs)
 
     def submit_once(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_once`."""
-        return self._submitter.submit_once(key, self, *args, **kwargs)
+        return self._submitter.submit_once(key, self._submitted, *args, **kwargs)
 
     def map(self, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1) -> Iterator[T]:
         """As :meth:`Executor.map`."""
-        return self._submitter.map(self, *iterables, timeout=timeout, chunksize=chunksize)
+        return self._submitter.map(self._submitted, *iterables, timeout=timeout, chunksize=chunksize)
 
     def options(
         self, *, name: str | None = None, key: Hashable | None = None, owner: str | None = None
@@ -391,7 +399,9 @@ class ExecutorJob(Generic[P, T]):
         """The same job with other options, as :meth:`Executor.options`; what is not given stays."""
         given = {"name": name, "key": key, "owner": owner}
         changed = {option: value for option, value in given.items() if value is not None}
-        return ExecutorJob(self.executor, self.fn, replace(self._options, **changed))  # type: ignore[arg-type]
+        job = ExecutorJob(self.executor, self.fn, replace(self._options, **changed))  # type: ignore[arg-type]
+        job._submitted = self._submitted  # worker processes find that one by its name
+        return job
 
     def __reduce__(self) -> str:
         # By reference, as functions are pickled: the module's name for it leads here, not to the function.
@@ -407,10 +417,17 @@ def _results(futures: list[FutureProxy[T]], deadline: float | None) -> Iterator[
     try:
         while futures:
             # The last reference, so that a result lives no longer than the one who asked wants it.
-            yield futures.pop().result(None if deadline is None else deadline - time.monotonic())
+            yield _result_or_cancel(futures.pop(), None if deadline is None else deadline - time.monotonic())
     finally:
         for future in futures:
             future.cancel()
+
+
+def _result_or_cancel(future: FutureProxy[T], timeout: float | None) -> T:
+    try:
+        return future.result(timeout)
+    finally:
+        future.cancel()  # it was late, if this has any effect
 
 
 def _check_callable(fn: Any) -> None:
@@ -436,7 +453,7 @@ def _checked_key(key: Hashable) -> Hashable:
 
 def _reset_after_fork() -> None:
     for executor in list(_executors):
-        for binding in list(executor._bindings.values()):
+        for _, binding in executor._bound():
             binding.after_fork()
 
 

@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future
-from concurrent.futures._base import CANCELLED_AND_NOTIFIED, PENDING, RUNNING
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, PENDING, RUNNING
 from typing import Any, Generic, TypeVar
 
 from flask_executor.abc import JobChannel
@@ -45,7 +45,7 @@ class FutureProxy(Future[T]):
         super().__init__()
         self._job = job
         self._channel = channel
-        self._looked_at = False
+        self._lookers = 0
         self._unseen: _Unseen | None = None
 
     @property
@@ -66,7 +66,7 @@ class FutureProxy(Future[T]):
     def stop(self, grace: float | None = None) -> bool:
         """Ask the job to stop: a queued one is cancelled.
 
-        :param grace: seconds before force is used, on backends that can.
+        :param grace: seconds before force is used, on backends that can; none can yet.
         :return: whether the job will not run. A job that runs already goes on, which gives False.
         """
         return self.cancel()
@@ -104,8 +104,7 @@ class FutureProxy(Future[T]):
         """For backends: settle the future with an error."""
         if exception is not None:
             unseen = self._unseen = _Unseen(self._job, self._channel, exception)
-            unseen.seen = self._looked_at
-            stored_and_alone = self._job.key is not None and not self._waiters
+            stored_and_alone = self._job.key is not None and not self._waiters and not self._lookers
         super().set_exception(exception)
         if exception is not None and stored_and_alone:
             # The collection holds this handle, perhaps for hours: do not wait until it is dropped.
@@ -118,11 +117,11 @@ class FutureProxy(Future[T]):
         :raises concurrent.futures.TimeoutError: when the job has not ended by then.
         :raises concurrent.futures.CancelledError: when it was cancelled.
         """
-        self._look()
+        self._look(1)
         try:
             return super().result(timeout)
         finally:
-            self._looked_at = self.done()
+            self._look(-1)
             self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -132,11 +131,11 @@ class FutureProxy(Future[T]):
         :raises concurrent.futures.TimeoutError: when the job has not ended by then.
         :raises concurrent.futures.CancelledError: when it was cancelled.
         """
-        self._look()
+        self._look(1)
         try:
             return super().exception(timeout)
         finally:
-            self._looked_at = self.done()
+            self._look(-1)
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call ``fn`` with this future when the job has ended, in a copy of the contexts that are active now.
@@ -181,22 +180,27 @@ class FutureProxy(Future[T]):
             error = WorkerLost(
                 f"Job {self._job.name} was submitted before this process was forked; only its parent has it."
             )
+            self._lookers = 1  # the parent will report, not this process
             if not self._job.status.ended:  # it may have, with the result on its way here
                 self._job.end(JobStatus.LOST, error)
-            self._looked_at = True
             self.set_exception(error)
+            self._look(-1)
         return self._job
 
     def _invoke_callbacks(self) -> None:
-        if self._done_callbacks:
-            super()._invoke_callbacks()  # type: ignore[misc]
-            # They hold contexts and so the app and the request; the future may be held for long.
-            self._done_callbacks.clear()
+        # They are let go of: they hold contexts, so the app and a request, and the future may be held for long.
+        callbacks, self._done_callbacks = self._done_callbacks, []
+        for callback in callbacks:
+            try:
+                callback(self)
+            except BaseException:  # also SystemExit, which the standard library lets end a worker for good
+                LOGGER.exception("exception calling callback for %r", self)
 
-    def _look(self) -> None:
-        self._looked_at = True
-        if self._unseen is not None:
-            self._unseen.seen = True
+    def _look(self, change: int) -> None:
+        with self._condition:
+            self._lookers += change
+            if change < 0 and self._unseen is not None:
+                self._unseen.seen = True
 
 
 class _Unseen:
@@ -302,7 +306,12 @@ class FutureCollection(Generic[F]):
 
     def _get(self, future_key: Hashable) -> F | None:
         future = self._futures.get(future_key)
-        return self._left_unfinished.get(future_key) if future is None else future
+        if future is None:
+            future = self._left_unfinished.get(future_key)
+            if future is not None and future.done():
+                del self._left_unfinished[future_key]
+                return None
+        return future
 
     def _put(self, future_key: Hashable, future: F) -> None:
         self._futures[future_key] = future

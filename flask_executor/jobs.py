@@ -87,34 +87,36 @@ class LiveJob:
 
     def start(self) -> None:
         """Go from ``queued`` to ``running``."""
-        self._become(JobStatus.RUNNING)
+        self._check(JobStatus.RUNNING)
         self.started_at = time.time()
+        self.status = JobStatus.RUNNING  # last: whoever sees the status finds the rest
 
     def end(self, status: JobStatus, error: BaseException | None = None) -> None:
         """Go to a final status, with the error that led there."""
-        self._become(status)
-        self.ended_at = time.time()
+        self._check(status)
         if error is not None:
             self.error = describe_error(error)
+        self.ended_at = time.time()
+        self.status = status
 
     def record(self) -> Job:
         """The job as it stands now."""
+        status = self.status  # first, for the same reason
         return Job(
             id=self.id,
             name=self.name,
             key=self.key,
             owner=self.owner,
-            status=self.status,
+            status=status,
             queued_at=self.queued_at,
             started_at=self.started_at,
             ended_at=self.ended_at,
             error=self.error,
         )
 
-    def _become(self, status: JobStatus) -> None:
+    def _check(self, status: JobStatus) -> None:
         if status not in self.status.successors:
             raise RuntimeError(f"job {self.id} is {self.status} and cannot become {status}")
-        self.status = status
 
 
 _ID_BYTES = 12

@@ -7,10 +7,9 @@ import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from flask_executor.context import CapturedContext, call_to_end, run_coroutine, snapshot
+from flask_executor.context import CapturedContext, call_to_end, snapshot
 from flask_executor.exceptions import NotPicklable, RemoteTraceback
 from flask_executor.helpers import describe_error
 from flask_executor.jobs import JobStatus, LiveJob
@@ -60,8 +59,7 @@ class Call(Generic[F]):
             self.fail(error)
             self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
         else:
-            self.future.set_result(result)
-            self.channel.settled(self.future)
+            self._settle(result)
 
     def begin(self) -> bool:
         """Claim the call for a worker elsewhere; False when it was cancelled meanwhile."""
@@ -73,8 +71,7 @@ class Call(Generic[F]):
     def succeed(self, result: Any) -> None:
         """Settle the call with its result."""
         self._end(JobStatus.SUCCEEDED)
-        self.future.set_result(result)
-        self.channel.settled(self.future)
+        self._settle(result)
 
     def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
         """Settle the call with an error."""
@@ -82,15 +79,21 @@ class Call(Generic[F]):
             self._end(status, error)
         future, channel = self.future, self.channel
         del self.future  # the error's traceback refers to this call, and the future will refer to the error
-        future.set_exception(error)
-        channel.settled(future)
+        try:
+            future.set_exception(error)
+        finally:
+            channel.settled(future)
+
+    def _settle(self, result: Any) -> None:
+        try:
+            self.future.set_result(result)
+        finally:
+            self.channel.settled(self.future)
 
     def _report_and_call(self) -> Any:
         self.channel.started(self.job)
         try:
-            result = self.fn(*self.args, **self.kwargs)
-            if type(result) is CoroutineType:
-                result = run_coroutine(result)
+            result = call_to_end(self.fn, self.args, self.kwargs)
         except BaseException as error:
             self._end(JobStatus.FAILED, error)
             raise
@@ -185,12 +188,22 @@ def run_shipped(shipped: bytes) -> Outcome:
 
 def settle_shipped(call: PreparedCall, outcome: Outcome) -> None:
     """Settle the call with what came back from the worker process."""
-    if outcome.result is not None:
-        call.succeed(pickle.loads(outcome.result))
+    try:
+        value = pickle.loads(outcome.result or outcome.error or b"")
+    except Exception as error:  # whatever a foreign __reduce__ leads to
+        what = "result" if outcome.result else "error"
+        refused = NotPicklable(
+            f"The {what} of job {call.job.name} was sent back from its worker process, but cannot be rebuilt here: "
+            f"{describe_error(error)}"
+        )
+        refused.__cause__ = error
+        call.fail(refused)
         return
-    error = pickle.loads(outcome.error or b"")
-    error.__cause__ = RemoteTraceback(outcome.traceback)
-    call.fail(error)
+    if outcome.result is not None:
+        call.succeed(value)
+    else:
+        value.__cause__ = RemoteTraceback(outcome.traceback)
+        call.fail(value)
 
 
 def _portable(error: BaseException) -> bytes:

@@ -19,6 +19,7 @@ from werkzeug.datastructures import FileStorage, Headers, ImmutableMultiDict
 from werkzeug.exceptions import HTTPException
 
 _SMALL = 500 * 1024  # bytes; what Werkzeug keeps in memory instead of a temporary file
+_LARGE = 16 * 1024 * 1024  # bytes of a body that is no form with files, and would be kept in memory
 _KEPT = "_flask_executor_uploads"  # in a request's state once it was prepared; None where it has no files
 
 
@@ -37,29 +38,44 @@ def outlive(request: Request) -> None:
 def _read_body(request: Request) -> None:
     """Read the body now, unless the view has begun to; later the connection is gone.
 
-    Forms with files are parsed (large files go to disk), anything else is kept as bytes, from which
-    ``form``, ``json`` and ``data`` can still be made, by the view too.
+    Forms with files are parsed (large files go to disk). Anything else is kept as bytes, from which ``form``, ``json``,
+    ``data`` and ``stream`` can still be had, by the view too; a body over 16 MiB is left to the view.
     """
     state = request.__dict__
     if "stream" in state or "_cached_data" in state:
         return
-    environ = request.environ
-    if environ.get("CONTENT_LENGTH") in (None, "", "0") and not environ.get("wsgi.input_terminated"):
+    length = request.content_length
+    if not length and not request.environ.get("wsgi.input_terminated"):
         return
     try:
         if request.mimetype == "multipart/form-data":
             request._load_form_data()
-        else:
-            request.get_data()
-    except HTTPException:
-        # Too large, or the client has gone. A job that never looks at the body must not fail for
-        # it, nor the view; one that does look gets the same error from Werkzeug again.
-        return
+        elif length is None or length <= _LARGE:
+            state["stream"] = io.BytesIO(request.get_data())
+    except HTTPException as error:
+        # Too large, or the client has gone. What does not look at the body must not fail for it; the
+        # view, and a job, that does look gets the error then.
+        state["stream"] = io.BufferedReader(_Refused(error))
+
+
+class _Refused(io.RawIOBase):
+    """The stream of a body that could not be read."""
+
+    def __init__(self, error: HTTPException) -> None:
+        self._error = error
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, _buffer: Any) -> int:
+        raise self._error
 
 
 def own_uploads(request: Request) -> None:
     """Give ``request``, a copy made for one job, streams of its own."""
     state = request.__dict__
+    if "_cached_data" in state:
+        state["stream"] = io.BytesIO(state["_cached_data"])
     kept = state[_KEPT]
     if kept is not None:
         state.pop("close", None)
@@ -98,7 +114,9 @@ class KeptUploads:
         content = self._contents[id(file)]
         if content is None:
             return file
-        stream: IO[bytes] = io.BytesIO(content) if isinstance(content, bytes) else io.BufferedReader(_Reader(content))
+        stream: IO[bytes] = (
+            io.BytesIO(content) if isinstance(content, bytes) else io.BufferedReader(_Reader(self, content))
+        )
         return FileStorage(stream, file.filename, file.name, headers=file.headers)
 
 
@@ -110,7 +128,8 @@ def _close(files: list[FileStorage]) -> None:
 class _Reader(io.RawIOBase):
     """Reads a descriptor that others read as well, with a position of its own."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, owner: KeptUploads, descriptor: int) -> None:
+        self._owner: KeptUploads | None = owner  # keeps the descriptor open: its number would be given to another file
         self._descriptor = descriptor
         self._position = 0
 
@@ -119,6 +138,10 @@ class _Reader(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        self._owner = None
+        super().close()
 
     def readinto(self, buffer: Any) -> int:
         data = os.pread(self._descriptor, len(buffer), self._position)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
+from flask_executor.context import call_to_end
+from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.runner import pickled, pickled_parts, unpickled_parts
 
 P = ParamSpec("P")
@@ -23,11 +25,15 @@ class ImmediateBackend(Backend):
 
     def enqueue(self, call: PreparedCall) -> None:
         if self._shutdown:
-            raise RuntimeError("cannot schedule new futures after shutdown")
+            raise ExecutorShutdown("cannot schedule new futures after shutdown")
         if self._pickle:
             call.fn, call.args, call.kwargs = unpickled_parts(*pickled_parts(call))
             call.fn = _PickledResult(call.fn)
+        future = call.future
         call.run()
+        error = future.exception()
+        if error is not None and not isinstance(error, Exception):
+            raise error  # Ctrl-C, and what test frameworks end a test with, are meant for this thread
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
         """Run a plain function, outside of all contexts, as any executor does."""
@@ -49,8 +55,8 @@ class ImmediateBackend(Backend):
         return 0
 
     @property
-    def capacity(self) -> int:
-        return 1
+    def capacity(self) -> None:
+        return None
 
 
 class _PickledResult:
@@ -60,4 +66,4 @@ class _PickledResult:
         self._fn = fn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return pickle.loads(pickled(self._fn(*args, **kwargs), "The result of a job"))
+        return pickle.loads(pickled(call_to_end(self._fn, args, kwargs), "The result of a job"))

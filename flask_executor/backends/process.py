@@ -16,7 +16,7 @@ import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.exceptions import WorkerLost
+from flask_executor.exceptions import ExecutorShutdown, WorkerLost
 from flask_executor.jobs import JobStatus
 from flask_executor.runner import Outcome, run_shipped, settle_shipped, ship
 
@@ -38,9 +38,15 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
             inner = self.submit(run_shipped, shipped)
         except BrokenProcessPool as error:
             raise WorkerLost("A worker process died and took the pool with it; restart the server.") from error
+        except RuntimeError as error:
+            raise ExecutorShutdown(str(error)) from error
+
+        claim = inner.set_running_or_notify_cancel
 
         def begin() -> bool:
-            return call.future.running() or call.begin()
+            if not call.begin():
+                inner.cancel()
+            return claim()
 
         # The pool asks the inner future whether to go on when a worker is about to get the call.
         inner.set_running_or_notify_cancel = begin  # type: ignore[method-assign]
@@ -60,10 +66,11 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
 def _settle(call: PreparedCall, inner: concurrent.futures.Future[Outcome]) -> None:
     if inner.cancelled():
-        call.future.cancel()
+        if not call.future.cancel():
+            call.fail(WorkerLost(f"The pool gave up {call.job.name} while it was running."), JobStatus.LOST)
         return
     if not (call.future.running() or call.begin()):
-        return
+        return  # cancelled
     error = inner.exception()
     if error is None:
         settle_shipped(call, inner.result())

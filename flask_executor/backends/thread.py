@@ -10,6 +10,7 @@ import concurrent.futures
 from concurrent.futures import thread as standard
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
+from flask_executor.exceptions import ExecutorShutdown
 
 
 class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
@@ -23,7 +24,7 @@ class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
     def enqueue(self, call: PreparedCall) -> None:
         with self._shutdown_lock, standard._global_shutdown_lock:
             if self._shutdown or standard._shutdown:
-                raise RuntimeError("cannot schedule new futures after shutdown")
+                raise ExecutorShutdown("cannot schedule new futures after shutdown")
             self._work_queue.put(call)  # type: ignore[arg-type]  # the workers only call run()
             if len(self._threads) < self._max_workers:  # or it would count idle threads for nothing
                 self._adjust_thread_count()

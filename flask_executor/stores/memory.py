@@ -41,6 +41,8 @@ class MemoryStore(JobStore):
         job = self._jobs.get(id)
         if job is not None:
             self._forget(job)
+            if job.ended_at is not None:
+                self._ended.remove(job)
 
     def get(self, id: str) -> Job | None:
         job = self._jobs.get(id)

@@ -434,7 +434,7 @@ def test_a_pool_that_cannot_start_a_thread(executor: Executor, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(ExecutorError, match="can't start new thread"):
+        with pytest.raises(RuntimeError, match="can't start new thread"):
             executor.submit_stored("k", fail)
     assert executor.futures.keys() == []
     assert executor.jobs.list() == []

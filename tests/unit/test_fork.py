@@ -87,7 +87,7 @@ def test_jobs_of_the_parent_end_as_lost_in_the_child_and_go_on_in_the_parent(mak
 
 def test_with_every_lock_held(executor: Executor) -> None:
     """A thread of the parent holds each lock at the moment of the fork; the child must not wait for it."""
-    binding = executor._bindings[executor.app]  # type: ignore[index]
+    _, binding = executor._binding()
     go = threading.Event()
     future = executor.submit_stored("k", go.wait, 10)
     held, release = threading.Event(), threading.Event()
