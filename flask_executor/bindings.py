@@ -93,7 +93,7 @@ class Binding(JobChannel):
         self._app = weakref.ref(app)
         self._default_callbacks = default_callbacks
         self._backend: Backend | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._set_config(config)
         register_app(app)
 
@@ -160,11 +160,8 @@ class Binding(JobChannel):
         """
         if options.key is None:
             return self._start(self._prepare(context, options, fn, args, kwargs))
-        if self.futures.get(options.key) is not None:
-            raise KeyExists(options.key)
-        call = self._prepare(context, options, fn, args, kwargs)
-        if self.futures.setdefault(options.key, call.future) is not call.future:
-            self.unfinished.discard(call.future)
+        _, call = self._take_key(context, options, fn, args, kwargs)
+        if call is None:
             raise KeyExists(options.key)
         return self._start(call)
 
@@ -172,20 +169,20 @@ class Binding(JobChannel):
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> FutureProxy[Any]:
         """The job under the key in the options, started if there is none."""
-        there = self.futures.get(options.key)
-        if there is None:
-            try:
-                call = self._prepare(context, options, fn, args, kwargs)
-            except QueueFull:
-                there = self.futures.get(options.key)  # another thread may have started it just now
-                if there is None:
-                    raise
-                return there
-            there = self.futures.setdefault(options.key, call.future)
-            if there is call.future:
-                return self._start(call)
-            self.unfinished.discard(call.future)
-        return there
+        there, call = self._take_key(context, options, fn, args, kwargs)
+        return there if call is None else self._start(call)
+
+    def _take_key(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> tuple[FutureProxy[Any], Call[FutureProxy[Any]] | None]:
+        """The handle under the key in the options; and the call to start, if it was not there already."""
+        with self._lock:  # of many who ask at once only one takes a place in the queue
+            there = self.futures.get(options.key)
+            if there is not None:
+                return there, None
+            call = self._prepare(context, options, fn, args, kwargs)
+            self.futures.add(options.key, call.future)
+            return call.future, call
 
     def map(
         self,
@@ -328,7 +325,7 @@ class Binding(JobChannel):
 
     def after_fork(self) -> None:
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._backend = None
         self.futures.after_fork()
         self.store.after_fork()

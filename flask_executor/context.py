@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from types import CoroutineType
 from typing import Any, TypeVar
 
-from flask import Flask
+from flask import Flask, Request
 from flask.ctx import AppContext
 from flask.globals import _cv_app
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
@@ -106,11 +106,13 @@ class CapturedContext:
 
     __slots__ = (
         "app_context",
+        "context_state",
         "environ",
         "flashes",
         "make_globals",
         "make_session",
         "request",
+        "request_class",
         "request_context",
         "variables",
     )
@@ -132,8 +134,10 @@ class CapturedContext:
         else:
             request, session = getattr(context, _REQUEST), getattr(context, _SESSION)
             outlive(request)
+            self.request_class: type[Request] = type(request)
             self.request: dict[str, Any] = request.__dict__.copy()
             self.environ: dict[str, Any] = request.environ.copy()
+            self.context_state: dict[str, Any] = context.__dict__.copy()
             self.flashes: Any = getattr(context, _FLASHES)
             self.make_session = _copier(session)
         self.variables = contextvars.copy_context()
@@ -167,8 +171,7 @@ class CapturedContext:
 
     def contents(self) -> dict[str, Any]:
         """What a request context made by :meth:`make_contexts` lacks: its request, session and the rest."""
-        original = self.request_context
-        request = object.__new__(type(getattr(original, _REQUEST)))
+        request = object.__new__(self.request_class)
         request.__dict__.update(self.request)
         request.environ = self.environ.copy()
         request.headers = EnvironHeaders(request.environ)
@@ -179,7 +182,7 @@ class CapturedContext:
             _FLASHES: self.flashes,
             "_after_request_functions": [],
         }
-        return {**original.__dict__, **own}
+        return {**self.context_state, **own}
 
 
 def _copier(original: Any) -> Callable[[], Any]:
