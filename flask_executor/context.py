@@ -188,7 +188,7 @@ class CapturedContext:
 def _copier(original: Any) -> Callable[[], Any]:
     """A maker of copies of ``original``, one level deep, as it is now."""
     state = getattr(original, "__dict__", None)
-    if state is None:
+    if state is None or hasattr(type(original), "__copy__"):
         return functools.partial(copy.copy, copy.copy(original))
     items = _with_own_flashes(dict(original)) if isinstance(original, dict) else None
     return functools.partial(_make_copy, type(original), state.copy(), items)

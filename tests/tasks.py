@@ -63,5 +63,25 @@ def fail_with_two_arguments() -> NoReturn:
     raise TwoArgumentsError(4, "torn")
 
 
+class Torn:
+    """Pickles, but raises when it is rebuilt in another process than the one it was made in."""
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (os.getpid(),)
+
+
+def _rebuild(made_in: int) -> None:
+    if made_in != os.getpid():
+        raise ValueError("torn")
+
+
+def torn_result() -> Torn:
+    return Torn()
+
+
+async def add_async(a: int, b: int) -> int:
+    return a + b
+
+
 def unpicklable_result() -> Any:
     return threading.Lock()

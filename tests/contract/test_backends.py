@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tasks
 from flask import Flask, g, request, session
-from tasks import add, app_name, body, fail, form_and_file, of_g, of_request, of_session, pid
+from tasks import add, add_async, app_name, body, fail, form_and_file, of_g, of_request, of_session, pid
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.routing import BaseConverter
 from werkzeug.test import encode_multipart
@@ -168,8 +169,6 @@ def test_callbacks_and_signals(app: Flask, executor: Executor) -> None:
 
 
 def test_a_decorated_function(executor: Executor) -> None:
-    import tasks
-
     tasks.decorated = executor.job(add)  # type: ignore[attr-defined]
     tasks.decorated.__qualname__ = "decorated"  # type: ignore[attr-defined]
     tasks.decorated.__module__ = "tasks"  # type: ignore[attr-defined]
@@ -186,3 +185,30 @@ def test_shutdown(executor: Executor) -> None:
     assert executor.health().accepting is False
     with pytest.raises(ExecutorShutdown):
         executor.submit(pid)
+
+
+def test_settling_survives_whatever_a_callback_raises(executor: Executor) -> None:
+    executor.add_default_done_callback(leave)
+    assert executor.submit(add, 1).result() == 1
+    drain(executor)
+    assert [executor.submit(add, n).result() for n in range(6)] == list(range(6))
+
+
+def leave(_: object) -> None:
+    raise SystemExit
+
+
+def test_async_functions(executor: Executor) -> None:
+    future: Any = executor.submit(add_async, 1, 2)
+    assert future.result() == 3
+
+
+def test_options_of_a_decorated_function(executor: Executor) -> None:
+    job: Any = executor.job(add)
+    tasks.derived = job  # type: ignore[attr-defined]
+    job.__qualname__, job.__module__ = "derived", "tasks"
+    try:
+        assert job.options(name="sum").submit(1, 2).result() == 3
+    finally:
+        del tasks.derived  # type: ignore[attr-defined]
+    assert executor.jobs.list()[0].name == "sum"

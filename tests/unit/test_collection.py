@@ -98,6 +98,9 @@ def test_60_unfinished_leave_50_and_none_is_unknown_before_it_ends() -> None:
         futures.add(0, finished())
     assert futures.pop(0) is held[0]
     assert futures.done(0) is None
+    held[1].set_result(None)
+    assert futures.done(1) is None, "it has ended, and it had left"
+    futures.add(1, finished())
 
 
 def test_no_bound() -> None:

@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 import weakref
+from collections import UserDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.metadata import version
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 from flask import (
     Flask,
+    Request,
+    after_this_request,
     current_app,
     flash,
     g,
@@ -27,6 +30,7 @@ from flask import (
     stream_with_context,
     url_for,
 )
+from flask.sessions import SessionInterface, SessionMixin
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
 
 from conftest import MakeExecutor
@@ -353,6 +357,115 @@ def test_threads_of_a_job_may_look_at_its_request_at_the_same_time(app: Flask, e
     with app.test_request_context("/here"):
         for seen in [executor.submit(look_at_once).result() for _ in range(30)]:
             assert len(set(seen)) == 1
+
+
+def test_a_request_that_cannot_be_closed_loses_no_result(
+    app: Flask, executor: Executor, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stubborn(Request):
+        def close(self) -> None:
+            if request.environ.get("in.job"):
+                raise OSError("disk")
+
+    app.request_class = Stubborn
+    with app.test_request_context("/here"):
+        request.environ["in.job"] = True
+        future = executor.submit(lambda: request.path)
+        assert future.result() == "/here"
+        del request.environ["in.job"]
+    assert "OSError: disk" in caplog.text
+
+
+def test_sessions_of_every_kind(app: Flask, executor: Executor) -> None:
+    class MappingSession(UserDict[str, Any], SessionMixin):
+        pass
+
+    class Interface(SessionInterface):
+        def open_session(self, app: Flask, request: Request) -> Any:
+            return MappingSession(user="ada")
+
+        def save_session(self, app: Flask, session: Any, response: Any) -> None: ...
+
+    app.session_interface = Interface()
+
+    def change() -> str:
+        user: str = session["user"]
+        session["user"] = "bob"
+        session.modified = True
+        return user
+
+    with app.test_request_context():
+        session.modified = False
+        assert executor.submit(change).result() == "ada"
+        assert session["user"] == "ada"
+        assert not session.modified
+
+
+def test_g_of_every_kind(app: Flask, executor: Executor) -> None:
+    class SlottedGlobals:
+        __slots__ = ("value",)
+
+    app.app_ctx_globals_class = SlottedGlobals  # type: ignore[assignment]
+    with app.app_context():
+        g.value = 1
+        future = executor.submit(lambda: g.value)
+        g.value = 2
+        assert future.result() == 1
+
+
+def test_what_is_set_on_the_contexts_later_is_not_seen(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor(max_workers=1)
+    go = threading.Event()
+    executor.submit(go.wait, 10)
+    with app.test_request_context(headers={"X-User": "ada"}):
+        future = executor.submit(lambda: (request.headers["X-User"], request.environ["HTTP_X_USER"]))
+        request.environ["HTTP_X_USER"] = "mallory"
+        go.set()
+        assert future.result() == ("ada", "ada")
+
+
+def test_functions_for_after_the_request_are_not_those_of_the_view(app: Flask, executor: Executor) -> None:
+    called: list[str] = []
+
+    def note(response: Any) -> Any:
+        called.append("job")
+        return response
+
+    @app.get("/")
+    def view() -> str:
+        executor.submit(after_this_request, note).result()
+        return "view"
+
+    assert app.test_client().get("/").text == "view"
+    assert called == []
+
+
+def test_async_jobs_inside_an_async_view_on_the_immediate_type(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="immediate")
+
+    async def job() -> str:
+        return request.path
+
+    @app.get("/here")
+    async def view() -> str:
+        future: Any = executor.submit(job)
+        return str(await future)
+
+    assert app.test_client().get("/here").text == "/here"
+
+
+def test_callbacks_are_let_go_of(app: Flask, executor: Executor) -> None:
+    class Ghost:
+        def __call__(self, _: object) -> None: ...
+
+    callback = Ghost()
+    ghost = weakref.ref(callback)
+    future = executor.submit(int)
+    future.add_done_callback(callback)
+    del callback
+    executor.wait(10)
+    assert ghost() is None
+    assert future.done()
 
 
 class StrictFlask(Flask):

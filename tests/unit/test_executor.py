@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,44 @@ class TestLife:
         with pytest.raises(AppNotFound, match="its app is gone"):
             executor.submit(add, 1)
 
+    def test_binding_again_keeps_what_there_is(self, app: Flask, executor: Executor) -> None:
+        go = threading.Event()
+        future = executor.submit_stored("k", go.wait, 10)
+        backend = executor._self
+        executor.init_app(app)
+        assert executor._self is backend, "nothing has changed"
+        app.config["EXECUTOR_MAX_WORKERS"] = 2
+        executor.init_app(app)
+        assert executor._self is not backend
+        assert executor.futures.get("k") is future
+        assert executor.unfinished() == [future]
+        go.set()
+        assert future.result()
+
+    def test_binding_again_opens_what_was_shut_down(self, app: Flask, executor: Executor) -> None:
+        executor.shutdown()
+        executor.init_app(app)
+        assert executor.submit(add, 1).result() == 1
+
+    def test_a_stored_failure_does_not_keep_the_app_alive(self) -> None:
+        app = Flask("short-lived")
+        executor = Executor(app)
+        go = threading.Event()
+
+        def fail_later() -> None:
+            go.wait(10)
+            fail()
+
+        future = executor.submit_stored("k", fail_later)
+        threading.Timer(0.05, go.set).start()
+        # Somebody looks, so it is not logged: the log would have the traceback, and so the app.
+        assert isinstance(future.exception(10), ValueError)
+        del future
+        ghost = weakref.ref(app)
+        del app
+        assert wait_until(lambda: not left_behind())
+        assert ghost() is None
+
 
 class TestBadInput:
     @pytest.mark.parametrize("nothing", [None, 3, "add", ()])
@@ -223,6 +262,17 @@ class TestMap:
         assert list(executor.map(add, range(5), [10, 20, 30])) == [10, 21, 32]
         assert list(executor.map(add, [])) == []
         assert list(executor.map(add, range(5), chunksize=2)) == list(range(5))
+
+    def test_what_is_late_is_cancelled(self, make_executor: MakeExecutor) -> None:
+        executor = make_executor(max_workers=1)
+        go = threading.Event()
+        executor.submit(go.wait, 10)
+        ran: list[int] = []
+        with pytest.raises(concurrent.futures.TimeoutError):
+            list(executor.map(ran.append, [1, 2], timeout=0.01))
+        go.set()
+        drain(executor)
+        assert ran == []
 
     def test_everything_starts_at_once(self, executor: Executor) -> None:
         ran: list[int] = []

@@ -179,6 +179,23 @@ class TestFailuresThatNobodyLooksAt:
         go.set()
         assert wait_until(lambda: "no paper" in caplog.text)
 
+    def test_are_not_logged_when_one_of_two_gave_up(
+        self, executor: Executor, go: threading.Event, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail_later() -> None:
+            go.wait(10)
+            fail()
+
+        future = executor.submit_stored("k", fail_later)
+        patient = threading.Thread(target=future.exception)
+        patient.start()
+        with pytest.raises(concurrent.futures.TimeoutError):
+            future.result(timeout=0.01)
+        go.set()
+        patient.join()
+        executor.wait(10)
+        assert not caplog.records
+
     @pytest.mark.parametrize("stored", [False, True])
     def test_are_not_logged_when_somebody_looks(
         self, executor: Executor, go: threading.Event, caplog: pytest.LogCaptureFixture, stored: bool

@@ -44,6 +44,25 @@ def test_a_job_that_submits_jobs(executor: Executor) -> None:
     assert executor.submit(lambda: executor.submit(add, 1).result() + 1).result() == 2
 
 
+def test_an_interrupt_is_for_the_thread_that_submits(executor: Executor) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        executor.submit(interrupt)
+    assert executor.jobs.list()[0].status == "failed"
+    assert executor.wait(1)
+
+
+def test_no_bound_where_nothing_waits(make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="immediate", max_pending=1)
+
+    def nest(depth: int) -> int:
+        return executor.submit(nest, depth - 1).result() + 1 if depth else 0
+
+    assert executor.submit(nest, 5).result() == 5
+
+
 def test_without_pickling_everything_goes(executor: Executor) -> None:
     assert executor.submit(lambda lock: lock, threading.Lock()).result() is not None
 

@@ -192,6 +192,35 @@ class TestSignals:
             make_executor(name="other").submit(add, 1).result()
         assert listener.seen == []
 
+    def test_a_receiver_that_leaves_takes_nothing_along(self, executor: Executor) -> None:
+        def leave(sender: Any, job: Job) -> None:
+            raise SystemExit
+
+        job_queued.connect(leave, executor)
+        with pytest.raises(SystemExit):
+            executor.submit_stored("k", add, 1)
+        job_queued.disconnect(leave, executor)
+        assert executor.futures.keys() == []
+        assert executor.wait(10)
+        assert executor.submit_stored("k", add, 2).result() == 2
+
+    def test_are_sent_in_the_jobs_app(self, app: Flask, make_executor: MakeExecutor) -> None:
+        executor = make_executor(max_workers=1)
+        go = threading.Event()
+        executor.submit(go.wait, 10)
+        seen: list[str] = []
+
+        def note(sender: Any, job: Job) -> None:
+            seen.append(current_app.name)
+
+        future = executor.submit(fail)
+        job_finished.connect(note, executor)
+        with Flask("other").app_context():
+            future.cancel()
+        assert seen == ["shop"]
+        job_finished.disconnect(note, executor)
+        go.set()
+
     def test_those_of_other_executors_cost_no_context(
         self, app: Flask, executor: Executor, make_executor: MakeExecutor
     ) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from flask import Flask, request
+from flask import Flask, Request, request
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.test import encode_multipart
 
@@ -159,6 +159,65 @@ def test_a_body_that_is_too_large_disturbs_neither_view_nor_job(app: Flask, shop
             return f"{request.path} {type(error).__name__}"
 
     assert shop.post(lambda: shop.executor.submit(look)).result() == "/ RequestEntityTooLarge"
+
+
+def test_a_view_that_reads_the_stream_after_submit(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor()
+
+    @app.post("/")
+    def view() -> bytes:
+        assert executor.submit(lambda: request.stream.read()).result() == b"abcdef"
+        return request.stream.read()
+
+    assert app.test_client().post("/", data=b"abcdef").data == b"abcdef"
+
+
+def test_a_limit_is_kept_for_the_view(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor()
+
+    class Limited(Request):
+        max_form_parts = 1
+
+    app.request_class = Limited
+
+    @app.post("/")
+    def view() -> str:
+        executor.submit(int).result()
+        return str(request.form)
+
+    boundary, body = encode_multipart(MultiDict({"a": "1", "b": "2"}))
+    answer = app.test_client().post("/", data=body, content_type=f"multipart/form-data; boundary={boundary}")
+    assert answer.status_code == 413
+
+
+def test_a_chunked_body(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor(max_workers=1)
+    go = threading.Event()
+    executor.submit(go.wait, 10)
+    futures = []
+
+    @app.post("/")
+    def view() -> str:
+        futures.append(executor.submit(lambda: request.get_data()))
+        return ""
+
+    environ = {"wsgi.input_terminated": True, "wsgi.input": io.BytesIO(b"abc"), "HTTP_TRANSFER_ENCODING": "chunked"}
+    app.test_client().post("/", environ_overrides=environ)
+    go.set()
+    assert futures[0].result() == b"abc"
+
+
+def test_a_large_body_is_left_to_the_view(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor()
+    size = 17 * 1024 * 1024
+
+    @app.post("/")
+    def view() -> str:
+        executor.submit(int).result()
+        assert "_cached_data" not in request.__dict__
+        return str(len(request.stream.read()))
+
+    assert app.test_client().post("/", data=b"x" * size).text == str(size)
 
 
 def test_a_view_that_reads_the_stream_itself(app: Flask, make_executor: MakeExecutor) -> None:
