@@ -106,14 +106,14 @@ class CapturedContext:
 
     __slots__ = (
         "app_context",
-        "context_state",
-        "environ",
         "flashes",
-        "make_globals",
-        "make_session",
+        "globals",
         "request",
         "request_class",
         "request_context",
+        "session_class",
+        "session_items",
+        "session_state",
         "variables",
     )
 
@@ -121,9 +121,13 @@ class CapturedContext:
         outer = _cv_app.get(None)
         context = _cv_request.get(None)
         self.app_context: Any = app.app_context() if outer is None else outer
-        self.make_globals: Callable[[], Any] | None = None
+        self.globals: Any = None  # most often there are none, and then nothing is kept
         if outer is not None and push_app_context:
-            self.make_globals = _copier(outer.g)
+            state = getattr(outer.g, "__dict__", None)
+            if state:
+                self.globals = state.copy()
+            elif state is None:
+                self.globals = copy.copy(outer.g)
         self.request_context: Any = context
         if context is None or (_MERGED and not context.has_request):
             self.request_context = None
@@ -136,10 +140,14 @@ class CapturedContext:
             outlive(request)
             self.request_class: type[Request] = type(request)
             self.request: dict[str, Any] = request.__dict__.copy()
-            self.environ: dict[str, Any] = request.environ.copy()
-            self.context_state: dict[str, Any] = context.__dict__.copy()
             self.flashes: Any = getattr(context, _FLASHES)
-            self.make_session = _copier(session)
+            self.session_class: Any = type(session)
+            self.session_items: Any = None
+            if isinstance(session, dict):
+                self.session_items = _with_own_flashes(dict(session))
+                self.session_state: Any = session.__dict__.copy()
+            else:
+                self.session_state = copy.copy(session)
         self.variables = contextvars.copy_context()
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
@@ -166,41 +174,41 @@ class CapturedContext:
         else:
             app_context = object.__new__(type(captured))
             app_context.__dict__ = captured.__dict__.copy()
-        app_context.g = (self.make_globals or captured.app.app_ctx_globals_class)()
+        app_context.g = self.make_globals()
         return app_context, request_context
 
     def contents(self) -> dict[str, Any]:
         """What a request context made by :meth:`make_contexts` lacks: its request, session and the rest."""
         request = object.__new__(self.request_class)
         request.__dict__.update(self.request)
-        request.environ = self.environ.copy()
+        request.environ = request.environ.copy()
         request.headers = EnvironHeaders(request.environ)
         own_uploads(request)
         own = {
             _REQUEST: request,
-            _SESSION: self.make_session(),
+            _SESSION: self._make_session(),
             _FLASHES: self.flashes,
             "_after_request_functions": [],
         }
-        return {**self.context_state, **own}
+        return {**self.request_context.__dict__, **own}
 
+    def make_globals(self) -> Any:
+        """A ``g`` for one call."""
+        made = self.app_context.app.app_ctx_globals_class()
+        if type(self.globals) is dict:
+            made.__dict__.update(self.globals)
+        elif self.globals is not None:
+            made = copy.copy(self.globals)
+        return made
 
-def _copier(original: Any) -> Callable[[], Any]:
-    """A maker of copies of ``original``, one level deep, as it is now."""
-    state = getattr(original, "__dict__", None)
-    if state is None or hasattr(type(original), "__copy__"):
-        return functools.partial(copy.copy, copy.copy(original))
-    items = _with_own_flashes(dict(original)) if isinstance(original, dict) else None
-    return functools.partial(_make_copy, type(original), state.copy(), items)
-
-
-def _make_copy(made: Any, state: dict[str, Any], items: dict[str, Any] | None) -> Any:
-    # Not copy.copy(): it costs five times as much, and would mark the copy of a session as modified.
-    new = made.__new__(made)
-    if items is not None:
-        dict.update(new, _with_own_flashes(items.copy()))
-    new.__dict__.update(state)
-    return new
+    def _make_session(self) -> Any:
+        if self.session_items is None:
+            return copy.copy(self.session_state)
+        # Not copy.copy(), which would mark the copy as modified.
+        session = self.session_class.__new__(self.session_class)
+        dict.update(session, _with_own_flashes(self.session_items.copy()))
+        session.__dict__.update(self.session_state)
+        return session
 
 
 def _with_own_flashes(items: dict[str, Any]) -> dict[str, Any]:
@@ -375,7 +383,7 @@ def snapshot(captured: CapturedContext) -> Snapshot:
     _, request_context = captured.make_contexts()
     return Snapshot(
         app=id(captured.app_context.app),
-        globals={} if captured.make_globals is None else _picklable(getattr(captured.make_globals(), "__dict__", {})),
+        globals=_picklable(captured.globals if isinstance(captured.globals, dict) else {}),
         request=None if request_context is None else _snapshot_request(request_context),
     )
 
