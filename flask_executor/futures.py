@@ -188,6 +188,8 @@ class FutureProxy(Future[T]):
         return self._job
 
     def _invoke_callbacks(self) -> None:
+        if not self._done_callbacks:
+            return
         # They are let go of: they hold contexts, so the app and a request, and the future may be held for long.
         callbacks, self._done_callbacks = self._done_callbacks, []
         for callback in callbacks:
