@@ -181,8 +181,11 @@ class Binding(JobChannel):
             if there is not None:
                 return there, None
             call = self._prepare(context, options, fn, args, kwargs)
-            self.futures.add(options.key, call.future)
-            return call.future, call
+            there = self.futures.setdefault(options.key, call.future)
+            if there is not call.future:  # somebody has added it to the collection by hand just now
+                self.unfinished.discard(call.future)
+                return there, None
+            return there, call
 
     def map(
         self,

@@ -60,6 +60,15 @@ def executor(make_executor: MakeExecutor) -> Executor:
     return make_executor(max_workers=4)
 
 
+def run_in_threads(count: int, fn: Callable[[], object]) -> None:
+    """Call ``fn`` in so many threads at the same time, and wait for all of them."""
+    threads = [threading.Thread(target=fn) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def wait_until(condition: Callable[[], object], timeout: float = 10) -> bool:
     """Wait for a condition, at most ``timeout`` seconds; whether it came true."""
     deadline = time.monotonic() + timeout

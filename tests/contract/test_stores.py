@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
 
+from conftest import run_in_threads
 from flask_executor.abc import JobStore
 from flask_executor.jobs import Job, JobStatus, LiveJob
 from flask_executor.stores.memory import MemoryStore
@@ -117,11 +117,7 @@ def test_many_threads(store: JobStore) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(6, work)
     assert errors == []
     assert len(store.list()) == 10
 

@@ -12,7 +12,7 @@ import pytest
 from flask import Flask
 from tasks import add, fail, sleep
 
-from conftest import MakeExecutor, left_behind, wait_until
+from conftest import MakeExecutor, left_behind, run_in_threads, wait_until
 from flask_executor import (
     AppNotFound,
     Executor,
@@ -248,11 +248,7 @@ class TestBadInput:
                 except QueueFull:
                     outcomes.append(False)
 
-        threads = [threading.Thread(target=submit) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_in_threads(8, submit)
         assert outcomes.count(True) == 6
         go.set()
 
@@ -330,11 +326,7 @@ class TestOnce:
             together.wait()
             futures.append(executor.submit_once("k", ran.append, 1))
 
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_in_threads(8, ask)
         drain(executor)
         assert ran == [1]
         assert len(set(futures)) == 1

@@ -9,7 +9,7 @@ import pytest
 from flask import Flask, current_app, request
 from tasks import add, fail
 
-from conftest import MakeExecutor, wait_until
+from conftest import MakeExecutor, run_in_threads, wait_until
 from flask_executor import (
     Executor,
     FutureProxy,
@@ -58,11 +58,7 @@ def test_an_error_that_cannot_be_printed() -> None:
 
 def test_ids_are_unique_over_threads() -> None:
     made: list[str] = []
-    threads = [threading.Thread(target=lambda: made.extend(new_id() for _ in range(2000))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(8, lambda: made.extend(new_id() for _ in range(2000)))
     assert len(set(made)) == 16_000
     assert {len(job_id) for job_id in made} == {24}
 
