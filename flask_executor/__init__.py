@@ -1,10 +1,14 @@
 """Background jobs for Flask that start as one line."""
 
+from flask_executor.control import checkpoint, current_job, track
 from flask_executor.exceptions import (
     AppNotFound,
     ConfigError,
     ExecutorError,
     ExecutorShutdown,
+    JobExit,
+    JobStopped,
+    JobTimeout,
     KeyExists,
     MissingExtra,
     NotPicklable,
@@ -14,7 +18,7 @@ from flask_executor.exceptions import (
 )
 from flask_executor.executor import Executor, ExecutorJob
 from flask_executor.futures import FutureCollection, FutureProxy
-from flask_executor.jobs import Job, JobStatus
+from flask_executor.jobs import Job, JobStatus, LogLine
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 
 __all__ = [
@@ -27,17 +31,24 @@ __all__ = [
     "FutureCollection",
     "FutureProxy",
     "Job",
+    "JobExit",
     "JobStatus",
+    "JobStopped",
+    "JobTimeout",
     "KeyExists",
+    "LogLine",
     "MissingExtra",
     "NotPicklable",
     "QueueFull",
     "RemoteTraceback",
     "WorkerLost",
+    "checkpoint",
+    "current_job",
     "job_failed",
     "job_finished",
     "job_queued",
     "job_started",
+    "track",
 ]
 
 __version__ = "2.0.0.dev1"

@@ -9,9 +9,14 @@ import abc
 import concurrent.futures
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from flask_executor.jobs import Job, JobStatus, LiveJob
+from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+
+if TYPE_CHECKING:
+    import weakref
+
+    from flask import Flask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +27,20 @@ class BackendOptions:
     max_workers: int | None = None
     #: Whether a job that runs in this process is pickled all the same, to find what a worker would refuse.
     pickle: bool = False
+    #: The app that the jobs belong to; None for a backend that is used without one.
+    app: weakref.ref[Flask] | None = None
+    #: What the app's config calls each setting, as ``config_key("EXECUTOR_APP")``.
+    config_key: Callable[[str], str] = str
+    #: Import string of the app or its factory, for workers that do not inherit it; None to find it.
+    app_import: str | None = None
+    #: How worker processes are started: ``fork``, ``forkserver`` or ``spawn``; None for the platform's default.
+    start_method: str | None = None
+    #: Jobs after which a worker process is replaced; None for never.
+    max_tasks_per_child: int | None = None
+    #: Called in each worker process before its first job, in an app context.
+    initializers: Sequence[Callable[[], object]] = ()
+    #: Seconds that a worker process which is to end may take for it.
+    exit_grace: float = 5.0
 
 
 class PreparedCall(Protocol):
@@ -32,22 +51,45 @@ class PreparedCall(Protocol):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     context: Any
+    backend: Backend | None
 
     @property
-    def future(self) -> concurrent.futures.Future[Any]:
+    def future(self) -> Any:
         """The handle of the job."""
+
+    @property
+    def priority(self) -> int:
+        """Higher ones are to start first."""
 
     def run(self, *unused: object) -> None:
         """Run it here and now, in its contexts, and settle its future. Never raises."""
 
+    def leave(self, reason: JobStatus) -> None:
+        """Have it leave at its next checkpoint, where :meth:`run` runs it."""
+
+    def interrupt(self) -> None:
+        """Raise the exception that leaves the job in the thread where :meth:`run` runs it, wherever that is."""
+
+    def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
+        """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
+
     def begin(self) -> bool:
-        """Claim it for a worker elsewhere; False when it was cancelled."""
+        """Claim it for a worker elsewhere; False when it was cancelled. Quick, and runs no code of the user's."""
+
+    def put_back(self) -> None:
+        """The worker that it was claimed for never began: it is queued again."""
 
     def succeed(self, result: Any) -> None:
         """Settle it with a result."""
 
     def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
-        """Settle it with an error."""
+        """Settle it with an error, or have it run again after a while."""
+
+    def give_up(self, error: BaseException) -> None:
+        """There was to be another attempt, and there is none: settle it with the error of the last one."""
+
+    def left(self, *, forced: bool = False) -> None:
+        """Settle it as one that has left as it was asked to, or was forced to."""
 
 
 class Backend(concurrent.futures.Executor):
@@ -64,14 +106,43 @@ class Backend(concurrent.futures.Executor):
     remote: bool = False
     #: Whether ``map`` gains by putting several calls into one job (which is sent as it is, contexts and all).
     chunks: bool = False
+    #: Whether a running job can be ended for certain, whatever it does.
+    supports_kill: bool = False
 
     @abc.abstractmethod
     def enqueue(self, call: PreparedCall) -> None:
-        """Accept a call, which is then run once or its future cancelled; first come, first served.
+        """Accept a call, which is then run once or its future cancelled.
+
+        Calls of higher priority go first, those alike in the order in which they came.
 
         :raises ExecutorShutdown: after :meth:`shutdown`; the call was not accepted.
         :raises NotPicklable: for a call that cannot be sent to where the workers are; it was not accepted.
         """
+
+    def withdraw(self, call: PreparedCall) -> bool:
+        """Give up a call that has not started, so that it can be cancelled; False when it has started.
+
+        A backend that asks the future just before it runs a call need not do anything.
+        """
+        return True
+
+    def leave(self, call: PreparedCall, reason: JobStatus) -> None:
+        """Have a running call leave at its next checkpoint: STOPPED or TIMED_OUT."""
+        call.leave(reason)
+
+    def kill(self, call: PreparedCall) -> None:
+        """End a running call by force, and no other; where ``supports_kill`` is False, as far as that goes."""
+        call.interrupt()
+
+    def aside(self, fn: Callable[[], object]) -> None:
+        """Run code of the user's that must not hold up the backend: callbacks and receivers of signals.
+
+        In the order of the calls. Here and now, unless the calling thread is one that everything depends on.
+        """
+        fn()
+
+    def abandon(self) -> None:
+        """The process ends, and the time for its jobs is up: end workers by force, wait for nothing."""
 
     @property
     @abc.abstractmethod
@@ -94,6 +165,10 @@ class JobRecords(abc.ABC):
     @abc.abstractmethod
     def find(self, key: Hashable) -> Job | None:
         """The youngest job under this key; None when there is none (any more)."""
+
+    @abc.abstractmethod
+    def log(self, id: str) -> Sequence[LogLine]:
+        """The last lines that the job has written to the log, oldest first; none when there is no such job."""
 
     @abc.abstractmethod
     def list(
@@ -152,8 +227,27 @@ class JobChannel(abc.ABC):
         """The job has its final status; its future is not settled yet."""
 
     @abc.abstractmethod
-    def settled(self, future: concurrent.futures.Future[Any]) -> None:
-        """The future has its result and its callbacks have run: nothing more will come."""
+    def settled(self, future: concurrent.futures.Future[Any], call_back: Callable[[], object] | None) -> None:
+        """The future has its result; when its callbacks have run nothing more will come.
+
+        :param call_back: runs the callbacks, to be called where they hold up nobody; None when there are none.
+        """
+
+    @abc.abstractmethod
+    def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
+        """The call failed with ``error`` and is to be run again in ``delay`` seconds."""
+
+    @abc.abstractmethod
+    def out_of_time(self, call: PreparedCall, attempt: int) -> None:
+        """The call has run for as long as it may, in this attempt."""
+
+    @abc.abstractmethod
+    def stop(self, future: concurrent.futures.Future[Any], grace: float | None) -> bool:
+        """Stop the job of this future; False when it has ended."""
+
+    @abc.abstractmethod
+    def withdraw(self, future: concurrent.futures.Future[Any]) -> bool:
+        """Give up the call of this future if it has not started; False when it has."""
 
     @abc.abstractmethod
     def unseen(self, job: LiveJob, error: BaseException) -> None:

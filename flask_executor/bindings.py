@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 import weakref
@@ -9,19 +10,23 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
-from flask_executor.abc import Backend, Health, JobChannel, JobStore
-from flask_executor.context import CapturedContext, call_to_end, current_app_or_none, register_app
+from flask_executor.abc import Backend, Health, JobChannel, JobStore, PreparedCall
+from flask_executor.context import CapturedContext, call_to_end, current_app_or_none
+from flask_executor.control import running_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name
-from flask_executor.jobs import JobOptions, JobStatus, LiveJob
-from flask_executor.logs import log_failure, logger
+from flask_executor.inherited import forking
+from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
+from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.runner import Call, Chunk
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
+from flask_executor.timer import Appointment, timer
 
 if TYPE_CHECKING:
     from blinker import NamedSignal
@@ -35,31 +40,35 @@ Callback = Callable[[Future[Any]], object]
 
 
 class Unfinished:
-    """The futures that are not settled yet, in the order of submission.
+    """The calls that are not settled yet, by their futures, in the order of submission.
 
     Every future of a binding is in here from before it is queued until its callbacks have run. Single
     operations on the dict are atomic; the lock is for the bound and for those who wait.
     """
 
     def __init__(self) -> None:
-        self._futures: dict[FutureProxy[Any], None] = {}
+        self._calls: dict[FutureProxy[Any], Call[FutureProxy[Any]]] = {}
         self._changed = threading.Condition(threading.Lock())
         self._watchers = 0
 
-    def add(self, future: FutureProxy[Any], limit: int | None) -> bool:
-        """Take in a future; False, and it is not taken in, when there are ``limit`` already."""
+    def add(self, call: Call[FutureProxy[Any]], limit: int | None) -> bool:
+        """Take in a call; False, and it is not taken in, when there are ``limit`` already."""
         if limit is None:
-            self._futures[future] = None
+            self._calls[call.future] = call
             return True
         with self._changed:
-            if len(self._futures) >= limit:
+            if len(self._calls) >= limit:
                 return False
-            self._futures[future] = None
+            self._calls[call.future] = call
             return True
+
+    def get(self, future: Future[Any]) -> Call[FutureProxy[Any]] | None:
+        """The call of this future, None when it is settled."""
+        return self._calls.get(future)  # type: ignore[call-overload, no-any-return]
 
     def discard(self, future: Future[Any]) -> None:
         """The future is settled."""
-        self._futures.pop(future, None)  # type: ignore[call-overload]
+        self._calls.pop(future, None)  # type: ignore[call-overload]
         if self._watchers:
             with self._changed:
                 self._changed.notify_all()
@@ -69,13 +78,13 @@ class Unfinished:
         with self._changed:
             self._watchers += 1
             try:
-                return self._changed.wait_for(lambda: not self._futures, timeout)
+                return self._changed.wait_for(lambda: not self._calls, timeout)
             finally:
                 self._watchers -= 1
 
     def all(self) -> Sequence[FutureProxy[Any]]:
         """Those unfinished now, oldest first."""
-        return list(self._futures)
+        return list(self._calls)
 
 
 class Binding(JobChannel):
@@ -85,7 +94,14 @@ class Binding(JobChannel):
     :meth:`after_fork` drops it, and the jobs of the parent with it.
     """
 
-    def __init__(self, executor: Any, app: Flask, config: Config, default_callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self,
+        executor: Any,
+        app: Flask,
+        config: Config,
+        default_callbacks: Sequence[Callback],
+        initializers: Sequence[Callable[[], object]],
+    ) -> None:
         self.futures: FutureCollection[FutureProxy[Any]] = FutureCollection(config.futures_max_length)
         self.store: JobStore = import_string(config.store)(config.store_max_records)
         self.unfinished = Unfinished()
@@ -94,8 +110,10 @@ class Binding(JobChannel):
         self._default_callbacks = default_callbacks
         self._backend: Backend | None = None
         self._lock = threading.RLock()
+        self._retries = Retries()
+        self.initializers = initializers
         self._set_config(config)
-        register_app(app)
+        know_jobs(running_job)
 
     def _set_config(self, config: Config) -> None:
         self._backend_class = _backend_class(config)
@@ -127,9 +145,11 @@ class Binding(JobChannel):
             with self._lock:
                 backend = self._backend
                 if backend is None:
-                    backend = self._backend = self._backend_class(self.config.backend_options())
+                    backend = self._backend_class(self.config.backend_options(self._app, self.initializers))
                     if self._closed:
                         backend.shutdown()
+                    self._backend = backend
+                    _leave_in_order(self)
         return backend
 
     @property
@@ -221,11 +241,14 @@ class Binding(JobChannel):
             raise ExecutorShutdown(
                 "cannot schedule new futures after shutdown: this executor was shut down in this process"
             )
+        if options.timeout is None and self.config.timeout is not None:
+            options = replace(options, timeout=self.config.timeout)
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         future: FutureProxy[Any] = FutureProxy(job, self)
-        if not self.unfinished.add(future, self._limit()):
+        call = Call(future, job, fn, args, kwargs, context, self, options)
+        if not self.unfinished.add(call, self._limit()):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
-        return Call(future, job, fn, args, kwargs, context, self)
+        return call
 
     def _limit(self) -> int | None:
         pending = self.config.max_pending
@@ -241,8 +264,9 @@ class Binding(JobChannel):
                 for callback in (*self._own_callbacks, *self._default_callbacks):
                     future.add_done_callback(callback)
             if job_queued.receivers:
-                self._send(job_queued, call.job)
-            self.backend.enqueue(call)
+                self._send(job_queued, call.job.record())
+            call.backend = self.backend
+            call.backend.enqueue(call)
         except BaseException as error:
             self._refuse(future, error)
         return future
@@ -264,17 +288,22 @@ class Binding(JobChannel):
     def started(self, job: LiveJob) -> None:
         self.store.update(job)
         if job_started.receivers:
-            self._send(job_started, job)
+            self._tell(job_started, job)
 
     def ended(self, job: LiveJob) -> None:
         self.store.update(job)
         if job.error is not None and job_failed.receivers:
-            self._send(job_failed, job)
+            self._tell(job_failed, job)
         if job_finished.receivers:
-            self._send(job_finished, job)
+            self._tell(job_finished, job)
 
-    def settled(self, future: Future[Any]) -> None:
-        self.unfinished.discard(future)
+    def settled(self, future: Future[Any], call_back: Callable[[], object] | None) -> None:
+        if call_back is not None:
+            self._aside(call_back)
+        if call_back is not None or job_finished.receivers:
+            self._aside(lambda: self.unfinished.discard(future))  # behind what was told
+        else:
+            self.unfinished.discard(future)
 
     def unseen(self, job: LiveJob, error: BaseException) -> None:
         log_failure(self.app, job.name, job.id, job.key, error)
@@ -286,17 +315,82 @@ class Binding(JobChannel):
         context = CapturedContext(app, self.config.push_app_context)
         return lambda future: context.run(fn, future)
 
-    def _send(self, signal: NamedSignal, job: LiveJob) -> None:
+    def withdraw(self, future: Future[Any]) -> bool:
+        call = self.unfinished.get(future)
+        if call is None or self._retries.discard(call):
+            return True
+        return call.backend is None or call.backend.withdraw(call)
+
+    def stop(self, future: Future[Any], grace: float | None) -> bool:
+        call = self.unfinished.get(future)
+        while call is not None and not call.job.status.ended:
+            if future.cancel() or self._have_leave(call, call.job.attempt, JobStatus.STOPPED, grace):
+                return True
+        return False
+
+    def out_of_time(self, call: PreparedCall, attempt: int) -> None:
+        self._have_leave(call, attempt, JobStatus.TIMED_OUT, None)
+
+    def _have_leave(self, call: PreparedCall, attempt: int, reason: JobStatus, grace: float | None) -> bool:
+        """Ask a running job to leave, and see to it that it does; False when this attempt does not run any more."""
+        job, backend = call.job, call.backend
+        if job.status is not JobStatus.RUNNING or job.attempt != attempt or backend is None:
+            return False
+        if job.leave is not JobStatus.STOPPED:  # it may be out of time already: who stops it does not want a retry
+            job.leave = reason
+        backend.leave(call, reason)
+
+        def force() -> None:
+            if job.status is JobStatus.RUNNING and job.attempt == attempt:
+                backend.kill(call)
+
+        grace = self.config.stop_grace if grace is None else grace
+        if grace:
+            call.appoint(grace, force)
+        else:
+            force()
+        return True
+
+    def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
+        call.future.queue_again(error)
+        self.store.update(call.job)
+        if self._closed:
+            call.give_up(error)
+        elif self._backend is None or self._backend.capacity is None:
+            self._run_again(call, error)
+        else:
+            self._retries.add(call, error, delay, lambda: self._run_again(call, error))
+
+    def _run_again(self, call: PreparedCall, error: BaseException) -> None:
+        try:
+            call.backend = self.backend
+            call.backend.enqueue(call)
+        except ExecutorShutdown:
+            call.give_up(error)
+        except Exception as refused:
+            call.give_up(refused)
+
+    def _tell(self, signal: NamedSignal, job: LiveJob) -> None:
+        record = job.record()
+        self._aside(lambda: self._send(signal, record))
+
+    def _aside(self, fn: Callable[[], object]) -> None:
+        backend = self._backend
+        if backend is None:
+            fn()
+        else:
+            backend.aside(fn)
+
+    def _send(self, signal: NamedSignal, record: Job) -> None:
         app = self.app
         receivers = list(signal.receivers_for(self._executor))
         if receivers and app is not None and current_app_or_none() is not app:  # for a job in another process, say
             try:
                 with app.app_context():
-                    self._send(signal, job)
+                    self._send(signal, record)
             except Exception:  # a receiver of Flask's own signals; the job must be settled all the same
-                logger.exception("%s could not be sent for job %s.", signal.name, job.id)
+                logger.exception("%s could not be sent for job %s.", signal.name, record.id)
             return
-        record = job.record()
         for receiver in receivers:
             try:
                 call_to_end(receiver, (self._executor,), {"job": record})
@@ -323,18 +417,85 @@ class Binding(JobChannel):
         with self._lock:
             self._closed = True
             backend = self._backend
+        for call, error in self._retries.clear():
+            call.give_up(error)
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+    def leave(self, deadline: float) -> None:
+        """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), then stop them, then force them."""
+        self.shutdown(wait=False)
+        left = self.unfinished.all()
+        if left:
+            logger.info("The process ends; %s may go on for %.0f s.", _names(left), deadline - time.monotonic())
+            if not self.unfinished.wait(deadline - time.monotonic()):
+                self._cut_off()
+        if self._backend is not None:
+            self._backend.abandon()
+
+    def _cut_off(self) -> None:
+        left = [future for future in self.unfinished.all() if not future.done()]
+        logger.warning(
+            "The process ends and %s did not end within %s (%g s): stopping.",
+            _names(left),
+            self.config.key("EXECUTOR_SHUTDOWN_TIMEOUT"),
+            self.config.shutdown_timeout,
+        )
+        for future in left:
+            future.stop()
+        if not self.unfinished.wait(self.config.stop_grace + 1.0):
+            left = [future for future in left if not future.done()]
+            logger.warning("The process ends and %s did not stop: cut off.", _names(left))
 
     def after_fork(self) -> None:
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""
         self._lock = threading.RLock()
+        self._retries = Retries()
         self._backend = None
+        if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
+            self.unfinished = Unfinished()
         self.futures.after_fork()
         self.store.after_fork()
         inherited, self.unfinished = self.unfinished.all(), Unfinished()
         for future in inherited:
             self.store.update(future.abandon())
+
+
+class Retries:
+    """The calls that wait for their next attempt. Whoever takes a call out is the one to go on with it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[Any, tuple[Appointment, BaseException]] = {}
+
+    def add(self, call: PreparedCall, error: BaseException, delay: float, go_on: Callable[[], object]) -> None:
+        """Call ``go_on`` in ``delay`` seconds, unless the call was taken out by then."""
+
+        def due() -> None:
+            if self.discard(call):
+                go_on()
+
+        with self._lock:
+            self._waiting[call] = (timer.after(delay, due), error)
+
+    def discard(self, call: PreparedCall) -> bool:
+        """Take a call out; False when it was not here."""
+        with self._lock:
+            appointment, _ = self._waiting.pop(call, (None, None))
+        if appointment is None:
+            return False
+        appointment.cancel()
+        return True
+
+    def clear(self) -> list[tuple[PreparedCall, BaseException]]:
+        """Take all out; they come with the errors of their last attempts."""
+        return [(call, error) for call, (_, error) in list(self._waiting.items()) if self.discard(call)]
+
+
+def _names(futures: Sequence[FutureProxy[Any]]) -> str:
+    """Some jobs in words: ``3 jobs (render, render, mail)``."""
+    names = [future.record().name for future in futures[:5]] + ["..."] * (len(futures) > 5)
+    return f"{len(futures)} {'job' if len(futures) == 1 else 'jobs'} ({', '.join(names)})"
 
 
 def _backend_class(config: Config) -> type[Backend]:
@@ -345,3 +506,28 @@ def _backend_class(config: Config) -> type[Backend]:
     if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
         raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, "a subclass of flask_executor.abc.Backend")
     return backend_class
+
+
+_with_backends: weakref.WeakSet[Binding] = weakref.WeakSet()
+_registered = False
+
+
+def _leave_in_order(binding: Binding) -> None:
+    """See to it that the jobs of ``binding`` end before the process does."""
+    global _registered  # forked children inherit the registration
+    _with_backends.add(binding)
+    if not _registered:
+        _registered = True
+        # Before the standard library's pools refuse work, which jobs that still run may have for them; atexit would be
+        # too late for that.
+        threading._register_atexit(_leave)  # type: ignore[attr-defined]
+    if multiprocessing.parent_process() is not None:
+        # A process of multiprocessing waits for its children before all else, and our workers wait for us.
+        Finalize(None, _leave, exitpriority=100)
+
+
+def _leave() -> None:
+    bindings = list(_with_backends)
+    begin = time.monotonic()
+    for binding in bindings:
+        binding.leave(begin + binding.config.shutdown_timeout)

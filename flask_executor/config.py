@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask_executor.abc import BackendOptions
 from flask_executor.exceptions import ConfigError
+
+if TYPE_CHECKING:
+    import weakref
+
+    from flask import Flask
 
 #: The names that ``EXECUTOR_TYPE`` knows, and where the backends are.
 BACKENDS = {
@@ -81,6 +88,45 @@ def _length(value: object) -> int:
     return 50 if length is None else length
 
 
+def _seconds(value: object) -> float:
+    """Seconds, 0 or more, as a number or a string."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if 0 <= number < math.inf:
+            return number
+    raise _RefusedError("a number of seconds, 0 or more")
+
+
+def _timeout(value: object) -> float | None:
+    if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
+        return None
+    try:
+        seconds = _seconds(value)
+    except _RefusedError:
+        seconds = 0.0
+    if seconds > 0:
+        return seconds
+    raise _RefusedError("a number of seconds greater than 0, or None")
+
+
+def _start_method(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
+        return None
+    methods = multiprocessing.get_all_start_methods()
+    if isinstance(value, str) and value.strip() in methods:
+        return value.strip()
+    raise _RefusedError(f"{', '.join(map(repr, methods))}, or None for the platform's default")
+
+
+def _text_or_none(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    raise _RefusedError("a string such as 'shop:app' or 'shop:create_app()', or None")
+
+
 def _one_of(names: Mapping[str, str]) -> str:
     return ", ".join(map(repr, names))
 
@@ -113,6 +159,18 @@ class Config:
     propagate_exceptions: bool = _key("EXECUTOR_PROPAGATE_EXCEPTIONS", False, _flag)
     #: Whether type ``immediate`` pickles function, arguments and result.
     immediate_pickle: bool = _key("EXECUTOR_IMMEDIATE_PICKLE", False, _flag)
+    #: Seconds a job may run; None for as long as it takes.
+    timeout: float | None = _key("EXECUTOR_TIMEOUT", None, _timeout)
+    #: Seconds between a request to stop and force.
+    stop_grace: float = _key("EXECUTOR_STOP_GRACE", 5, _seconds)
+    #: Seconds that a process which ends gives its jobs.
+    shutdown_timeout: float = _key("EXECUTOR_SHUTDOWN_TIMEOUT", 30, _seconds)
+    #: How worker processes are started; None for the platform's default.
+    start_method: str | None = _key("EXECUTOR_START_METHOD", None, _start_method)
+    #: Import string of the app or its factory, for worker processes that do not inherit it; None to find it.
+    app: str | None = _key("EXECUTOR_APP", None, _text_or_none)
+    #: Jobs after which a worker process is replaced; None for never.
+    max_tasks_per_child: int | None = _key("EXECUTOR_MAX_TASKS_PER_CHILD", None, _count_or_none)
     #: Import string of the store's class.
     store: str = _key("EXECUTOR_STORE", "memory", _store)
     #: Most records of ended jobs that the store keeps.
@@ -141,6 +199,22 @@ class Config:
         """The key in ``app.config`` that this executor reads: ``key("EXECUTOR_TYPE")``."""
         return self.prefix + name
 
-    def backend_options(self) -> BackendOptions:
-        """What the backend is made from."""
-        return BackendOptions(max_workers=self.max_workers, pickle=self.immediate_pickle)
+    def backend_options(
+        self, app: weakref.ref[Flask] | None = None, initializers: Sequence[Callable[[], object]] = ()
+    ) -> BackendOptions:
+        """What the backend is made from.
+
+        :param app: the app whose config this is.
+        :param initializers: called in each worker process before its first job.
+        """
+        return BackendOptions(
+            max_workers=self.max_workers,
+            pickle=self.immediate_pickle,
+            app=app,
+            config_key=self.key,
+            app_import=self.app,
+            start_method=self.start_method,
+            max_tasks_per_child=self.max_tasks_per_child,
+            initializers=initializers,
+            exit_grace=self.stop_grace,
+        )

@@ -22,8 +22,8 @@ import copy
 import functools
 import io
 import pickle
-import weakref
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import CoroutineType
@@ -35,7 +35,9 @@ from flask.globals import _cv_app
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
 from werkzeug.datastructures import EnvironHeaders
 
+from flask_executor.helpers import describe_error
 from flask_executor.uploads import (
+    KEPT,
     UploadSnapshot,
     outlive,
     own_uploads,
@@ -211,6 +213,15 @@ class CapturedContext:
         return session
 
 
+class _NoContext:
+    """Stands for captured contexts where nothing was captured."""
+
+    app_context = None
+
+
+NO_CONTEXT = _NoContext()
+
+
 def _with_own_flashes(items: dict[str, Any]) -> dict[str, Any]:
     """The items of a session; the list that ``flash()`` appends to must not be that of another one."""
     if "_flashes" in items:
@@ -321,110 +332,200 @@ def _tear_down(app_context: Any, request_context: Any, error: BaseException | No
 
 # ---- for worker processes ----
 
-_apps: weakref.WeakValueDictionary[int, Flask] = weakref.WeakValueDictionary()
+_SIMPLE = frozenset({str, bytes, int, float, bool, type(None)})
+_LEFT_OUT = (
+    "{name!r} did not come along from {where} of the code that submitted the job: {reason}. Pass what the job needs as "
+    "an argument, or make it in the job."
+)
 
 
-def register_app(app: Flask) -> None:
-    """Let worker processes that are forked from this one find ``app`` again."""
-    _apps[id(app)] = app
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Values by name, pickled one by one: what cannot be pickled stays behind, the rest comes along."""
+
+    simple: dict[str, Any]
+    pickled: dict[str, bytes]
+    #: What stayed behind, with the reason.
+    left_out: dict[str, str]
+
+    @classmethod
+    def pack(cls, values: dict[str, Any], leave_out: Collection[str] = ()) -> Parcel:
+        """Pack ``values``, silently without those in ``leave_out``."""
+        parcel = cls({}, {}, {})
+        for name, value in values.items():
+            if type(value) in _SIMPLE:
+                parcel.simple[name] = value
+            elif name not in leave_out:
+                # One by one, so that one bad value does not keep the others back.
+                try:
+                    parcel.pickled[name] = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+                except Exception as error:  # whatever a foreign __reduce__ raises
+                    parcel.left_out[name] = describe_error(error)
+        return parcel
+
+    def unpack(self) -> dict[str, Any]:
+        """The values again; one that cannot be rebuilt here is left out as well."""
+        values = self.simple
+        for name, value in self.pickled.items():
+            try:
+                values[name] = pickle.loads(value)
+            except Exception as error:
+                self.left_out[name] = f"it cannot be rebuilt, {describe_error(error)}"
+        return values
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RequestSnapshot:
-    """A request as values: what :meth:`Snapshot.restore` builds it from."""
+    """A request as values."""
 
     environ: dict[str, Any]
-    attributes: dict[str, bytes]
-    session: bytes | None
+    attributes: Parcel
+    session_class: bytes | None
+    session: Parcel
     uploads: list[UploadSnapshot]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Captured contexts in a form that can be sent to another process; values are pickled one by one.
+    """Captured contexts in a form that can be sent to another process."""
 
-    What cannot be pickled is left out: a database connection on ``g`` must not keep a job from running.
-    """
+    #: None where no contexts are pushed.
+    globals: Parcel | None
+    request: bytes | None
 
-    app: int
-    globals: dict[str, bytes] | None
-    request: RequestSnapshot | None
-
-    def call(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-        """In a worker process: restore the contexts and call ``fn`` in them."""
-        app = _apps.get(self.app)
-        variables = contextvars.Context()  # with nothing of what was active when this worker was forked
-        if app is None or self.globals is None:
-            # Not forked from the process that has the app, or contexts are off: nothing to push.
-            return variables.run(call_to_end, fn, args, kwargs)
-        app_context, request_context = variables.run(self._make_contexts, app, self.globals)
-        run: Callable[..., T] = variables.run
-        return run(_run_in, app_context, request_context, call_to_end, (fn, args, kwargs))
-
-    def _make_contexts(self, app: Flask, values: dict[str, bytes]) -> tuple[Any, Any]:
+    def call(self, app: Flask, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        """In a worker process: call ``fn`` in contexts made anew from this."""
+        if self.globals is None:
+            return call_to_end(fn, args, kwargs)
         request_context: Any = None
         if self.request is not None:
-            # There is a stream to read nothing from: bodies are sent as attributes.
-            request_context = app.request_context({**self.request.environ, "wsgi.input": io.BytesIO()})
-        app_context = request_context if _MERGED and request_context is not None else app.app_context()
-        _cv_app.set(app_context)
+            request_context = object.__new__(_job_context_class(AppContext if _MERGED else RequestContext))
+            request_context.app = app
+        merged = _MERGED and request_context is not None
+        app_context = request_context if merged else app.app_context()
+        values: dict[str, Any] = self.globals.unpack()
+        made: Any = app.app_ctx_globals_class()
+        if self.globals.left_out:
+            made = _explaining(made, "g", self.globals.left_out)
         for name, value in values.items():
-            setattr(app_context.g, name, pickle.loads(value))
-        if self.request is not None:
-            _cv_request.set(request_context)
-            _restore_request(request_context, self.request)
-        return app_context, request_context
+            setattr(made, name, value)
+        app_context.g = made
+        if request_context is not None:
+            request_context._captured = _Sent(app, self.request, made)
+        result: T = _run_in(app_context, request_context, call_to_end, (fn, args, kwargs))
+        return result
 
 
-def snapshot(captured: CapturedContext) -> Snapshot:
-    """The same contexts as values."""
-    if captured.app_context is None:
-        return Snapshot(app=0, globals=None, request=None)
-    _, request_context = captured.make_contexts()
-    return Snapshot(
-        app=id(captured.app_context.app),
-        globals=_picklable(captured.globals if isinstance(captured.globals, dict) else {}),
-        request=None if request_context is None else _snapshot_request(request_context),
-    )
-
-
+_NO_CONTEXTS = Snapshot(None, None)
 # Rebuilt in the worker, or bound to objects of this process.
-_NOT_SENT = frozenset({"environ", "headers", "stream", "files", "json_module", "url_rule", "shallow"})
+_NOT_SENT = frozenset({"environ", "headers", "stream", "files", "json_module", "url_rule", "shallow", "close", KEPT})
 
 
-def _snapshot_request(context: Any) -> RequestSnapshot:
-    request = context.request
-    state = {name: value for name, value in request.__dict__.items() if name not in _NOT_SENT}
-    session = context.session
+def snapshot(captured: CapturedContext | _NoContext) -> Snapshot:
+    """The same contexts as values."""
+    if isinstance(captured, _NoContext) or captured.app_context is None:
+        return _NO_CONTEXTS
+    values = captured.globals if isinstance(captured.globals, dict) else {}
+    request = None
+    if captured.request_context is not None:
+        request = pickle.dumps(_snapshot_request(captured), pickle.HIGHEST_PROTOCOL)
+    return Snapshot(Parcel.pack(values), request)
+
+
+def _snapshot_request(captured: CapturedContext) -> RequestSnapshot:
+    state = captured.request
+    session_class: bytes | None = None
+    if captured.session_items is not None:
+        with contextlib.suppress(Exception):  # a class that cannot be pickled: the session stays behind
+            # Flask's own holds a callback, so that it is rebuilt from its items.
+            session_class = pickle.dumps(captured.session_class)
     return RequestSnapshot(
-        environ={name: value for name, value in request.environ.items() if isinstance(value, (str, int, tuple))},
-        attributes=_picklable(state),
-        # As a plain dict: Flask's session class holds a callback that cannot be pickled.
-        session=None if session is None else _picklable({"": (type(session), dict(session))}).get(""),
-        uploads=snapshot_uploads(request),
+        # The rest are streams, sockets and other parts of the server.
+        environ={name: value for name, value in state["environ"].items() if isinstance(value, (str, int, tuple))},
+        attributes=Parcel.pack(state, _NOT_SENT),
+        session_class=session_class,
+        session=Parcel.pack(captured.session_items or {}),
+        uploads=snapshot_uploads(state),
     )
 
 
-def _restore_request(context: Any, sent: RequestSnapshot) -> None:
-    app, request = context.app, context.request
-    if sent.session is None:
-        session = app.session_interface.make_null_session(app)
-    else:
-        session_class, values = pickle.loads(sent.session)
-        session = session_class(values)
-    context.__dict__[_SESSION] = session
-    if context.url_adapter is not None:
-        context.match_request()  # converters may look at the contexts
-    for name, value in sent.attributes.items():
-        request.__dict__[name] = pickle.loads(value)
-    rebuild_uploads(request, sent.uploads)
+class _Sent:
+    """The request that came with a call, which becomes one when something is looked up in it; see ``_Unfilled``."""
+
+    def __init__(self, app: Flask, request: bytes | None, globals: Any) -> None:
+        self.app = app
+        self.request = request
+        self.globals = globals
+
+    def contents(self) -> dict[str, Any]:
+        """What a request context lacks: its request, session and the rest."""
+        sent: RequestSnapshot = pickle.loads(self.request or b"")
+        # Bodies are sent as attributes, so there is nothing to read from the environ.
+        environ = _Environ(sent.environ, **{"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr})
+        context: Any = self.app.request_context(environ)
+        if _MERGED:
+            context.g = self.globals
+        # Converters of routes may look at the contexts, and these are not complete yet.
+        contextvars.copy_context().run(self._fill, context, sent)
+        contents: dict[str, Any] = context.__dict__
+        return contents
+
+    def _fill(self, context: Any, sent: RequestSnapshot) -> None:
+        _cv_request.set(context)
+        if sent.session_class is None:
+            session: Any = self.app.session_interface.make_null_session(self.app)
+        else:
+            session = pickle.loads(sent.session_class)(sent.session.unpack())
+        context.__dict__[_SESSION] = session
+        if context.url_adapter is not None:
+            context.match_request()
+        values, request = sent.attributes.unpack(), context.request
+        if sent.attributes.left_out:
+            request = context.__dict__[_REQUEST] = _explaining(request, "the request", sent.attributes.left_out)
+        request.__dict__.update(values)
+        rebuild_uploads(request, sent.uploads)
 
 
-def _picklable(state: dict[str, Any]) -> dict[str, bytes]:
-    pickled = {}
-    for name, value in state.items():
+class _Explains:
+    __slots__ = ()
+    _left_out: dict[str, str]
+    _where: str
+
+    def __getattr__(self, name: str) -> Any:
         try:
-            pickled[name] = pickle.dumps(value)
-        except Exception:  # whatever a foreign __reduce__ raises: this value stays behind
-            continue
-    return pickled
+            reason = self._left_out[name]
+        except KeyError:
+            # An AttributeError too, so that "make one if there is none" works in a job as it does in a view.
+            return super().__getattr__(name)  # type: ignore[misc]
+        raise AttributeError(_LEFT_OUT.format(name=name, where=self._where, reason=reason))
+
+
+@functools.cache
+def _explaining_class(base: Any) -> Any:
+    bases = (_Explains, base) if hasattr(base, "__getattr__") else (_Explains, base, _NoAttribute)
+    return type(base.__name__, bases, {"__slots__": ("_left_out", "_where"), "__module__": base.__module__})
+
+
+class _NoAttribute:
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _explaining(plain: Any, where: str, left_out: dict[str, str]) -> Any:
+    """The same object, but where an attribute was left out it says why."""
+    base: Any = type(plain)
+    made = object.__new__(_explaining_class(base))
+    made._left_out, made._where = left_out, where
+    made.__dict__.update(plain.__dict__)
+    return made
+
+
+class _Environ(dict[str, Any]):
+    """A WSGI environ in a worker process."""
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(
+            f"{name!r} is not in the environ of this request; only texts, numbers and tuples come along to a worker process"
+        )

@@ -10,12 +10,19 @@
     ├── QueueFull
     ├── MissingExtra       (also an ImportError)
     ├── NotPicklable       (also a TypeError)
+    ├── JobStopped         (also a concurrent.futures.CancelledError)
+    ├── JobTimeout         (also a TimeoutError)
     ├── RemoteTraceback    (only as the cause of another error)
     └── WorkerLost
+
+    BaseException
+    └── JobExit            (only inside a job that has to leave)
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import signal
 from collections.abc import Hashable
 
 
@@ -110,5 +117,52 @@ class RemoteTraceback(ExecutorError):
     """The traceback that an error had in the worker process, as text; the ``__cause__`` of that error here."""
 
 
+class JobStopped(ExecutorError, concurrent.futures.CancelledError):
+    """The job was asked to stop, and did or was forced to: ``future.status`` tells which."""
+
+
+class JobTimeout(ExecutorError, TimeoutError):
+    """The job ran longer than it was allowed to.
+
+    Not to be confused with the :exc:`TimeoutError` of ``future.result(timeout=...)``, which only stops waiting.
+    """
+
+
 class WorkerLost(ExecutorError):
-    """The process that was to run a job is gone."""
+    """The process that was to run a job is gone.
+
+    :param what: what was lost, as a sentence.
+    :param pid: the process id of the worker, None where it is not known.
+    :param exit_code: how it ended: its exit code, or the number of the signal that killed it, negative.
+    """
+
+    def __init__(self, what: str, pid: int | None = None, exit_code: int | None = None) -> None:
+        super().__init__(what, pid, exit_code)
+        self.what = what
+        self.pid = pid
+        self.exit_code = exit_code
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that killed the worker, ``"SIGKILL"``; None when it was not killed."""
+        if self.exit_code is None or self.exit_code >= 0:
+            return None
+        try:
+            return signal.Signals(-self.exit_code).name
+        except ValueError:  # a real-time signal has no name
+            return f"signal {-self.exit_code}"
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return self.what
+        if self.signal is None:
+            return f"{self.what} Worker process {self.pid} ended with exit code {self.exit_code}."
+        memory = " (as the system does when memory runs out)" if self.signal == "SIGKILL" else ""
+        return f"{self.what} Worker process {self.pid} was killed by {self.signal}{memory}."
+
+
+class JobExit(BaseException):
+    """Leaves a job that was asked to stop or is out of time: what :func:`~flask_executor.checkpoint` raises.
+
+    Not an :exc:`Exception`, so that ``except Exception`` in a job does not swallow it. Use ``finally`` to clean up.
+    """

@@ -24,11 +24,14 @@ from flask_executor.exceptions import AppNotFound, NotPicklable
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import InstanceProxy, callable_name
 from flask_executor.jobs import JobOptions
+from flask_executor.retries import Retry
 
 __all__ = ["Executor", "ExecutorJob", "ExecutorWithOptions", "propagate_exceptions_callback"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[[], object])
+Errors = type[Exception] | tuple[type[Exception], ...]
 
 _BINDINGS = "flask_executor_bindings"  # in app.extensions: what each executor has there
 _executors: weakref.WeakSet[Executor] = weakref.WeakSet()
@@ -63,6 +66,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         self.name = name
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         self._default_done_callbacks: list[Callable[[concurrent.futures.Future[Any]], object]] = []
+        self._worker_initializers: list[Callable[[], object]] = []
         self._defaults = JobOptions()
         _executors.add(self)
         if app is not None:
@@ -81,7 +85,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         if self in bindings:
             bindings[self].reconfigure(config)
         else:
-            bindings[self] = Binding(self, app, config, self._default_done_callbacks)
+            bindings[self] = Binding(self, app, config, self._default_done_callbacks, self._worker_initializers)
             self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
 
@@ -124,63 +128,126 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         All calls are submitted at once; the results come in order.
 
         :param timeout: most seconds to wait for the results, counted from this call.
-        :param chunksize: calls per job. For many short calls on threads a larger one is faster; the other types
-            ignore it.
+        :param chunksize: calls per job. For many short calls a larger one is faster; type ``immediate`` ignores it.
         :raises concurrent.futures.TimeoutError: from the iterator, when a result is not there in time.
         :raises QueueFull: when not all calls fit; those that have not started are cancelled.
         """
         return self._map(self._defaults, fn, iterables, timeout, chunksize)
 
     def options(
-        self, *, name: str | None = None, key: Hashable | None = None, owner: str | None = None
+        self,
+        *,
+        name: str | None = None,
+        key: Hashable | None = None,
+        owner: str | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+        backoff: float | None = None,
+        retry_on: Errors | None = None,
+        no_retry_on: Errors | None = None,
+        priority: int | None = None,
     ) -> ExecutorWithOptions:
         """The same executor with options for the jobs submitted through it.
 
         .. code-block:: python
 
-            executor.options(name="monthly report", owner=current_user.id).submit(render, "may")
+            executor.options(name="monthly report", owner=current_user.id, timeout=60).submit(render, "may")
+            executor.options(retries=3, backoff=1.0, retry_on=ConnectionError).submit(fetch, url)
 
         :param name: what to call the job, instead of its function's name.
         :param key: keep the handle under this key, as :meth:`submit_stored` does.
         :param owner: whose job it is.
+        :param timeout: seconds that it may run, each time; then it has to leave as if it was asked to stop, and its
+            result is a :exc:`~flask_executor.JobTimeout`. None for ``EXECUTOR_TIMEOUT``, ``math.inf`` for no limit.
+        :param retries: how often it is run again, at most, when it fails.
+        :param backoff: seconds to wait before the first retry; twice as long before each further one, less a random part.
+        :param retry_on: the exceptions after which it is run again; all by default.
+        :param no_retry_on: those of them after which it is not.
+        :param priority: higher ones start first, those alike in the order of submission; 0 by default.
+        :raises ValueError: for a number that cannot be used.
         """
-        return ExecutorWithOptions(self, JobOptions(name=name, key=key, owner=owner))
+        return ExecutorWithOptions(
+            self,
+            _options(
+                self._defaults,
+                name=name,
+                key=key,
+                owner=owner,
+                timeout=timeout,
+                retries=retries,
+                backoff=backoff,
+                retry_on=retry_on,
+                no_retry_on=no_retry_on,
+                priority=priority,
+            ),
+        )
 
     @overload
     def job(self, fn: Callable[P, T], /) -> ExecutorJob[P, T]: ...
 
     @overload
     def job(
-        self, fn: None = None, /, *, name: str | None = None, owner: str | None = None
+        self,
+        fn: None = None,
+        /,
+        *,
+        name: str | None = None,
+        owner: str | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+        backoff: float | None = None,
+        retry_on: Errors | None = None,
+        no_retry_on: Errors | None = None,
+        priority: int | None = None,
     ) -> Callable[[Callable[P, T]], ExecutorJob[P, T]]: ...
 
-    def job(self, fn: Any = None, /, *, name: str | None = None, owner: str | None = None) -> Any:
+    def job(self, fn: Any = None, /, **options: Any) -> Any:
         """Decorator: give a function ``submit``, ``submit_stored``, ``submit_once``, ``map`` and ``options``.
 
         It stays an ordinary function otherwise. Works before and after :meth:`init_app`.
 
         .. code-block:: python
 
-            @executor.job
+            @executor.job(timeout=30, retries=3)
             def render(month): ...
 
             render("may")                          # here and now
             render.submit("may")                   # in the background
             render.submit_stored("report", "may")
 
-        :param name: what to call its jobs, instead of the function's name.
-        :param owner: whose jobs they are.
+        :param options: those of :meth:`options`, but ``key``.
         :raises TypeError: for what cannot be called, and where jobs run in other processes for a function
             that they cannot import.
         """
+        if "key" in options:
+            raise TypeError("a key can belong to one job only: give it to submit_stored() or options()")
+        given = _options(self._defaults, **options)
 
         def decorate(fn: Any) -> Any:
             _check_callable(fn)
             if any(binding.remote for _, binding in self._bound()):
                 _check_importable(fn)
-            return ExecutorJob(self, fn, JobOptions(name=name, owner=owner))
+            return ExecutorJob(self, fn, given)
 
         return decorate if fn is None else decorate(fn)
+
+    def worker_init(self, fn: F) -> F:
+        """Decorator: call ``fn`` in each worker process before its first job, in an app context; for type ``process``.
+
+        .. code-block:: python
+
+            @executor.worker_init
+            def load():
+                global model
+                model = joblib.load("model.joblib")      # once per process, and not for every job
+
+        When it raises, a job that waits gets that error. Workers that are there already do not call it.
+
+        :raises TypeError: if ``fn`` cannot be called.
+        """
+        _check_callable(fn)
+        self._worker_initializers.append(fn)
+        return fn
 
     def add_default_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         """Add a callback to every future made from now on, as ``future.add_done_callback(fn)`` does.
@@ -394,12 +461,32 @@ class ExecutorJob(Generic[P, T]):
         return self._submitter.map(self._submitted, *iterables, timeout=timeout, chunksize=chunksize)
 
     def options(
-        self, *, name: str | None = None, key: Hashable | None = None, owner: str | None = None
+        self,
+        *,
+        name: str | None = None,
+        key: Hashable | None = None,
+        owner: str | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+        backoff: float | None = None,
+        retry_on: Errors | None = None,
+        no_retry_on: Errors | None = None,
+        priority: int | None = None,
     ) -> ExecutorJob[P, T]:
         """The same job with other options, as :meth:`Executor.options`; what is not given stays."""
-        given = {"name": name, "key": key, "owner": owner}
-        changed = {option: value for option, value in given.items() if value is not None}
-        job = ExecutorJob(self.executor, self.fn, replace(self._options, **changed))  # type: ignore[arg-type]
+        changed = _options(
+            self._options,
+            name=name,
+            key=key,
+            owner=owner,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            retry_on=retry_on,
+            no_retry_on=no_retry_on,
+            priority=priority,
+        )
+        job = ExecutorJob(self.executor, self.fn, changed)
         job._submitted = self._submitted  # worker processes find that one by its name
         return job
 
@@ -409,6 +496,36 @@ class ExecutorJob(Generic[P, T]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.__qualname__}>"
+
+
+def _options(
+    base: JobOptions,
+    *,
+    retries: int | None = None,
+    backoff: float | None = None,
+    retry_on: Errors | None = None,
+    no_retry_on: Errors | None = None,
+    **given: Any,
+) -> JobOptions:
+    """``base``, with what is given in its place.
+
+    :raises ValueError: for a number that cannot be used.
+    :raises TypeError: for an option that there is not.
+    """
+    timeout, priority = given.get("timeout"), given.get("priority")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds greater than 0, or math.inf")
+    if priority is not None and not isinstance(priority, int):
+        raise ValueError(f"priority is {priority!r}; it must be a whole number")
+    retry: dict[str, Any] = {"retries": retries, "backoff": backoff}
+    for name, errors in (("retry_on", retry_on), ("no_retry_on", no_retry_on)):
+        retry[name] = (errors,) if isinstance(errors, type) else errors
+    retry = {name: value for name, value in retry.items() if value is not None}
+    if retry:
+        if base.retry is None and "retries" not in retry:
+            raise ValueError(f"{', '.join(retry)} without retries: say how often the job may be run again, at most")
+        given["retry"] = Retry(**retry) if base.retry is None else replace(base.retry, **retry)
+    return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
 def _results(futures: list[FutureProxy[T]], deadline: float | None) -> Iterator[T]:

@@ -7,14 +7,15 @@ import contextlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, PENDING, RUNNING
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from flask_executor.abc import JobChannel
-from flask_executor.exceptions import KeyExists, WorkerLost
-from flask_executor.jobs import Job, JobStatus, LiveJob
+from flask_executor.exceptions import JobStopped, KeyExists, WorkerLost
+from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
 
 __all__ = ["Future", "FutureCollection", "FutureProxy", "propagate_exceptions_callback"]
 
@@ -63,19 +64,53 @@ class FutureProxy(Future[T]):
         """Where the job stands."""
         return self._job.status
 
-    def stop(self, grace: float | None = None) -> bool:
-        """Ask the job to stop: a queued one is cancelled.
+    @property
+    def progress(self) -> float | None:
+        """How much is done, from 0.0 to 1.0; None while it is not known."""
+        return self._job.progress
 
-        :param grace: seconds before force is used, on backends that can; none can yet.
-        :return: whether the job will not run. A job that runs already goes on, which gives False.
+    @property
+    def message(self) -> str | None:
+        """What the job says it is doing, None if nothing."""
+        return self._job.message
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What else the job has reported, by name."""
+        return self._job.meta
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the job was asked to leave; it goes on until it finds out."""
+        return self._job.leave is not None
+
+    def log(self) -> Sequence[LogLine]:
+        """The last lines that the job has written to the log, oldest first."""
+        return tuple(self._job.log or ())
+
+    def stop(self, grace: float | None = None) -> bool:
+        """Stop the job, and return without waiting for it: a queued one is cancelled, a running one asked to leave.
+
+        A job leaves at its next :func:`~flask_executor.checkpoint`, and its :meth:`result` is then a
+        :exc:`~flask_executor.JobStopped`. If it has not left after ``grace`` seconds force is used: a worker process is
+        killed; in a thread an exception is raised as soon as it runs Python code, which it does not inside a call of
+        the system or of a library in C.
+
+        :param grace: seconds before force is used; None for ``EXECUTOR_STOP_GRACE``.
+        :return: False when the job had ended already.
+        :raises ValueError: for a negative number.
         """
-        return self.cancel()
+        if grace is not None and not grace >= 0:
+            raise ValueError(f"grace is {grace!r}; it must be a number of seconds, 0 or more")
+        return self._channel.stop(self, grace)
 
     def cancel(self) -> bool:
         """Cancel the job if it has not started.
 
         :return: True when it will not run; False when it runs or has ended.
         """
+        if self._state == PENDING and not self._channel.withdraw(self):
+            return False
         with self._condition:
             if self._state != PENDING:
                 return self.cancelled()
@@ -88,7 +123,6 @@ class FutureProxy(Future[T]):
             self._condition.notify_all()
         self._channel.ended(self._job)
         self._invoke_callbacks()
-        self._channel.settled(self)
         return True
 
     def set_running_or_notify_cancel(self) -> bool:
@@ -100,15 +134,26 @@ class FutureProxy(Future[T]):
             self._state = RUNNING
             return True
 
+    def queue_again(self, error: BaseException | None = None) -> None:
+        """For backends: undo the claim.
+
+        :param error: how the attempt has ended; None when the job had not begun.
+        """
+        with self._condition:
+            if error is None:
+                self._job.queue_again()
+            else:
+                self._job.next_attempt(error)
+            self._state = PENDING
+
     def set_exception(self, exception: BaseException | None) -> None:
         """For backends: settle the future with an error."""
-        if exception is not None:
+        if exception is not None and not isinstance(exception, JobStopped):
             unseen = self._unseen = _Unseen(self._job, self._channel, exception)
-            stored_and_alone = self._job.key is not None and not self._waiters and not self._lookers
+            if self._job.key is not None and not self._waiters and not self._lookers:
+                # The collection holds this handle, perhaps for hours: do not wait until it is dropped.
+                unseen.tell()
         super().set_exception(exception)
-        if exception is not None and stored_and_alone:
-            # The collection holds this handle, perhaps for hours: do not wait until it is dropped.
-            unseen.tell()
 
     def result(self, timeout: float | None = None) -> T:
         """What the job returned; waits for it.
@@ -188,10 +233,11 @@ class FutureProxy(Future[T]):
         return self._job
 
     def _invoke_callbacks(self) -> None:
-        if not self._done_callbacks:
-            return
         # They are let go of: they hold contexts, so the app and a request, and the future may be held for long.
         callbacks, self._done_callbacks = self._done_callbacks, []
+        self._channel.settled(self, partial(self._call_back, callbacks) if callbacks else None)
+
+    def _call_back(self, callbacks: list[Callable[[Future[T]], object]]) -> None:
         for callback in callbacks:
             try:
                 callback(self)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import enum
 import os
 import time
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from flask_executor.helpers import describe_error
+from flask_executor.retries import Retry
+
+#: Most lines of its log that are kept with a job; the oldest leave first.
+LOG_LINES = 500
 
 
 class JobStatus(str, enum.Enum):
@@ -18,8 +25,11 @@ class JobStatus(str, enum.Enum):
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+    KILLED = "killed"
+    TIMED_OUT = "timed_out"
     LOST = "lost"
+    CANCELLED = "cancelled"
 
     __str__ = str.__str__
 
@@ -35,7 +45,15 @@ class JobStatus(str, enum.Enum):
 for _status in JobStatus:
     _status.successors = ()
 JobStatus.QUEUED.successors = (JobStatus.RUNNING, JobStatus.CANCELLED, JobStatus.LOST)
-JobStatus.RUNNING.successors = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.LOST)
+JobStatus.RUNNING.successors = (
+    JobStatus.SUCCEEDED,
+    JobStatus.FAILED,
+    JobStatus.STOPPED,
+    JobStatus.KILLED,
+    JobStatus.TIMED_OUT,
+    JobStatus.LOST,
+    JobStatus.QUEUED,  # to be run again
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +63,26 @@ class JobOptions:
     name: str | None = None
     key: Hashable | None = None
     owner: str | None = None
+    #: Seconds that it may run.
+    timeout: float | None = None
+    #: Whether and when it is run again after an error.
+    retry: Retry | None = None
+    #: Higher ones start first; those alike in the order of submission.
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogLine:
+    """What a job has written to the log: one record, formatted."""
+
+    #: Seconds since the epoch.
+    time: float
+    #: ``"INFO"``, ``"WARNING"`` ...
+    level: str
+    #: The name of the logger.
+    logger: str
+    #: The message, with the traceback if there is one.
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +97,18 @@ class Job:
     queued_at: float
     started_at: float | None
     ended_at: float | None
-    #: Type and message of the exception that ended the job, without the traceback.
+    #: Type and message of the exception that ended the job, or its last attempt, without the traceback.
     error: str | None
+    #: Which attempt this is, from 1.
+    attempt: int
+    #: How much is done, from 0.0 to 1.0; None while it is not known.
+    progress: float | None
+    #: What the job says it is doing.
+    message: str | None
+    #: What else it has reported.
+    meta: Mapping[str, Any]
+    #: Whether it was asked to stop, or is out of time; it goes on until it finds out.
+    stop_requested: bool
 
 
 class LiveJob:
@@ -77,9 +125,18 @@ class LiveJob:
     started_at: float | None = None
     ended_at: float | None = None
     error: str | None = None
+    attempt = 1
+    progress: float | None = None
+    message: str | None = None
+    meta: Mapping[str, Any] = MappingProxyType({})
+    #: Why the job has to leave: STOPPED or TIMED_OUT, None when it need not. Set once an attempt.
+    leave: JobStatus | None = None
+    log: deque[LogLine] | None = None
 
-    def __init__(self, name: str, key: Hashable | None = None, owner: str | None = None) -> None:
-        self.id = new_id()
+    def __init__(
+        self, name: str, key: Hashable | None = None, owner: str | None = None, *, id: str | None = None
+    ) -> None:
+        self.id = id or new_id()
         self.name = name
         self.key = key
         self.owner = owner
@@ -94,10 +151,30 @@ class LiveJob:
     def end(self, status: JobStatus, error: BaseException | None = None) -> None:
         """Go to a final status, with the error that led there."""
         self._check(status)
-        if error is not None:
-            self.error = describe_error(error)
+        self.error = None if error is None else describe_error(error)
         self.ended_at = time.time()
         self.status = status
+
+    def queue_again(self) -> None:
+        """Go from ``running`` back to ``queued``, as if it had not started."""
+        self._check(JobStatus.QUEUED)
+        self.started_at = None
+        self.status = JobStatus.QUEUED
+
+    def next_attempt(self, error: BaseException) -> None:
+        """Go back to ``queued`` after an attempt that ended with ``error``."""
+        self._check(JobStatus.QUEUED)
+        self.error = describe_error(error)
+        self.attempt += 1
+        self.progress = self.message = self.leave = None
+        self.queue_again()
+
+    def add_log(self, line: LogLine) -> None:
+        """Keep a line of the job's log; the oldest leave when there are too many."""
+        log = self.log
+        if log is None:
+            log = self.log = deque(maxlen=LOG_LINES)
+        log.append(line)
 
     def record(self) -> Job:
         """The job as it stands now."""
@@ -112,6 +189,11 @@ class LiveJob:
             started_at=self.started_at,
             ended_at=self.ended_at,
             error=self.error,
+            attempt=self.attempt,
+            progress=self.progress,
+            message=self.message,
+            meta=self.meta,
+            stop_requested=self.leave is not None,
         )
 
     def _check(self, status: JobStatus) -> None:

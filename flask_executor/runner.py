@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
+import contextvars
 import pickle
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from flask_executor.context import CapturedContext, call_to_end, snapshot
-from flask_executor.exceptions import NotPicklable, RemoteTraceback
-from flask_executor.helpers import describe_error
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.context import NO_CONTEXT, CapturedContext, Snapshot, call_to_end, snapshot
+from flask_executor.control import RunningJob, running_job
+from flask_executor.exceptions import JobExit, JobStopped, JobTimeout, NotPicklable, RemoteTraceback
+from flask_executor.helpers import callable_name, describe_error
+from flask_executor.jobs import JobOptions, JobStatus, LiveJob
+from flask_executor.messages import Card, Outcome
+from flask_executor.timer import Appointment, timer
 
 if TYPE_CHECKING:
-    from flask_executor.abc import JobChannel, PreparedCall
+    from flask import Flask
+
+    from flask_executor.abc import Backend, JobChannel, PreparedCall
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Future[Any])
+
+NO_OPTIONS = JobOptions()
+
+
+class Handle(Protocol):
+    """What a call needs of its future, a :class:`concurrent.futures.Future` that can be queued again."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Claim it; False when it was cancelled."""
+
+    def queue_again(self) -> None:
+        """Undo the claim."""
+
+    def set_result(self, result: Any) -> None:
+        """Settle it."""
+
+    def set_exception(self, exception: BaseException) -> None:
+        """Settle it."""
+
+
+F = TypeVar("F", bound=Handle)
 
 
 class Call(Generic[F]):
     """A function, its arguments and contexts, the job it is the work of, and the handle to settle.
 
     A worker in this process calls :meth:`run`. A backend whose workers are elsewhere calls :meth:`begin`, and then
-    :meth:`succeed` or :meth:`fail`. Only the one who got True from :meth:`begin` may settle the call.
+    :meth:`succeed`, :meth:`fail` or :meth:`left`. Only the one who got True from :meth:`begin` may settle the call.
     """
 
-    __slots__ = ("args", "channel", "context", "fn", "future", "job", "kwargs")
+    __slots__ = (
+        "_again",
+        "_appointments",
+        "_error",
+        "_running",
+        "args",
+        "backend",
+        "channel",
+        "context",
+        "fn",
+        "future",
+        "job",
+        "kwargs",
+        "options",
+    )
 
     def __init__(
         self,
@@ -39,6 +78,7 @@ class Call(Generic[F]):
         kwargs: dict[str, Any],
         context: CapturedContext,
         channel: JobChannel,
+        options: JobOptions = NO_OPTIONS,
     ) -> None:
         self.future = future
         self.job = job
@@ -47,62 +87,204 @@ class Call(Generic[F]):
         self.kwargs = kwargs
         self.context = context
         self.channel = channel
+        self.options = options
+        self.backend: Backend | None = None
+        self._running: RunningJob | None = None
+        self._appointments: list[Appointment] | None = None
+        #: How an attempt ended, between its end and the settling: the error, and seconds until the next attempt.
+        self._error: BaseException | None = None
+        self._again: float | None = None
+
+    @property
+    def priority(self) -> int:
+        """Higher ones are to start first."""
+        return self.options.priority
+
+    # ---- where it is run here ----
 
     def run(self, *_unused: object) -> None:
         """Run the call in this thread, unless it was cancelled."""
         # The standard pool passes a context of its worker, from Python 3.14.
         if not self.future.set_running_or_notify_cancel():
             return
+        if self.options.timeout is not None:
+            self._watch()
+        self._running = RunningJob(self.job)
         try:
             result = self.context.run(self._report_and_call)
         except BaseException as error:
-            self.fail(error)
+            if self._error is None:  # it did not get as far as the function
+                self._conclude(error)
+            self._settle_failure()
             self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
         else:
-            self._settle(result)
+            self.future.set_result(result)
+
+    def leave(self, reason: JobStatus) -> None:
+        """Have it leave at its next checkpoint."""
+        running = self._running
+        if running is not None:
+            running.leave(reason)
+
+    def interrupt(self) -> None:
+        """Raise the exception that leaves the job in its thread."""
+        running = self._running
+        if running is not None:
+            running.interrupt()
+
+    def _report_and_call(self) -> Any:
+        self.channel.started(self.job)
+        running: RunningJob = self._running  # type: ignore[assignment]
+        try:
+            result = running.call(call_to_end, self.fn, self.args, self.kwargs)
+        except BaseException as error:
+            running.uninterruptible()
+            self._conclude(error, forced=running.interrupted)
+            raise
+        self._end(JobStatus.SUCCEEDED)
+        return result
+
+    # ---- where it is run elsewhere ----
 
     def begin(self) -> bool:
         """Claim the call for a worker elsewhere; False when it was cancelled meanwhile."""
         if not self.future.set_running_or_notify_cancel():
             return False
+        if self.options.timeout is not None:
+            self._watch()
         self.channel.started(self.job)
         return True
+
+    def put_back(self) -> None:
+        """The worker that it was claimed for never began: it is queued again."""
+        self._call_off()
+        self.future.queue_again()
 
     def succeed(self, result: Any) -> None:
         """Settle the call with its result."""
         self._end(JobStatus.SUCCEEDED)
-        self._settle(result)
+        self.future.set_result(result)
 
     def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
-        """Settle the call with an error."""
-        if not self.job.status.ended:
-            self._end(status, error)
-        future, channel = self.future, self.channel
-        del self.future  # the error's traceback refers to this call, and the future will refer to the error
-        try:
-            future.set_exception(error)
-        finally:
-            channel.settled(future)
+        """Settle the call with an error, or have it run again after a while."""
+        self._conclude(error, status)
+        self._settle_failure()
 
-    def _settle(self, result: Any) -> None:
-        try:
-            self.future.set_result(result)
-        finally:
-            self.channel.settled(self.future)
+    def left(self, *, forced: bool = False) -> None:
+        """Settle the call as one that has left as it was asked to, or was forced to."""
+        self._conclude(JobExit(), forced=forced)
+        self._settle_failure()
 
-    def _report_and_call(self) -> Any:
-        self.channel.started(self.job)
-        try:
-            result = call_to_end(self.fn, self.args, self.kwargs)
-        except BaseException as error:
+    # ---- both ----
+
+    def give_up(self, error: BaseException) -> None:
+        """There was to be another attempt, and there is none: settle the call with the error of the last one."""
+        if self.future.set_running_or_notify_cancel():
             self._end(JobStatus.FAILED, error)
-            raise
-        self._end(JobStatus.SUCCEEDED)
-        return result
+            self._error = error
+            self._settle_failure()
+
+    def _conclude(self, error: BaseException, status: JobStatus = JobStatus.FAILED, *, forced: bool = False) -> None:
+        """An attempt has ended with ``error``: decide what that makes of the job."""
+        if isinstance(error, JobExit):
+            status, error = self._departure(error, forced=forced)
+        self._error, self._again = error, None
+        # Who asks for a job to be stopped does not want to see it again.
+        if self.options.retry is not None and self.job.leave is not JobStatus.STOPPED:
+            self._again = self.options.retry.delay(self.job.attempt, error)
+        if self._again is None:
+            self._end(status, None if isinstance(error, JobStopped) else error)
+        else:
+            self._call_off()
+
+    def _departure(self, exit: JobExit, *, forced: bool) -> tuple[JobStatus, Exception]:
+        name = self.job.name
+        if self.job.leave is JobStatus.TIMED_OUT:
+            timeout = JobTimeout(f"Job {name} ran longer than its timeout of {self.options.timeout:g} s.")
+            timeout.__cause__ = exit
+            return JobStatus.TIMED_OUT, timeout
+        stopped = JobStopped(f"Job {name} was {'killed' if forced else 'stopped'}, as it was asked to stop.")
+        stopped.__cause__ = exit
+        return (JobStatus.KILLED if forced else JobStatus.STOPPED), stopped
+
+    def _settle_failure(self) -> None:
+        error: Any = self._error
+        self._error = None
+        if self._again is not None:
+            self.channel.retry(self, error, self._again)
+            return
+        future = self.future
+        del self.future  # the error's traceback refers to this call, and the future will refer to the error
+        future.set_exception(error)
 
     def _end(self, status: JobStatus, error: BaseException | None = None) -> None:
+        if self._appointments is not None:
+            self._call_off()
         self.job.end(status, error)
         self.channel.ended(self.job)
+
+    def _watch(self) -> None:
+        attempt = self.job.attempt
+        self.appoint(self.options.timeout or 0.0, lambda: self.channel.out_of_time(self, attempt))
+
+    def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
+        """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
+        appointment = timer.after(seconds, fn)
+        self._appointments = [*(self._appointments or ()), appointment]
+
+    def _call_off(self) -> None:
+        appointments, self._appointments = self._appointments, None
+        for appointment in appointments or ():
+            appointment.cancel()
+
+
+class PlainCall:
+    """A call without contexts, for those who use a backend as the plain executor that it is."""
+
+    priority = 0
+    backend: Backend | None = None
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.future: Future[Any] = Future()
+        self.job = LiveJob(callable_name(fn))
+        self.fn, self.args, self.kwargs = fn, args, kwargs
+        self.context = NO_CONTEXT
+
+    def run(self, *_unused: object) -> None:
+        """Never called: backends that run calls in this process have a way of their own for plain ones."""
+        raise NotImplementedError
+
+    def leave(self, reason: JobStatus) -> None:
+        """Nobody can ask it to."""
+
+    def interrupt(self) -> None:
+        """Nobody can ask it to."""
+
+    def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
+        """It has no deadline."""
+
+    def begin(self) -> bool:
+        """Claim it."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
+
+    def put_back(self) -> None:
+        """It stays claimed: a plain future cannot go back."""
+
+    def succeed(self, result: Any) -> None:
+        """Settle it."""
+        self.future.set_result(result)
+
+    def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
+        """Settle it."""
+        self.future.set_exception(error)
+
+    def give_up(self, error: BaseException) -> None:
+        """Settle it."""
+        self.fail(error)
+
+    def left(self, *, forced: bool = False) -> None:
+        """Settle it."""
+        self.fail(JobStopped(f"{self.job.name} has left."))
 
 
 class Chunk:
@@ -110,12 +292,24 @@ class Chunk:
 
     __slots__ = ("context", "fn")
 
-    def __init__(self, fn: Callable[..., T], context: CapturedContext) -> None:
+    def __init__(self, fn: Callable[..., Any], context: CapturedContext | None) -> None:
         self.fn = fn
         self.context = context
 
     def __call__(self, chunk: Iterable[tuple[Any, ...]]) -> list[Any]:
-        return [self.context.run(call_to_end, self.fn, args, {}) for args in chunk]
+        context: Any = self.context
+        return [context.run(_in_job, running_job(), self.fn, args) for args in chunk]
+
+    def __reduce__(self) -> tuple[type[Chunk], tuple[Callable[..., Any], None]]:
+        return Chunk, (self.fn, None)  # in a worker process the contexts are made of the snapshot
+
+
+def _in_job(job: RunningJob | None, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
+    # The contexts of a chunk were captured before it became a job.
+    return call_to_end(fn, args, {}) if job is None else job.within(call_to_end, fn, args, {})
+
+
+# ---- calls that travel ----
 
 
 def pickled(value: T, what: str) -> bytes:
@@ -125,7 +319,7 @@ def pickled(value: T, what: str) -> bytes:
     :raises NotPicklable: saying why not and what to do.
     """
     try:
-        return pickle.dumps(value)
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # pickle raises PicklingError, TypeError, AttributeError, RecursionError, ...
         raise NotPicklable(
             f"{what} cannot be sent to a worker process: {error}. Functions must be importable (defined at the top "
@@ -133,13 +327,20 @@ def pickled(value: T, what: str) -> bytes:
         ) from error
 
 
-def ship(call: PreparedCall) -> bytes:
-    """A call as bytes, for :func:`run_shipped` in a worker process.
+def pack_call(call: PreparedCall) -> bytes:
+    """A call as bytes, for :func:`run_packed` in a worker process.
 
     :raises NotPicklable: naming the part that cannot travel.
     """
-    fn, args, kwargs = pickled_parts(call)
-    return pickle.dumps((snapshot(call.context), fn, args, kwargs))
+    job = call.job
+    card = Card(job.id, job.name, job.key, job.owner)
+    parts = (card, snapshot(call.context), call.fn, call.args, call.kwargs)
+    try:
+        return pickle.dumps(parts, pickle.HIGHEST_PROTOCOL)
+    except Exception:  # now slowly, to say which part it is
+        pickled_parts(call)
+        pickled(job.key, f"The key of job {job.name}")
+        return pickled(parts, f"Job {job.name}")
 
 
 def pickled_parts(call: PreparedCall) -> tuple[bytes, list[bytes], dict[str, bytes]]:
@@ -166,52 +367,85 @@ def unpickled_parts(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What a worker process sends back: a pickled result, or a pickled error with its traceback as text."""
+def run_packed(
+    app: Flask, payload: bytes, attempt: int, adopt: Callable[[LiveJob], RunningJob]
+) -> tuple[Outcome, bytes]:
+    """In a worker process: run a call that :func:`pack_call` packed. Never raises.
 
-    result: bytes | None = None
-    error: bytes | None = None
-    traceback: str = ""
-
-
-def run_shipped(shipped: bytes) -> Outcome:
-    """In a worker process: run a call that :func:`ship` packed. Never raises."""
+    :param adopt: makes the job known to the worker.
+    """
     try:
-        contexts, fn, args, kwargs = pickle.loads(shipped)
-        result = contexts.call(*unpickled_parts(fn, args, kwargs))
-        return Outcome(result=pickled(result, "The result of a job"))
+        card, contexts, fn, args, kwargs = _unpacked(payload)
+        job = LiveJob(card.name, card.key, card.owner, id=card.id)
+        job.attempt = attempt
+        running = adopt(job)
+        # A context with nothing in it of what was active when this worker was forked.
+        result = contextvars.Context().run(running.call, _call, app, contexts, fn, args, kwargs)
+        return Outcome.RESULT, pickled(result, f"The result of job {card.name}")
+    except JobExit:
+        return Outcome.LEFT, b""
     except BaseException as error:
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        return Outcome(error=_portable(error), traceback=text)
+        return Outcome.ERROR, pack_error(error)
 
 
-def settle_shipped(call: PreparedCall, outcome: Outcome) -> None:
+def _unpacked(payload: bytes) -> Any:
+    try:
+        return pickle.loads(payload)
+    except Exception as error:  # whatever a foreign __reduce__ or an import leads to
+        raise NotPicklable(
+            f"a job came to its worker process, but cannot be rebuilt there: {describe_error(error)}. Its function and "
+            "the classes of its arguments must be importable there, and have been there when the worker was started."
+        ) from error
+
+
+def _call(app: Flask, contexts: Snapshot, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if type(fn) is Chunk:
+        return [contextvars.copy_context().run(contexts.call, app, fn.fn, each, {}) for each in args[0]]
+    return contexts.call(app, fn, args, kwargs)
+
+
+def settle_packed(call: PreparedCall, outcome: Outcome, payload: bytes) -> None:
     """Settle the call with what came back from the worker process."""
-    try:
-        value = pickle.loads(outcome.result or outcome.error or b"")
-    except Exception as error:  # whatever a foreign __reduce__ leads to
-        what = "result" if outcome.result else "error"
-        refused = NotPicklable(
-            f"The {what} of job {call.job.name} was sent back from its worker process, but cannot be rebuilt here: "
-            f"{describe_error(error)}"
-        )
-        refused.__cause__ = error
-        call.fail(refused)
-        return
-    if outcome.result is not None:
-        call.succeed(value)
+    if outcome is Outcome.RESULT:
+        try:
+            result = pickle.loads(payload)
+        except Exception as error:  # whatever a foreign __reduce__ leads to
+            call.fail(_not_rebuilt(call, "result", error))
+        else:
+            call.succeed(result)
+    elif outcome is Outcome.LEFT:
+        call.left()
     else:
-        value.__cause__ = RemoteTraceback(outcome.traceback)
-        call.fail(value)
+        call.fail(unpack_error(payload))
 
 
-def _portable(error: BaseException) -> bytes:
-    """The error pickled, or one that says what it was: many exceptions pickle but cannot be rebuilt."""
+def _not_rebuilt(call: PreparedCall, what: str, error: BaseException) -> NotPicklable:
+    refused = NotPicklable(
+        f"The {what} of job {call.job.name} was sent back from its worker process, but cannot be rebuilt here: "
+        f"{describe_error(error)}"
+    )
+    refused.__cause__ = error
+    return refused
+
+
+def pack_error(error: BaseException) -> bytes:
+    """An error as bytes, with its traceback as text."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
+        data = pickle.dumps(error, pickle.HIGHEST_PROTOCOL)
+        pickle.loads(data)  # many pickle but cannot be rebuilt: those whose __init__ wants more than their args
     except Exception:  # whatever the error's own __reduce__ or __init__ raises
-        text = f"a job's error could not be sent back from its worker process; it was: {describe_error(error)}"
-        return pickle.dumps(NotPicklable(text))
-    return data
+        says = f"a job's error could not be sent back from its worker process; it was: {describe_error(error)}"
+        data = pickle.dumps(NotPicklable(says), pickle.HIGHEST_PROTOCOL)
+    return pickle.dumps((data, text), pickle.HIGHEST_PROTOCOL)
+
+
+def unpack_error(payload: bytes) -> BaseException:
+    """The error again; its traceback there is its cause here."""
+    data, text = pickle.loads(payload)
+    try:
+        error: BaseException = pickle.loads(data)
+    except Exception as unable:  # a class that this process cannot import
+        error = NotPicklable(f"a job's error cannot be rebuilt here: {describe_error(unable)}")
+    error.__cause__ = RemoteTraceback(text)
+    return error

@@ -20,18 +20,18 @@ from werkzeug.exceptions import HTTPException
 
 _SMALL = 500 * 1024  # bytes; what Werkzeug keeps in memory instead of a temporary file
 _LARGE = 16 * 1024 * 1024  # bytes of a body that is no form with files, and would be kept in memory
-_KEPT = "_flask_executor_uploads"  # in a request's state once it was prepared; None where it has no files
+KEPT = "_flask_executor_uploads"  # in a request's state once it was prepared; None where it has no files
 
 
 def outlive(request: Request) -> None:
     """See to it that the body and the files of ``request`` outlive it, as long as a copy of it exists."""
     state = request.__dict__
-    if _KEPT in state:
+    if KEPT in state:
         return
     _read_body(request)
-    state[_KEPT] = None
+    state[KEPT] = None
     if state.get("files"):
-        state[_KEPT] = KeptUploads(state["files"])
+        state[KEPT] = KeptUploads(state["files"])
         state["close"] = _Release(state)
 
 
@@ -76,7 +76,7 @@ def own_uploads(request: Request) -> None:
     state = request.__dict__
     if "_cached_data" in state:
         state["stream"] = io.BytesIO(state["_cached_data"])
-    kept = state[_KEPT]
+    kept = state[KEPT]
     if kept is not None:
         state.pop("close", None)
         state["files"] = kept.independent()
@@ -89,7 +89,7 @@ class _Release:
         self._state = state
 
     def __call__(self) -> None:
-        self._state[_KEPT] = None
+        self._state[KEPT] = None
         self._state.pop("close", None)
 
 
@@ -184,16 +184,26 @@ class UploadSnapshot:
     content: bytes
 
 
-def snapshot_uploads(request: Request) -> list[UploadSnapshot]:
-    """The files of a request that was given streams of its own by :func:`own_uploads`."""
+def snapshot_uploads(state: dict[str, Any]) -> list[UploadSnapshot]:
+    """The files of a request that :func:`outlive` has prepared, read from their beginning.
+
+    :param state: what the request's ``__dict__`` was when it was captured.
+    """
+    kept = state[KEPT]
+    if kept is None:
+        return []
     return [
         UploadSnapshot(field=field, filename=file.filename, headers=list(file.headers), content=file.read())
-        for field, file in request.__dict__.get("files", ImmutableMultiDict()).items(multi=True)
+        for field, file in kept.independent().items(multi=True)
     ]
 
 
 def rebuild_uploads(request: Request, sent: list[UploadSnapshot]) -> None:
-    """Give ``request`` the files that were sent, in another process."""
+    """Give ``request`` the body and the files that were sent, in another process."""
+    state = request.__dict__
+    if "_cached_data" in state:
+        state["stream"] = io.BytesIO(state["_cached_data"])
+    state[KEPT] = None
     if sent:
         request.__dict__["files"] = ImmutableMultiDict(
             (

@@ -1,33 +1,64 @@
 """Jobs on threads of this process: the default.
 
-The standard pool's threads, queue and shutdown are used as they are; only what goes into the queue is
-ours. That spares a second future and a second wrapper for each job.
+Calls of the usual priority go straight through the queue of the standard pool. Once one has another priority all that
+wait are put in order instead, and what goes through the queue are tickets: whoever gets one runs the first in order.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-from concurrent.futures import thread as standard
+import queue
+import threading
+import weakref
+from typing import Any
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import ExecutorShutdown
+from flask_executor.queues import PriorityQueue
 
 
 class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
-    """A :class:`~concurrent.futures.ThreadPoolExecutor` that takes prepared calls."""
+    """A :class:`~concurrent.futures.ThreadPoolExecutor` that takes prepared calls.
+
+    Its threads are daemons, as one that is stuck in a job must not keep the process from ending. Those that are not
+    stuck are waited for all the same, by the executor.
+    """
 
     chunks = True
 
     def __init__(self, options: BackendOptions) -> None:
         super().__init__(max_workers=options.max_workers, thread_name_prefix="flask-executor")
+        self._ordered: PriorityQueue[PreparedCall] = PriorityQueue()  # under _shutdown_lock
+        self._ticket = _Ticket(self)
 
     def enqueue(self, call: PreparedCall) -> None:
-        with self._shutdown_lock, standard._global_shutdown_lock:
-            if self._shutdown or standard._shutdown:
+        with self._shutdown_lock:
+            if self._shutdown:
                 raise ExecutorShutdown("cannot schedule new futures after shutdown")
-            self._work_queue.put(call)  # type: ignore[arg-type]  # the workers only call run()
+            if call.priority or self._ordered:
+                self._put_in_order(call)
+            else:
+                self._work_queue.put(call)  # type: ignore[arg-type]  # the workers only call run()
             if len(self._threads) < self._max_workers:  # or it would count idle threads for nothing
                 self._adjust_thread_count()
+
+    def withdraw(self, call: PreparedCall) -> bool:
+        if self._ordered:
+            with self._shutdown_lock:
+                self._ordered.remove(call, call.priority)  # its ticket is one too many, which does no harm
+        return True
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        with self._shutdown_lock:
+            self._shutdown = True
+            waiting = self._take_waiting() if cancel_futures else []
+            self._work_queue.put(None)  # type: ignore[arg-type]  # each thread passes it on to the next
+        for item in waiting:
+            item.future.cancel()
+        if wait:
+            for thread in list(self._threads):
+                if thread is not threading.current_thread():
+                    thread.join()
 
     @property
     def workers(self) -> int:
@@ -36,3 +67,67 @@ class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
     @property
     def capacity(self) -> int:
         return self._max_workers
+
+    def _put_in_order(self, call: PreparedCall) -> None:
+        if not self._ordered:
+            for waiting in self._take_waiting():
+                self._ordered.push(waiting, getattr(waiting, "priority", 0))
+                self._work_queue.put(self._ticket)  # type: ignore[arg-type]
+        self._ordered.push(call, call.priority)
+        self._work_queue.put(self._ticket)  # type: ignore[arg-type]
+
+    def _take_waiting(self) -> list[Any]:
+        waiting = self._ordered.clear()
+        while True:
+            try:
+                item: Any = self._work_queue.get_nowait()
+            except queue.Empty:
+                return waiting
+            if item is not None and item is not self._ticket:
+                waiting.append(item)
+
+    def _adjust_thread_count(self) -> None:
+        if self._idle_semaphore.acquire(blocking=False):
+            return
+        if len(self._threads) < self._max_workers:
+            # A backend that nobody refers to any more lets its threads end.
+            work: Any = self._work_queue
+            pool = weakref.ref(self, lambda _: work.put(None))
+            name = f"{self._thread_name_prefix}_{len(self._threads)}"
+            thread = threading.Thread(target=_work, args=(work, pool), name=name, daemon=True)
+            thread.start()
+            self._threads.add(thread)  # type: ignore[attr-defined]
+
+
+class _Ticket:
+    """Stands in the queue for whichever call is the first in order then."""
+
+    def __init__(self, pool: ThreadBackend) -> None:
+        self._pool = weakref.ref(pool)
+
+    def run(self, *_unused: object) -> None:
+        pool = self._pool()
+        if pool is None:
+            return
+        with pool._shutdown_lock:
+            call = pool._ordered.pop() if pool._ordered else None
+        del pool
+        if call is not None:
+            call.run()
+
+
+def _work(work: queue.SimpleQueue[Any], pool: weakref.ref[ThreadBackend]) -> None:
+    while True:
+        try:
+            item = work.get_nowait()
+        except queue.Empty:
+            backend = pool()
+            if backend is not None:
+                backend._idle_semaphore.release()
+            del backend
+            item = work.get()
+        if item is None:
+            work.put(None)
+            return
+        item.run()
+        del item

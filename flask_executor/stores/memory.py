@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from itertools import islice
 
 from flask_executor.abc import JobStore
-from flask_executor.jobs import Job, JobStatus, LiveJob
+from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
 
 
 class MemoryStore(JobStore):
@@ -51,6 +51,10 @@ class MemoryStore(JobStore):
     def find(self, key: Hashable) -> Job | None:
         job = self._by_key.get(key)
         return None if job is None else job.record()
+
+    def log(self, id: str) -> Sequence[LogLine]:
+        job = self._jobs.get(id)
+        return () if job is None or job.log is None else tuple(job.log)
 
     def list(
         self,

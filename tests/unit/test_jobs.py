@@ -42,7 +42,15 @@ def test_statuses_are_strings() -> None:
     assert JobStatus("failed") == "failed"
     assert f"{JobStatus.FAILED}" == "failed"
     assert JobStatus("lost") is JobStatus.LOST
-    assert [status for status in JobStatus if status.ended] == ["succeeded", "failed", "cancelled", "lost"]
+    assert [status for status in JobStatus if status.ended] == [
+        "succeeded",
+        "failed",
+        "stopped",
+        "killed",
+        "timed_out",
+        "lost",
+        "cancelled",
+    ]
 
 
 def test_an_error_that_cannot_be_printed() -> None:

@@ -1,0 +1,38 @@
+"""How a worker process gets its app: it inherits it, or imports it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from flask import Flask
+from flask.cli import NoAppException, ScriptInfo
+
+from flask_executor.exceptions import ConfigError
+
+
+def find_import_string(app: Flask) -> str | None:
+    """Where another process can import ``app`` from, ``"shop:app"``; None when it cannot be told.
+
+    An app that stands in a module is found there; for one that a function makes, ``FLASK_APP`` may say it.
+    """
+    for module in (app.import_name, *list(sys.modules)):
+        names = getattr(sys.modules.get(module), "__dict__", {})
+        for name, value in list(names.items()):
+            if value is app:
+                return f"{module}:{name}"
+    return os.environ.get("FLASK_APP")
+
+
+def import_app(import_string: str, config_key: str) -> Flask:
+    """The app that ``import_string`` leads to, in the way of ``flask --app``.
+
+    :param import_string: ``"shop"``, ``"shop:app"``, ``"shop:create_app('production')"`` or a path to a file.
+    :param config_key: what the app's config calls this setting.
+    :raises ConfigError: when there is none.
+    """
+    try:
+        return ScriptInfo(app_import_path=import_string, set_debug_flag=False).load_app()
+    except NoAppException as error:
+        wanted = f"the import string of the app or its factory, as for 'flask --app' ({error.format_message()})"
+        raise ConfigError(config_key, import_string, wanted) from error

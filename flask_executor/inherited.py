@@ -1,0 +1,141 @@
+"""What a forked worker must let go of.
+
+A fork copies the memory and the descriptors of its parent, but only one of its threads. What the others were in the middle
+of stays as it was for ever, and a connection that both processes use mixes their bytes up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+from flask import Flask
+
+#: ``forking.worker`` is true in a thread while it forks a worker process.
+forking = threading.local()
+
+_lines: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def not_for_children(line: socket.socket) -> socket.socket:
+    """Have ``line`` closed in every child that this process forks: its end tells the other end that we are gone."""
+    _lines.add(line)
+    return line
+
+
+def _close_lines() -> None:
+    for line in list(_lines):
+        line.close()
+    _lines.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_lines)
+
+
+def let_go() -> None:
+    """In a forked worker: part with what belongs to the parent."""
+    _signals()
+    _half_imported_modules()
+    _standard_streams()
+    _connections()
+
+
+def let_go_of_engines(app: Flask) -> None:
+    """In a forked worker: have the engines of Flask-SQLAlchemy open connections of their own.
+
+    Those they hold are the parent's, which goes on using them.
+    """
+    extension = app.extensions.get("sqlalchemy")
+    if extension is not None:
+        with app.app_context():
+            for engine in extension.engines.values():
+                engine.dispose(close=False)
+
+
+def own_process_group() -> None:
+    """Begin a process group, so that what a job starts can be ended with it and Ctrl-C is for the parent alone."""
+    if hasattr(os, "setpgid"):
+        with contextlib.suppress(PermissionError):  # a session leader is one already
+            os.setpgid(0, 0)
+
+
+def _signals() -> None:
+    """The handlers are the server's, which must not hear of our signals (and asyncio's not through its descriptor)."""
+    signal.set_wakeup_fd(-1)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)) and signal.getsignal(number) is not signal.default_int_handler:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _half_imported_modules() -> None:
+    """What another thread was importing would stay half a module here, and its lock locked."""
+    from importlib import _bootstrap
+
+    half = [
+        name
+        for name, module in list(sys.modules.items())
+        if getattr(getattr(module, "__spec__", None), "_initializing", False)
+    ]
+    for name in half:
+        del sys.modules[name]
+    locks: dict[str, object] = getattr(_bootstrap, "_module_locks", {})
+    locks.clear()
+
+
+def _standard_streams() -> None:
+    """Another thread may have held their locks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            fresh = open(  # noqa: SIM115
+                stream.fileno(), "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False
+            )
+            setattr(sys, name, fresh)
+            setattr(sys, f"__{name}__", fresh)
+
+
+def _connections() -> None:
+    """Point connections and listening sockets at nothing.
+
+    A client would wait for the end of a response for as long as this process holds the other end of its connection. The
+    descriptors are not closed, or the next file would get their numbers and the sockets that still have them close it.
+    Pairs of sockets without a name are left alone: they are not to the outside.
+    """
+    folder = Path("/proc/self/fd")
+    if not folder.exists():
+        folder = Path("/dev/fd")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    try:
+        for name in os.listdir(folder) if folder.exists() else ():  # noqa: PTH208
+            descriptor = int(name)
+            if descriptor > 2 and _is_connection(descriptor):
+                os.dup2(nothing, descriptor, inheritable=False)
+    finally:
+        os.close(nothing)
+
+
+def _is_connection(descriptor: int) -> bool:
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return False
+    except OSError:  # that of the folder, closed meanwhile
+        return False
+    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+        if duplicate.type != socket.SOCK_STREAM:
+            return False
+        if duplicate.family in (socket.AF_INET, socket.AF_INET6):
+            return True
+        try:
+            return bool(duplicate.getsockname() or duplicate.getpeername())
+        except OSError:  # not connected
+            return False

@@ -1,0 +1,64 @@
+"""A thread that runs what it is given, one after the other."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from flask_executor.logs import logger
+
+
+class SerialThread:
+    """Runs functions in the order in which they come, in a thread that starts with the first.
+
+    :param name: the name of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def run(self, fn: Callable[[], object]) -> None:
+        """Have ``fn`` called; here and now after :meth:`close`. An exception that it raises is logged."""
+        with self._lock:
+            if not self._closed:
+                self._queue.put(fn)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=_work, args=(self._queue,), name=self._name, daemon=True)
+                    self._thread.start()
+                return
+        _call(fn)
+
+    def __len__(self) -> int:
+        """How many are waiting."""
+        return self._queue.qsize()
+
+    def close(self, *, wait: bool) -> None:
+        """End the thread after what it was given until now.
+
+        :param wait: whether to wait for that; not if this is called by what it runs.
+        """
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+        thread = self._thread
+        if wait and thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+
+def _work(tasks: queue.SimpleQueue[Callable[[], object] | None]) -> None:
+    while (fn := tasks.get()) is not None:
+        _call(fn)
+        del fn
+
+
+def _call(fn: Callable[[], object]) -> None:
+    try:
+        fn()
+    except BaseException:  # also SystemExit: it is not meant for this thread
+        logger.exception("%r failed.", fn)

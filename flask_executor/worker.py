@@ -1,0 +1,341 @@
+"""A worker process, seen from inside.
+
+.. code-block:: text
+
+    main thread:     reads a call and its token, runs it, sends its outcome; again
+    listener thread: reads what comes for the running job (leave); sends what the job reported while a report was
+                     too recent; ends the process when the parent is gone
+
+Who owns what: the main thread reads ``calls`` and ``tokens``; the listener reads ``control``; whoever sends holds the
+lock of the :class:`Outbox`. The running job is set by the main thread and read by the listener, under the worker's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import pickle
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flask_executor.apps import import_app
+from flask_executor.control import RunningJob, running_job
+from flask_executor.inherited import let_go, let_go_of_engines, own_process_group
+from flask_executor.jobs import LiveJob
+from flask_executor.logs import know_jobs
+from flask_executor.messages import (
+    RUN,
+    Dropped,
+    Ended,
+    Leave,
+    Logged,
+    Message,
+    Noted,
+    NotReady,
+    Progressed,
+    Ready,
+    Wire,
+)
+from flask_executor.runner import pack_error, run_packed
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+_INTERVAL = 0.05  # seconds between two reports of progress
+_BACKLOG = 1000  # frames that wait to be sent before log records are dropped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSettings:
+    """What a worker process is started with; inherited or pickled."""
+
+    #: The app, where it is inherited.
+    app: Flask | None
+    #: The app's import string, where it is not, and what the app's config calls that setting.
+    app_import: str
+    app_config_key: str
+    #: Called before the first job, in an app context.
+    initializers: Sequence[Callable[[], object]]
+    #: Levels by logger, where they are not inherited.
+    log_levels: Mapping[str, int]
+
+
+def main(settings: WorkerSettings, calls: socket.socket, tokens: socket.socket, control: socket.socket) -> None:
+    """The life of a worker process."""
+    own_process_group()
+    if settings.app is not None:
+        let_go()
+    # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not SIG_IGN, which
+    # the programs that a job starts would inherit.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    outbox = Outbox(Wire(calls))
+    worker = Worker(outbox, calls, tokens)
+    threading.Thread(target=worker.listen, args=(Wire(control),), name="flask-executor-listener", daemon=True).start()
+    try:
+        app = worker.prepare(settings)
+    except BaseException as error:
+        outbox.send(NotReady(), pack_error(error))
+        return
+    outbox.send(Ready())
+    with contextlib.suppress(EOFError):  # the parent wants no more of this worker
+        worker.work(app)
+    logging.shutdown()
+
+
+class Worker:
+    """Runs the calls that come."""
+
+    def __init__(self, outbox: Outbox, calls: socket.socket, tokens: socket.socket) -> None:
+        self._outbox = outbox
+        self._calls = Wire(calls)
+        self._tokens = tokens
+        self._lock = threading.Lock()
+        self._running: RunningJob | None = None
+        self._early: Leave | None = None  # for a job that is not here yet
+
+    def prepare(self, settings: WorkerSettings) -> Flask:
+        """Get the app and run the initializers."""
+        forward_logs(self._outbox)
+        for name, level in settings.log_levels.items():
+            logging.getLogger(name).setLevel(level)
+        if settings.app is not None:
+            app = settings.app
+            let_go_of_engines(app)
+        else:
+            app = import_app(settings.app_import, settings.app_config_key)
+            forward_logs(self._outbox)  # again: the app may have set up its own
+        for initialize in settings.initializers:
+            with app.app_context():
+                initialize()
+        return app
+
+    def work(self, app: Flask) -> None:
+        """Run calls, one after the other.
+
+        :raises EOFError: when there will be no more.
+        """
+        while True:
+            message: Any
+            for message, payload in self._calls.receive(wait=True):
+                if self._tokens.recv(1) != RUN:  # somebody else has got the call meanwhile
+                    continue
+                outcome, data = run_packed(app, payload, message.attempt, self._adopt)
+                del payload
+                with self._lock:
+                    self._running = None
+                self._outbox.send(Ended(message.id, outcome), data, wait=True)
+                del data
+
+    def _adopt(self, job: LiveJob) -> RunningJob:
+        running = RunningJob(job, self._outbox.report)
+        with self._lock:
+            self._running = running
+            early = self._early
+            if early is not None and early.id == job.id:
+                running.leave(early.reason)
+        return running
+
+    def listen(self, control: Wire) -> None:
+        """In the listener thread: hand on what the parent says, until it is gone."""
+        wakes = self._outbox.wakes
+        due: float | None = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(control, selectors.EVENT_READ)
+            selector.register(wakes, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select(due)}
+                if wakes in ready:
+                    wakes.recv(4096)
+                    due = _INTERVAL
+                elif not ready:
+                    due = None if self._outbox.send_late() else _INTERVAL
+                if control in ready:
+                    self._hear(control)
+
+    def _hear(self, control: Wire) -> None:
+        message: Any
+        try:
+            for message, _ in control.receive():
+                self._leave(message)
+        except EOFError:
+            _die_with_what_was_started()
+
+    def _leave(self, message: Leave) -> None:
+        with self._lock:
+            self._early = message
+            running = self._running
+            if running is not None and running.id == message.id:
+                running.leave(message.reason)
+
+
+def _die_with_what_was_started() -> None:
+    """The parent is gone: nobody waits for this process, nor for what its job has started."""
+    if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+class Outbox:
+    """Sends to the parent, without ever holding up the job that reports.
+
+    Outcomes are sent for certain; progress is the last there is; log records are dropped, and counted, when they
+    come faster than the parent reads for long.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._lock = threading.RLock()  # a finalizer may log in the middle of it
+        self._late: LiveJob | None = None
+        self._next_report = 0.0
+        self._sent_meta: Mapping[str, Any] | None = None
+        self._dropped = 0
+        #: Readable when the listener should look whether something is late.
+        self.wakes, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+
+    def send(self, message: Message, payload: bytes = b"", *, wait: bool = True) -> None:
+        """Send what must arrive, after everything that was reported before it."""
+        with self._lock:
+            self._send_report()
+            self._send(message, payload)
+            self._flush(wait=wait)
+
+    def report(self, job: LiveJob) -> None:
+        """The job has something new to tell; called at every step of it, perhaps."""
+        late = self._late
+        if late is None:
+            self._late = job
+            if time.monotonic() >= self._next_report and self._lock.acquire(blocking=False):
+                try:
+                    self._send_report()
+                finally:
+                    self._lock.release()
+            if self._late is not None:
+                self._wake_listener()
+
+    def log(self, record: logging.LogRecord) -> None:
+        """A log record was made."""
+        job = running_job()
+        with self._lock:
+            if self._wire.pending > _BACKLOG:
+                self._dropped += 1
+                return
+            if self._dropped:
+                self._send(Dropped(self._dropped))
+                self._dropped = 0
+            self._send(Logged(None if job is None else job.id, _portable(record)))
+            pending = self._wire.pending
+        if pending:
+            self._wake_listener()
+
+    def send_late(self) -> bool:
+        """Send what is late, as far as the parent takes it; whether there is nothing left."""
+        with self._lock:
+            self._send_report()
+            self._flush()
+            return self._late is None and not self._wire.pending
+
+    def _send_report(self) -> None:
+        job, self._late = self._late, None
+        if job is None:
+            return
+        if self._wire.pending:  # the parent is slow: later, with what is new then
+            self._late = job
+            if not self._wire.flush():
+                return
+            self._late = None
+        self._next_report = time.monotonic() + _INTERVAL
+        self._send(Progressed(job.id, job.progress, job.message))
+        if job.meta is not self._sent_meta:
+            self._sent_meta = job.meta
+            self._send(Noted(job.id), _pickled_notes(job.meta))
+
+    def _send(self, message: Message, payload: bytes = b"") -> None:
+        try:
+            self._wire.send(message, payload)
+        except OSError:
+            _die_with_what_was_started()
+
+    def _flush(self, *, wait: bool = False) -> None:
+        try:
+            self._wire.flush(wait=wait)
+        except OSError:
+            _die_with_what_was_started()
+
+    def _wake_listener(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is awake
+            self._wake.send(b"w")
+
+
+def _pickled_notes(notes: Mapping[str, Any]) -> bytes:
+    try:
+        return pickle.dumps(dict(notes), pickle.HIGHEST_PROTOCOL)
+    except Exception:  # whatever a foreign __reduce__ raises: what it looks like is better than nothing
+        return pickle.dumps({name: repr(value) for name, value in notes.items()}, pickle.HIGHEST_PROTOCOL)
+
+
+class _Forward(logging.Handler):
+    def __init__(self, outbox: Outbox) -> None:
+        super().__init__()
+        self._outbox = outbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._outbox.log(record)
+        except Exception:
+            self.handleError(record)
+
+
+def forward_logs(outbox: Outbox) -> None:
+    """Send log records to the parent, whose handlers they are meant for.
+
+    The handlers here are copies: two processes would write into one file, and a thread of the parent may have held their
+    locks when this one was forked.
+    """
+    know_jobs(running_job)
+    forward = _Forward(outbox)
+    root = logging.getLogger()
+    root.handlers = [forward]
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger) and logger.handlers:
+            # Where it does not propagate to the root it has to be forwarded here.
+            logger.handlers = [] if logger.propagate else [forward]
+
+
+def _portable(record: logging.LogRecord) -> dict[str, Any]:
+    """A record's fields, in a form that another process can rebuild; as the standard library's QueueHandler does."""
+    fields = copy.copy(record).__dict__
+    fields["message"] = fields["msg"] = record.getMessage()
+    fields["args"] = None
+    if record.exc_info:
+        fields["exc_text"] = record.exc_text or logging.Formatter().formatException(record.exc_info)
+        fields["exc_info"] = None
+    fields.pop("_job", None)
+    try:
+        pickle.dumps(fields)
+    except Exception:  # what the app put on the record
+        return {name: _simple(value) for name, value in fields.items()}
+    return fields
+
+
+def _simple(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, type(None))) else repr(value)
+
+
+def log_levels() -> dict[str, int]:
+    """The levels that were set in this process, by logger, for a worker that does not inherit them."""
+    loggers = {"": logging.getLogger(), **logging.root.manager.loggerDict}
+    return {
+        name: logger.level
+        for name, logger in loggers.items()
+        if isinstance(logger, logging.Logger) and logger.level != logging.NOTSET
+    }
