@@ -33,9 +33,10 @@ from flask import Flask, Request
 from flask.ctx import AppContext
 from flask.globals import _cv_app
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
-from werkzeug.datastructures import EnvironHeaders
+from werkzeug.datastructures import EnvironHeaders, ImmutableMultiDict
 
 from flask_executor.helpers import describe_error
+from flask_executor.messages import Message
 from flask_executor.uploads import (
     KEPT,
     UploadSnapshot,
@@ -332,15 +333,17 @@ def _tear_down(app_context: Any, request_context: Any, error: BaseException | No
 
 # ---- for worker processes ----
 
-_SIMPLE = frozenset({str, bytes, int, float, bool, type(None)})
+# These never fail to be pickled and rebuilt; the second ones do not unless there is something of the app's in them.
+_SIMPLE: frozenset[Any] = frozenset({str, bytes, int, float, bool, type(None)})
+_CONTAINERS: frozenset[Any] = _SIMPLE | {tuple, list, dict, ImmutableMultiDict}
 _LEFT_OUT = (
     "{name!r} did not come along from {where} of the code that submitted the job: {reason}. Pass what the job needs as "
     "an argument, or make it in the job."
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
+@dataclass(slots=True)
+class Parcel(Message):
     """Values by name, pickled one by one: what cannot be pickled stays behind, the rest comes along."""
 
     simple: dict[str, Any]
@@ -349,14 +352,17 @@ class Parcel:
     left_out: dict[str, str]
 
     @classmethod
-    def pack(cls, values: dict[str, Any], leave_out: Collection[str] = ()) -> Parcel:
-        """Pack ``values``, silently without those in ``leave_out``."""
+    def pack(
+        cls, values: dict[str, Any], leave_out: Collection[str] = (), simple: Collection[type] = _SIMPLE
+    ) -> Parcel:
+        """Pack ``values``, silently without those in ``leave_out``; values of ``simple`` types are taken as they are."""
         parcel = cls({}, {}, {})
         for name, value in values.items():
-            if type(value) in _SIMPLE:
+            if name in leave_out:
+                continue
+            if type(value) in simple:
                 parcel.simple[name] = value
-            elif name not in leave_out:
-                # One by one, so that one bad value does not keep the others back.
+            else:
                 try:
                     parcel.pickled[name] = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
                 except Exception as error:  # whatever a foreign __reduce__ raises
@@ -365,7 +371,7 @@ class Parcel:
 
     def unpack(self) -> dict[str, Any]:
         """The values again; one that cannot be rebuilt here is left out as well."""
-        values = self.simple
+        values = self.simple.copy()
         for name, value in self.pickled.items():
             try:
                 values[name] = pickle.loads(value)
@@ -374,8 +380,8 @@ class Parcel:
         return values
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSnapshot:
+@dataclass(slots=True)
+class RequestSnapshot(Message):
     """A request as values."""
 
     environ: dict[str, Any]
@@ -385,30 +391,30 @@ class RequestSnapshot:
     uploads: list[UploadSnapshot]
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+@dataclass(slots=True)
+class Snapshot(Message):
     """Captured contexts in a form that can be sent to another process."""
 
-    #: None where no contexts are pushed.
+    #: What was on ``g``, None for nothing.
     globals: Parcel | None
+    #: A :class:`RequestSnapshot`, pickled, as most jobs never look at it; None where there was no request.
     request: bytes | None
 
     def call(self, app: Flask, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
         """In a worker process: call ``fn`` in contexts made anew from this."""
-        if self.globals is None:
-            return call_to_end(fn, args, kwargs)
         request_context: Any = None
         if self.request is not None:
             request_context = object.__new__(_job_context_class(AppContext if _MERGED else RequestContext))
             request_context.app = app
         merged = _MERGED and request_context is not None
         app_context = request_context if merged else app.app_context()
-        values: dict[str, Any] = self.globals.unpack()
         made: Any = app.app_ctx_globals_class()
-        if self.globals.left_out:
-            made = _explaining(made, "g", self.globals.left_out)
-        for name, value in values.items():
-            setattr(made, name, value)
+        if self.globals is not None:
+            values = self.globals.unpack()
+            if self.globals.left_out:
+                made = _explaining(made, "g", self.globals.left_out)
+            for name, value in values.items():
+                setattr(made, name, value)
         app_context.g = made
         if request_context is not None:
             request_context._captured = _Sent(app, self.request, made)
@@ -416,23 +422,26 @@ class Snapshot:
         return result
 
 
-_NO_CONTEXTS = Snapshot(None, None)
+_EMPTY = Snapshot(None, None)
 # Rebuilt in the worker, or bound to objects of this process.
 _NOT_SENT = frozenset({"environ", "headers", "stream", "files", "json_module", "url_rule", "shallow", "close", KEPT})
 
 
-def snapshot(captured: CapturedContext | _NoContext) -> Snapshot:
-    """The same contexts as values."""
+def snapshot(captured: CapturedContext | _NoContext) -> Snapshot | None:
+    """The same contexts as values; None where there are none to be pushed."""
     if isinstance(captured, _NoContext) or captured.app_context is None:
-        return _NO_CONTEXTS
-    values = captured.globals if isinstance(captured.globals, dict) else {}
-    request = None
-    if captured.request_context is not None:
-        request = pickle.dumps(_snapshot_request(captured), pickle.HIGHEST_PROTOCOL)
-    return Snapshot(Parcel.pack(values), request)
+        return None
+    values = captured.globals if isinstance(captured.globals, dict) else None
+    if captured.request_context is None:
+        return Snapshot(Parcel.pack(values), None) if values else _EMPTY
+    try:
+        request = pickle.dumps(_snapshot_request(captured, _CONTAINERS), pickle.HIGHEST_PROTOCOL)
+    except Exception:  # then one by one, so that one bad value does not keep the others back
+        request = pickle.dumps(_snapshot_request(captured, _SIMPLE), pickle.HIGHEST_PROTOCOL)
+    return Snapshot(Parcel.pack(values) if values else None, request)
 
 
-def _snapshot_request(captured: CapturedContext) -> RequestSnapshot:
+def _snapshot_request(captured: CapturedContext, simple: Collection[type]) -> RequestSnapshot:
     state = captured.request
     session_class: bytes | None = None
     if captured.session_items is not None:
@@ -442,9 +451,9 @@ def _snapshot_request(captured: CapturedContext) -> RequestSnapshot:
     return RequestSnapshot(
         # The rest are streams, sockets and other parts of the server.
         environ={name: value for name, value in state["environ"].items() if isinstance(value, (str, int, tuple))},
-        attributes=Parcel.pack(state, _NOT_SENT),
+        attributes=Parcel.pack(state, _NOT_SENT, simple),
         session_class=session_class,
-        session=Parcel.pack(captured.session_items or {}),
+        session=Parcel.pack(captured.session_items or {}, (), simple),
         uploads=snapshot_uploads(state),
     )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import pickle
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flask_executor.context import NO_CONTEXT, CapturedContext, Snapshot, call_to_end, snapshot
@@ -14,7 +16,8 @@ from flask_executor.control import RunningJob, running_job
 from flask_executor.exceptions import JobExit, JobStopped, JobTimeout, NotPicklable, RemoteTraceback
 from flask_executor.helpers import callable_name, describe_error
 from flask_executor.jobs import JobOptions, JobStatus, LiveJob
-from flask_executor.messages import Card, Outcome
+from flask_executor.lines import pickle_parts
+from flask_executor.messages import Kind, Message
 from flask_executor.timer import Appointment, timer
 
 if TYPE_CHECKING:
@@ -312,14 +315,14 @@ def _in_job(job: RunningJob | None, fn: Callable[..., T], args: tuple[Any, ...])
 # ---- calls that travel ----
 
 
-def pickled(value: T, what: str) -> bytes:
-    """``value`` as bytes.
+def pickled(value: object, what: str) -> list[bytes]:
+    """``value`` as bytes, in parts.
 
     :param what: what the value is, to begin an error message with.
     :raises NotPicklable: saying why not and what to do.
     """
     try:
-        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        return pickle_parts(value)
     except Exception as error:  # pickle raises PicklingError, TypeError, AttributeError, RecursionError, ...
         raise NotPicklable(
             f"{what} cannot be sent to a worker process: {error}. Functions must be importable (defined at the top "
@@ -327,70 +330,79 @@ def pickled(value: T, what: str) -> bytes:
         ) from error
 
 
-def pack_call(call: PreparedCall) -> bytes:
-    """A call as bytes, for :func:`run_packed` in a worker process.
+@dataclass(slots=True)
+class Shipment(Message):
+    """A call that travels, and what its job knows of itself."""
+
+    id: str
+    name: str
+    key: Hashable | None
+    owner: str | None
+    attempt: int
+    contexts: Snapshot | None
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def pack_call(call: PreparedCall) -> list[bytes]:
+    """A call as bytes, in parts, for :func:`run_packed` in a worker process.
 
     :raises NotPicklable: naming the part that cannot travel.
     """
     job = call.job
-    card = Card(job.id, job.name, job.key, job.owner)
-    parts = (card, snapshot(call.context), call.fn, call.args, call.kwargs)
+    contexts = snapshot(call.context)
+    shipment = Shipment(job.id, job.name, job.key, job.owner, job.attempt, contexts, call.fn, call.args, call.kwargs)
     try:
-        return pickle.dumps(parts, pickle.HIGHEST_PROTOCOL)
+        return pickle_parts(shipment)
     except Exception:  # now slowly, to say which part it is
-        pickled_parts(call)
+        through_pickle(call)
         pickled(job.key, f"The key of job {job.name}")
-        return pickled(parts, f"Job {job.name}")
+        return pickled(shipment, f"Job {job.name}")
 
 
-def pickled_parts(call: PreparedCall) -> tuple[bytes, list[bytes], dict[str, bytes]]:
-    """The function and arguments of a call, each as bytes.
+def through_pickle(call: PreparedCall) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The function and arguments of a call, as a worker process would get them.
 
     :raises NotPicklable: naming the part that cannot travel.
     """
     name = call.job.name
-    return (
-        pickled(call.fn, f"The function of job {name}"),
-        [pickled(value, f"Argument {place} of job {name}") for place, value in enumerate(call.args, 1)],
-        {key: pickled(value, f"Argument {key!r} of job {name}") for key, value in call.kwargs.items()},
-    )
 
+    def there_and_back(value: Any, what: str) -> Any:
+        return pickle.loads(b"".join(pickled(value, what)))
 
-def unpickled_parts(
-    fn: bytes, args: list[bytes], kwargs: dict[str, bytes]
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The reverse of :func:`pickled_parts`."""
     return (
-        pickle.loads(fn),
-        tuple(pickle.loads(value) for value in args),
-        {key: pickle.loads(value) for key, value in kwargs.items()},
+        there_and_back(call.fn, f"The function of job {name}"),
+        tuple(there_and_back(value, f"Argument {place} of job {name}") for place, value in enumerate(call.args, 1)),
+        {key: there_and_back(value, f"Argument {key!r} of job {name}") for key, value in call.kwargs.items()},
     )
 
 
 def run_packed(
-    app: Flask, payload: bytes, attempt: int, adopt: Callable[[LiveJob], RunningJob]
-) -> tuple[Outcome, bytes]:
+    app: Flask, payload: bytes | memoryview, adopt: Callable[[LiveJob], RunningJob]
+) -> tuple[Kind, list[bytes]]:
     """In a worker process: run a call that :func:`pack_call` packed. Never raises.
 
     :param adopt: makes the job known to the worker.
     """
     try:
-        card, contexts, fn, args, kwargs = _unpacked(payload)
-        job = LiveJob(card.name, card.key, card.owner, id=card.id)
-        job.attempt = attempt
+        shipment = _unpacked(payload)
+        job = LiveJob(shipment.name, shipment.key, shipment.owner, id=shipment.id)
+        job.attempt = shipment.attempt
         running = adopt(job)
         # A context with nothing in it of what was active when this worker was forked.
-        result = contextvars.Context().run(running.call, _call, app, contexts, fn, args, kwargs)
-        return Outcome.RESULT, pickled(result, f"The result of job {card.name}")
+        result = contextvars.Context().run(running.call, _call, app, shipment)
+        return Kind.RESULT, pickled(result, f"The result of job {job.name}")
     except JobExit:
-        return Outcome.LEFT, b""
+        return Kind.LEFT, []
     except BaseException as error:
-        return Outcome.ERROR, pack_error(error)
+        return Kind.ERROR, [pack_error(error)]
 
 
-def _unpacked(payload: bytes) -> Any:
+def _unpacked(payload: bytes | memoryview) -> Shipment:
     try:
-        return pickle.loads(payload)
+        shipment: Shipment = pickle.loads(payload)
+        return shipment
     except Exception as error:  # whatever a foreign __reduce__ or an import leads to
         raise NotPicklable(
             f"a job came to its worker process, but cannot be rebuilt there: {describe_error(error)}. Its function and "
@@ -398,22 +410,24 @@ def _unpacked(payload: bytes) -> Any:
         ) from error
 
 
-def _call(app: Flask, contexts: Snapshot, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(app: Flask, shipment: Shipment) -> Any:
+    call = call_to_end if shipment.contexts is None else functools.partial(shipment.contexts.call, app)
+    fn, args = shipment.fn, shipment.args
     if type(fn) is Chunk:
-        return [contextvars.copy_context().run(contexts.call, app, fn.fn, each, {}) for each in args[0]]
-    return contexts.call(app, fn, args, kwargs)
+        return [contextvars.copy_context().run(call, fn.fn, each, {}) for each in args[0]]
+    return call(fn, args, shipment.kwargs)
 
 
-def settle_packed(call: PreparedCall, outcome: Outcome, payload: bytes) -> None:
+def settle_packed(call: PreparedCall, kind: int, payload: bytes) -> None:
     """Settle the call with what came back from the worker process."""
-    if outcome is Outcome.RESULT:
+    if kind == Kind.RESULT:
         try:
             result = pickle.loads(payload)
         except Exception as error:  # whatever a foreign __reduce__ leads to
             call.fail(_not_rebuilt(call, "result", error))
         else:
             call.succeed(result)
-    elif outcome is Outcome.LEFT:
+    elif kind == Kind.LEFT:
         call.left()
     else:
         call.fail(unpack_error(payload))

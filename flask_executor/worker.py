@@ -2,11 +2,11 @@
 
 .. code-block:: text
 
-    main thread:     reads a call and its token, runs it, sends its outcome; again
+    main thread:     takes a call, runs it, sends what came of it; again
     listener thread: reads what comes for the running job (leave); sends what the job reported while a report was
                      too recent; ends the process when the parent is gone
 
-Who owns what: the main thread reads ``calls`` and ``tokens``; the listener reads ``control``; whoever sends holds the
+Who owns what: the main thread reads the calls; the listener reads ``control``; whoever sends holds the
 lock of the :class:`Outbox`. The running job is set by the main thread and read by the listener, under the worker's lock.
 """
 
@@ -30,20 +30,9 @@ from flask_executor.apps import import_app
 from flask_executor.control import RunningJob, running_job
 from flask_executor.inherited import let_go, let_go_of_engines, own_process_group
 from flask_executor.jobs import LiveJob
+from flask_executor.lines import IncomingCalls, Wire, pickle_parts
 from flask_executor.logs import know_jobs
-from flask_executor.messages import (
-    RUN,
-    Dropped,
-    Ended,
-    Leave,
-    Logged,
-    Message,
-    Noted,
-    NotReady,
-    Progressed,
-    Ready,
-    Wire,
-)
+from flask_executor.messages import Dropped, Kind, Leave, Logged, Message, NotReady, Progressed, Ready
 from flask_executor.runner import pack_error, run_packed
 
 if TYPE_CHECKING:
@@ -68,7 +57,7 @@ class WorkerSettings:
     log_levels: Mapping[str, int]
 
 
-def main(settings: WorkerSettings, calls: socket.socket, tokens: socket.socket, control: socket.socket) -> None:
+def main(settings: WorkerSettings, wire: socket.socket, control: socket.socket, packets: socket.socket | None) -> None:
     """The life of a worker process."""
     own_process_group()
     if settings.app is not None:
@@ -77,15 +66,15 @@ def main(settings: WorkerSettings, calls: socket.socket, tokens: socket.socket, 
     # the programs that a job starts would inherit.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    outbox = Outbox(Wire(calls))
-    worker = Worker(outbox, calls, tokens)
+    outbox = Outbox(Wire(wire))
+    worker = Worker(outbox, IncomingCalls(wire, packets))
     threading.Thread(target=worker.listen, args=(Wire(control),), name="flask-executor-listener", daemon=True).start()
     try:
         app = worker.prepare(settings)
     except BaseException as error:
-        outbox.send(NotReady(), pack_error(error))
+        outbox.say(NotReady(pack_error(error)))
         return
-    outbox.send(Ready())
+    outbox.say(Ready())
     with contextlib.suppress(EOFError):  # the parent wants no more of this worker
         worker.work(app)
     logging.shutdown()
@@ -94,10 +83,9 @@ def main(settings: WorkerSettings, calls: socket.socket, tokens: socket.socket, 
 class Worker:
     """Runs the calls that come."""
 
-    def __init__(self, outbox: Outbox, calls: socket.socket, tokens: socket.socket) -> None:
+    def __init__(self, outbox: Outbox, calls: IncomingCalls) -> None:
         self._outbox = outbox
-        self._calls = Wire(calls)
-        self._tokens = tokens
+        self._calls = calls
         self._lock = threading.Lock()
         self._running: RunningJob | None = None
         self._early: Leave | None = None  # for a job that is not here yet
@@ -124,16 +112,11 @@ class Worker:
         :raises EOFError: when there will be no more.
         """
         while True:
-            message: Any
-            for message, payload in self._calls.receive(wait=True):
-                if self._tokens.recv(1) != RUN:  # somebody else has got the call meanwhile
-                    continue
-                outcome, data = run_packed(app, payload, message.attempt, self._adopt)
-                del payload
-                with self._lock:
-                    self._running = None
-                self._outbox.send(Ended(message.id, outcome), data, wait=True)
-                del data
+            kind, body = run_packed(app, self._calls.next(), self._adopt)
+            with self._lock:
+                self._running = None
+            self._outbox.send(kind, body)
+            del body
 
     def _adopt(self, job: LiveJob) -> RunningJob:
         running = RunningJob(job, self._outbox.report)
@@ -162,10 +145,9 @@ class Worker:
                     self._hear(control)
 
     def _hear(self, control: Wire) -> None:
-        message: Any
         try:
-            for message, _ in control.receive():
-                self._leave(message)
+            for _, body in control.receive():
+                self._leave(pickle.loads(body))
         except EOFError:
             _die_with_what_was_started()
 
@@ -202,12 +184,17 @@ class Outbox:
         self.wakes, self._wake = socket.socketpair()
         self._wake.setblocking(False)
 
-    def send(self, message: Message, payload: bytes = b"", *, wait: bool = True) -> None:
+    def send(self, kind: Kind, body: list[bytes]) -> None:
         """Send what must arrive, after everything that was reported before it."""
         with self._lock:
             self._send_report()
-            self._send(message, payload)
-            self._flush(wait=wait)
+            self._send(kind, body)
+            if self._wire.pending:
+                self._flush(wait=True)
+
+    def say(self, message: Message) -> None:
+        """Send a message that must arrive."""
+        self.send(Kind.MESSAGE, pickle_parts(message))
 
     def report(self, job: LiveJob) -> None:
         """The job has something new to tell; called at every step of it, perhaps."""
@@ -230,9 +217,9 @@ class Outbox:
                 self._dropped += 1
                 return
             if self._dropped:
-                self._send(Dropped(self._dropped))
+                self._say(Dropped(self._dropped))
                 self._dropped = 0
-            self._send(Logged(None if job is None else job.id, _portable(record)))
+            self._say(Logged(None if job is None else job.id, _portable(record)))
             pending = self._wire.pending
         if pending:
             self._wake_listener()
@@ -254,14 +241,18 @@ class Outbox:
                 return
             self._late = None
         self._next_report = time.monotonic() + _INTERVAL
-        self._send(Progressed(job.id, job.progress, job.message))
+        meta: bytes | None = None
         if job.meta is not self._sent_meta:
             self._sent_meta = job.meta
-            self._send(Noted(job.id), _pickled_notes(job.meta))
+            meta = _pickled_meta(job.meta)
+        self._say(Progressed(job.id, job.progress, job.message, meta))
 
-    def _send(self, message: Message, payload: bytes = b"") -> None:
+    def _say(self, message: Message) -> None:
+        self._send(Kind.MESSAGE, pickle_parts(message))
+
+    def _send(self, kind: Kind, body: list[bytes]) -> None:
         try:
-            self._wire.send(message, payload)
+            self._wire.send(kind, body)
         except OSError:
             _die_with_what_was_started()
 
@@ -276,11 +267,11 @@ class Outbox:
             self._wake.send(b"w")
 
 
-def _pickled_notes(notes: Mapping[str, Any]) -> bytes:
+def _pickled_meta(meta: Mapping[str, Any]) -> bytes:
     try:
-        return pickle.dumps(dict(notes), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(dict(meta), pickle.HIGHEST_PROTOCOL)
     except Exception:  # whatever a foreign __reduce__ raises: what it looks like is better than nothing
-        return pickle.dumps({name: repr(value) for name, value in notes.items()}, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps({name: repr(value) for name, value in meta.items()}, pickle.HIGHEST_PROTOCOL)
 
 
 class _Forward(logging.Handler):

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.context import call_to_end
 from flask_executor.exceptions import ExecutorShutdown
-from flask_executor.runner import pickled, pickled_parts, unpickled_parts
+from flask_executor.runner import pickled, through_pickle
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class ImmediateBackend(Backend):
         if self._shutdown:
             raise ExecutorShutdown("cannot schedule new futures after shutdown")
         if self._pickle:
-            call.fn, call.args, call.kwargs = unpickled_parts(*pickled_parts(call))
+            call.fn, call.args, call.kwargs = through_pickle(call)
             call.fn = _PickledResult(call.fn)
         future = call.future
         call.run()
@@ -66,4 +66,4 @@ class _PickledResult:
         self._fn = fn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return pickle.loads(pickled(call_to_end(self._fn, args, kwargs), "The result of a job"))
+        return pickle.loads(b"".join(pickled(call_to_end(self._fn, args, kwargs), "The result of a job")))

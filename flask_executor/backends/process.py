@@ -4,23 +4,22 @@
 
        parent process                                                     worker process (one of several)
     ┌──────────────────────────────────────────┐                        ┌───────────────────────────────────┐
-    │ any thread: submit ──> queue             │   calls: Run ───────>  │ main thread: read a call, take    │
-    │     │                    │               │   tokens: r or v ───>  │ its token, run it, send what      │
-    │     └──── hand_out() <───┘               │                        │ came of it                        │
+    │ any thread: submit ──> queue             │   calls ────────────>  │ main thread: take a call, run it, │
+    │     │                    │               │                        │ send what came of it              │
+    │     └──── hand_out() <───┘               │                        │                                   │
     │              │  ^                        │                        │                                   │
     │              v  │ (under the lock)       │   control: Leave ───>  │ listener thread: tell the job to  │
     │ supervisor thread: waits for all workers │                        │ leave; end when the parent is gone│
-    │   at once; settles futures, starts and   │   <─────── calls: Ended, Progressed, Logged ...           │
+    │   at once; settles futures, starts and   │   <─────── wire: results, progress, log records            │
     │   buries workers                         │   <─────── sentinel: the process has ended                │
     │ callback thread: runs the user's code    │                        │                                   │
     └──────────────────────────────────────────┘                        └───────────────────────────────────┘
 
 **Handing out ahead.** A worker is given a call or two before it has finished the one it runs, which saves it the wait for
 the parent; more than anything else this is why the pool is fast. A call that was handed out must not be stuck, though: behind
-a job that takes long, in a worker that is killed, or when it is cancelled. So each call comes with a token, one byte on a
-line that the parent can read as well, and *whoever takes the token has the call*. The system hands each byte to one reader
-only: when the parent gets it back the call will not be run there, and when it does not the call has been begun. There is
-nothing between.
+a job that takes long, in a worker that is killed, or when it is cancelled. So calls go over a line that the parent can read
+as well, and the system hands each to one reader only: what the parent gets back will not be run there, and what it does not
+get back has been begun (:class:`flask_executor.lines.Calls`).
 
 **Who owns what.** ``_lock`` guards the queue, the workers' lists of what they were given, and all sending to them; it is
 held for short and never waits for a process: what a worker does not take at once is sent on by the supervisor. Only the
@@ -50,6 +49,7 @@ from multiprocessing.context import BaseContext
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
+from flask_executor import lines
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.apps import find_import_string
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, NotPicklable, WorkerLost
@@ -58,16 +58,7 @@ from flask_executor.helpers import describe_error
 from flask_executor.inherited import not_for_children
 from flask_executor.jobs import JobStatus, LiveJob
 from flask_executor.logs import line_of, logger
-from flask_executor.messages import (
-    Dropped,
-    Ended,
-    Logged,
-    Message,
-    Noted,
-    NotReady,
-    Progressed,
-    Ready,
-)
+from flask_executor.messages import Dropped, Kind, Logged, Message, NotReady, Progressed, Ready
 from flask_executor.queues import PriorityQueue
 from flask_executor.runner import PlainCall, pack_call, settle_packed, unpack_error
 from flask_executor.serial import SerialThread
@@ -77,11 +68,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _AHEAD = 2  # calls that a worker is given beyond the one it runs
-_SMALL = 8 * 1024  # bytes of a call that may be handed out ahead: some of them must fit into a socket's buffer
-_VOIDS = 16  # calls taken back that may be in that buffer
 _BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
 _LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
-_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
 class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
@@ -154,6 +142,7 @@ class Supervisor:
         self._workers: list[WorkerHandle] = []
         self._idle: list[WorkerHandle] = []
         self._levels = False  # whether there ever was a priority other than 0
+        self._unhurried = True  # whether the supervisor may sleep until something happens
         self._closing = False
         self._abandoned = False
         self._thread: threading.Thread | None = None
@@ -179,11 +168,14 @@ class Supervisor:
                 self._start()
             priority = task.call.priority
             self._tasks[task.id] = task
+            waiting = len(self._queue)
             self._queue.push(task, priority)
             if priority:
                 self._levels = True
             if self._levels and not self._idle:
                 self._make_way(priority)
+            elif waiting and not self._idle and len(self._workers) == self._max_workers:
+                return  # nobody had room for those before it, and whoever gets room looks here
             self._hand_out()
 
     def withdraw(self, id: str) -> bool:
@@ -200,7 +192,7 @@ class Supervisor:
                     self._claim_begun(worker)
                     return False
             self._queue.remove(task, task.call.priority)
-            del self._tasks[id]
+            self._tasks.pop(task.id, None)
             self._hand_out()
             return True
 
@@ -218,11 +210,11 @@ class Supervisor:
             worker = None if task is None else task.worker
             if task is None or worker is None:
                 return
-            # Without its tokens the worker cannot go on to another call between this decision and its death.
+            # Without further calls the worker cannot go on to another call between this decision and its death.
             self._take_back(worker)
             if task.worker is None:  # it had not begun; it will not
                 self._queue.remove(task, task.call.priority)
-                del self._tasks[id]
+                self._tasks.pop(task.id, None)
             elif worker.tasks[-1] is task:
                 task.killed = True
                 worker.kill()
@@ -255,7 +247,7 @@ class Supervisor:
                     self._take_back(worker)
                 cancelled = self._queue.clear()
                 for task in cancelled:
-                    del self._tasks[task.id]
+                    self._tasks.pop(task.id, None)
             thread = self._thread
             if thread is None:
                 self._close()
@@ -324,7 +316,7 @@ class Supervisor:
 
     def _with_room(self, task: Task) -> WorkerHandle | None:
         """A busy worker that can be given ``task`` ahead of time."""
-        if len(task.payload) > _SMALL:
+        if len(task.parts) > 1 or not lines.PACKETS:  # a large one
             return None
         best: WorkerHandle | None = None
         brief = time.monotonic() - _BRIEF
@@ -334,10 +326,9 @@ class Supervisor:
                 and len(worker.tasks) <= _AHEAD
                 and (best is None or len(worker.tasks) < len(best.tasks))
                 and worker.since > brief
-                and worker.voids < _VOIDS
                 and not worker.retired
                 and not self._is_worn(worker)
-                and not worker.calls.pending
+                and not worker.wire.pending
             ):
                 best = worker
         return best
@@ -348,18 +339,18 @@ class Supervisor:
 
     def _give(self, worker: WorkerHandle, task: Task) -> None:
         worker.give(task)
-        if worker.calls.pending or len(worker.tasks) == 2:  # to be sent on; or to be looked after if it takes long
-            self._wake_up()
+        if worker.wire.pending or (self._unhurried and len(worker.tasks) > 1):
+            self._wake_up()  # to send on the rest; to look after what waits behind a job
 
     def _claim(self, task: Task) -> bool:
         """A worker begins with the task; False when it was cancelled, and then it is forgotten."""
         task.begun = task.call.begin()
         if not task.begun:
-            del self._tasks[task.id]
+            self._tasks.pop(task.id, None)
         return task.begun
 
     def _claim_begun(self, worker: WorkerHandle) -> None:
-        """All that is in the worker's list has begun, or ended even, as its tokens are gone."""
+        """All that is in the worker's list has begun, or ended even, as nothing can be taken back."""
         for task in worker.tasks:
             if not task.begun:
                 task.begun = task.call.begin()
@@ -377,7 +368,6 @@ class Supervisor:
 
     def _rest(self, worker: WorkerHandle) -> None:
         """The worker has nothing to do."""
-        worker.voids = 0
         if worker.retired or worker in self._idle:
             return
         if self._is_worn(worker):
@@ -423,7 +413,8 @@ class Supervisor:
     def _patience(self) -> float | None:
         """Seconds until something has to be looked at unasked; None while there is nothing like that."""
         with self._lock:
-            return _BRIEF if any(len(worker.tasks) > 1 for worker in self._workers) else None
+            self._unhurried = all(len(worker.tasks) < 2 for worker in self._workers)
+            return None if self._unhurried else _BRIEF
 
     def _tend(self) -> bool:
         """Start workers that are missing, send on what was left over; False when all is done."""
@@ -434,9 +425,9 @@ class Supervisor:
                     self._take_back(worker)
                 if worker.silent:
                     continue
-                writing = selectors.EVENT_WRITE if worker.calls.pending else 0
-                if self._selector.get_key(worker.calls).events != selectors.EVENT_READ | writing:
-                    self._selector.modify(worker.calls, selectors.EVENT_READ | writing, worker)
+                writing = selectors.EVENT_WRITE if worker.wire.pending else 0
+                if self._selector.get_key(worker.wire).events != selectors.EVENT_READ | writing:
+                    self._selector.modify(worker.wire, selectors.EVENT_READ | writing, worker)
             self._hand_out()
             starting = sum(not worker.ready for worker in self._workers)
             missing = min(len(self._queue) - starting, self._max_workers - len(self._workers))
@@ -459,7 +450,7 @@ class Supervisor:
             self._workers.append(worker)
             if self._abandoned:
                 worker.kill()
-        self._selector.register(worker.calls, selectors.EVENT_READ, worker)
+        self._selector.register(worker.wire, selectors.EVENT_READ, worker)
         self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
 
     def _settings(self) -> WorkerSettings:
@@ -474,48 +465,47 @@ class Supervisor:
 
     def _send_on(self, worker: WorkerHandle) -> None:
         with self._lock, contextlib.suppress(OSError):
-            worker.calls.flush()
+            worker.wire.flush()
 
     def _read(self, worker: WorkerHandle) -> bool:
         """Read what the worker has sent; False when there is nothing (any more)."""
         try:
-            frames = worker.calls.receive()
+            frames = worker.wire.receive()
         except BlockingIOError:
             return False
         except EOFError:
             # It has ended, or is about to. What is left to be done is done when the sentinel says so.
             worker.silent = True
-            self._selector.unregister(worker.calls)
+            self._selector.unregister(worker.wire)
             return False
-        for message, payload in frames:
-            self._hear(worker, message, payload)
+        for kind, body in frames:
+            if kind == Kind.MESSAGE:
+                self._hear(worker, pickle.loads(body))
+            else:
+                self._ended(worker, kind, body)
         return True
 
-    def _hear(self, worker: WorkerHandle, message: Message, payload: bytes) -> None:
-        if isinstance(message, Ended):
-            self._ended(worker, message, payload)
-        elif isinstance(message, Progressed):
+    def _hear(self, worker: WorkerHandle, message: Message) -> None:
+        if isinstance(message, Progressed):
             job = self._job(message.id)
             if job is not None:
                 job.progress, job.message = message.progress, message.message
-        elif isinstance(message, Noted):
-            job = self._job(message.id)
-            if job is not None:
-                job.meta = _unpickled_notes(payload)
+                if message.meta is not None:
+                    job.meta = _unpickled_meta(message.meta)
         elif isinstance(message, Logged):
             self._logged(message)
         elif isinstance(message, Dropped):
             logger.warning("%d log records of worker processes came too fast and are gone.", message.count)
         elif isinstance(message, NotReady):
             worker.retired = True
-            self._fail_oldest(unpack_error(payload))
+            self._fail_oldest(unpack_error(message.error))
         elif isinstance(message, Ready):
             with self._lock:
                 worker.ready = True
                 self._rest(worker)
                 self._hand_out()
 
-    def _ended(self, worker: WorkerHandle, message: Ended, payload: bytes) -> None:
+    def _ended(self, worker: WorkerHandle, kind: int, body: bytes) -> None:
         with self._lock:
             task = worker.tasks.popleft()
             self._tasks.pop(task.id, None)
@@ -531,11 +521,11 @@ class Supervisor:
                 self._share()
         if not task.begun:  # the last one claimed by nobody: it was cancelled by force of its plain future
             return
-        self._settle(task, message, payload)
+        self._settle(task, kind, body)
 
-    def _settle(self, task: Task, message: Ended, payload: bytes) -> None:
+    def _settle(self, task: Task, kind: int, body: bytes) -> None:
         try:
-            settle_packed(task.call, message.outcome, payload)
+            settle_packed(task.call, kind, body)
         except Exception as error:
             logger.exception("Job %s could not be settled.", task.id)
             with contextlib.suppress(Exception):
@@ -571,7 +561,7 @@ class Supervisor:
         while not worker.silent and self._read(worker):  # what it has still sent
             pass
         if not worker.silent:  # something that it has started holds its end open
-            self._selector.unregister(worker.calls)
+            self._selector.unregister(worker.wire)
         worker.kill()  # what its jobs have started
         worker.process.join()
         exit_code = worker.process.exitcode
@@ -646,11 +636,11 @@ def _handle(record: logging.LogRecord) -> None:
     logging.getLogger(record.name).handle(record)
 
 
-def _unpickled_notes(payload: bytes) -> Mapping[str, Any]:
+def _unpickled_meta(payload: bytes) -> Mapping[str, Any]:
     try:
         return MappingProxyType(pickle.loads(payload))
     except Exception as error:  # classes that this process cannot import
-        return MappingProxyType({"error": f"what the job has noted cannot be rebuilt: {describe_error(error)}"})
+        return MappingProxyType({"error": f"what the job has reported cannot be rebuilt: {describe_error(error)}"})
 
 
 _NO_START = (

@@ -1,0 +1,250 @@
+"""The lines between a pool and a worker process: all there is of sockets and framing.
+
+Nothing that comes from outside is ever on these lines, which are socket pairs between a process and its children.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import struct
+from collections import deque
+
+from flask_executor.messages import Kind, Message
+
+#: Whether the system has lines for packets, between the processes of one machine.
+PACKETS = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "AF_UNIX")
+
+_DONT_WAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
+_LENGTH = struct.Struct("!Q")
+#: Bytes of a call or a result that count as small: copied when that saves a system call, sent in one packet.
+_SMALL = 16 * 1024
+_KEEP = 4 * 1024 * 1024  # bytes of a buffer that is kept for the next; making one anew costs more than filling it
+
+
+class _Parts(list[bytes]):
+    write = list.append
+
+
+def pickle_parts(value: object) -> list[bytes]:
+    """``value`` pickled, in parts that belong together; one part if it is small.
+
+    Large bytes in it are a part as they are. :func:`pickle.dumps` would copy them, some times over.
+    """
+    parts = _Parts()
+    pickle.Pickler(parts, pickle.HIGHEST_PROTOCOL).dump(value)
+    if len(parts) > 1 and _size(parts) <= _SMALL:
+        return [b"".join(parts)]
+    return parts
+
+
+def _size(parts: list[bytes]) -> int:
+    return sum(map(len, parts))
+
+
+class Wire:
+    """One end of a stream of frames: the length of the body (8 bytes), its kind (1 byte), the body.
+
+    Never waits unless it is told to. Sending and receiving may be done by two threads, but only one of each at a time.
+    """
+
+    _PREFIX = struct.Struct("!QB")
+    _CHUNK = 64 * 1024  # bytes read at a time, or more when more is known to come
+
+    def __init__(self, end: socket.socket) -> None:
+        self.socket = end
+        self._outgoing: deque[memoryview] = deque()
+        self._buffer = bytearray(self._CHUNK)
+        self._filled = 0  # bytes of the buffer that have arrived and were not given out
+
+    def fileno(self) -> int:
+        """The descriptor, to be selected on."""
+        return self.socket.fileno()
+
+    def say(self, message: Message) -> bool:
+        """Send a message, or as much of it as goes out without waiting; whether all is out."""
+        return self.send(Kind.MESSAGE, pickle_parts(message))
+
+    def send(self, kind: Kind, body: list[bytes]) -> bool:
+        """Send a frame, or as much of it as goes out without waiting; whether all is out.
+
+        :raises OSError: when the other end is gone.
+        """
+        size = _size(body)
+        return self.send_parts([self._PREFIX.pack(size, kind), *body], size)
+
+    def send_parts(self, parts: list[bytes], size: int = 0) -> bool:
+        """Send bytes, of about this size; the other end knows what they are."""
+        if size <= _SMALL:
+            parts = [b"".join(parts)]
+        self._outgoing.extend(map(memoryview, parts))
+        return self.flush()
+
+    def flush(self, *, wait: bool = False) -> bool:
+        """Send what is left over; whether all of it is out.
+
+        :param wait: whether to wait for the other end to take it.
+        :raises OSError: when the other end is gone.
+        """
+        outgoing, flags = self._outgoing, 0 if wait else _DONT_WAIT
+        while outgoing:
+            part = outgoing[0]
+            try:
+                sent = self.socket.send(part, flags)
+            except BlockingIOError:
+                return False
+            if sent == len(part):
+                outgoing.popleft()
+            else:
+                outgoing[0] = part[sent:]
+        return True
+
+    @property
+    def pending(self) -> int:
+        """How many frames, or parts of them, could not be sent yet."""
+        return len(self._outgoing)
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        """The frames that have arrived, without waiting: their kinds and bodies.
+
+        :raises EOFError: when the other end is gone, and nothing is left to be read.
+        :raises BlockingIOError: when there is nothing.
+        """
+        try:
+            count = self.socket.recv_into(memoryview(self._buffer)[self._filled :], 0, _DONT_WAIT)
+        except ConnectionError:
+            count = 0
+        if not count:
+            raise EOFError
+        self._filled += count
+        return self._frames()
+
+    def _frames(self) -> list[tuple[int, bytes]]:
+        frames: list[tuple[int, bytes]] = []
+        begin, filled, buffer, size = 0, self._filled, self._buffer, self._PREFIX.size
+        wanted = size
+        while filled - begin >= size:
+            length, kind = self._PREFIX.unpack_from(buffer, begin)
+            wanted = size + length
+            end = begin + wanted
+            if end > filled:
+                break
+            frames.append((kind, bytes(memoryview(buffer)[begin + size : end])))
+            begin, wanted = end, size
+        rest = filled - begin
+        if wanted > len(buffer):
+            self._buffer = bytearray(wanted)
+            self._buffer[:rest] = memoryview(buffer)[begin:filled]
+        elif rest and begin:
+            buffer[:rest] = buffer[begin:filled]
+        elif not rest and len(buffer) > _KEEP:
+            self._buffer = bytearray(self._CHUNK)
+        self._filled = rest
+        return frames
+
+    def close(self) -> None:
+        """Close this end."""
+        self.socket.close()
+
+
+class Calls:
+    """Takes calls to a worker: the end in the parent.
+
+    Calls are packets, and the system gives each packet to one reader only. So a call that the parent can read back
+    was not begun, and will not be; and one that it cannot was taken by the worker. There is nothing between.
+
+    What is too large for a packet goes over the wire, and its packet only says so. Where there are no packets all goes
+    over the wire and nothing can be taken back.
+
+    :param wire: the wire to this worker.
+    :param packets: both ends of the line for packets, None where there is none; they are closed with this.
+    """
+
+    def __init__(self, wire: Wire, packets: tuple[socket.socket, socket.socket] | None) -> None:
+        self._wire = wire
+        self._here: socket.socket | None = None
+        self._there: socket.socket | None = None
+        if packets is not None:
+            self._here, self._there = packets
+
+    def give(self, parts: list[bytes]) -> None:
+        """Send a call, or as much of it as goes out without waiting.
+
+        :param parts: from :func:`pickle_parts`. A small one always goes out, as a few are all that a worker is given.
+        :raises OSError: when the worker is gone.
+        """
+        if self._here is not None and len(parts) == 1:
+            self._here.send(b"s" + parts[0])
+            return
+        length = _LENGTH.pack(_size(parts))
+        if self._here is not None:
+            self._here.send(b"l" + length)
+            self._wire.send_parts(parts, _SMALL + 1)
+        else:
+            self._wire.send_parts([length, *parts], _size(parts))
+
+    def take_back(self) -> int:
+        """Read back the calls that the worker has not begun; how many they are."""
+        count = 0
+        if self._here is not None and self._there is not None:
+            overtaken = []
+            try:
+                while packet := self._there.recv(9, _DONT_WAIT):
+                    count += packet[:1] != b"v"
+                    if packet[:1] != b"s":  # what follows it is on the wire already, to be passed over
+                        overtaken.append(b"v" + packet[1:])
+            except BlockingIOError:
+                pass
+            for packet in overtaken:
+                self._here.send(packet)
+        return count
+
+    def end(self) -> None:
+        """There will be no more calls.
+
+        :raises OSError: when the worker is gone.
+        """
+        (self._here or self._wire.socket).shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Close both ends of the line for packets."""
+        if self._here is not None and self._there is not None:
+            self._here.close()
+            self._there.close()
+
+
+class IncomingCalls:
+    """The end of :class:`Calls` in the worker."""
+
+    def __init__(self, wire: socket.socket, packets: socket.socket | None) -> None:
+        self._wire = wire
+        self._packets = packets
+        self._buffer = bytearray()
+
+    def next(self) -> bytes | memoryview:
+        """Wait for a call, which from then on has begun. What it gives is good until the next one is waited for.
+
+        :raises EOFError: when there will be no more.
+        """
+        if self._packets is None:
+            return self._read(_LENGTH.unpack(self._read(_LENGTH.size))[0])
+        while True:
+            packet = self._packets.recv(1 + _SMALL)
+            if not packet:
+                raise EOFError
+            if packet[:1] == b"s":
+                return memoryview(packet)[1:]
+            payload = self._read(_LENGTH.unpack(packet[1:])[0])
+            if packet[:1] == b"l":
+                return payload
+
+    def _read(self, length: int) -> memoryview:
+        if len(self._buffer) > max(length, _KEEP) or len(self._buffer) < length:
+            self._buffer = bytearray(length)
+        view, filled = memoryview(self._buffer)[:length], 0
+        while filled < length:
+            count = self._wire.recv_into(view[filled:])
+            if not count:
+                raise EOFError
+            filled += count
+        return view
