@@ -67,7 +67,7 @@ from flask_executor.worker import WorkerSettings, log_levels
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_AHEAD = 2  # calls that a worker is given beyond the one it runs
+_AHEAD = 4  # calls that a worker is given beyond the one it runs
 _BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
 _LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
 
