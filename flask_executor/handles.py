@@ -94,10 +94,10 @@ class WorkerHandle:
         back.reverse()
         return back
 
-    def leave(self, id: str, reason: JobStatus) -> None:
+    def leave(self, task: Task, reason: JobStatus) -> None:
         """Tell the job."""
         with contextlib.suppress(OSError):
-            self.control.say(Leave(id, reason))
+            self.control.say(Leave(task.id, task.call.job.attempt, reason))
 
     def retire(self, grace: float) -> None:
         """Let it end after what it was given; by force, if it has not after ``grace`` seconds."""

@@ -34,9 +34,10 @@ def _no_fields(_: Message) -> tuple[()]:
 
 @dataclass(slots=True)
 class Leave(Message):
-    """To the worker: the job has to leave at its next checkpoint, STOPPED or TIMED_OUT."""
+    """To the worker: this attempt has to leave at its next checkpoint, STOPPED or TIMED_OUT."""
 
     id: str
+    attempt: int
     reason: JobStatus
 
 

@@ -184,7 +184,7 @@ class Call(Generic[F]):
         """There was to be another attempt, and there is none: settle the call with the error of the last one."""
         if self.future.set_running_or_notify_cancel():
             self._end(JobStatus.FAILED, error)
-            self._error = error
+            self._error, self._again = error, None
             self._settle_failure()
 
     def _conclude(self, error: BaseException, status: JobStatus = JobStatus.FAILED, *, forced: bool = False) -> None:

@@ -123,7 +123,7 @@ class Worker:
         with self._lock:
             self._running = running
             early = self._early
-            if early is not None and early.id == job.id:
+            if early is not None and (early.id, early.attempt) == (job.id, job.attempt):
                 running.leave(early.reason)
         return running
 
@@ -155,7 +155,7 @@ class Worker:
         with self._lock:
             self._early = message
             running = self._running
-            if running is not None and running.id == message.id:
+            if running is not None and (running.id, running.attempt) == (message.id, message.attempt):
                 running.leave(message.reason)
 
 

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
-from flask import current_app, g, request, session
+from flask import Flask, current_app, g, request, session
+
+from flask_executor import JobExit, checkpoint, current_job, track
+
+
+def create_app() -> Flask:
+    """The app, for workers that import it."""
+    app = Flask("shop")
+    app.secret_key = "not a secret in a test"
+    return app
 
 
 def add(a: int, b: int = 0) -> int:
@@ -85,3 +100,149 @@ async def add_async(a: int, b: int) -> int:
 
 def unpicklable_result() -> Any:
     return threading.Lock()
+
+
+# ---- jobs that can be watched and stopped ----
+
+
+def wait_for(path: str) -> None:
+    """Until the file is there, or the job is stopped."""
+    while not Path(path).exists():
+        current_job.sleep(0.005)
+
+
+def report_and_wait(path: str) -> str:
+    current_job.update(progress=0.25, message="a quarter", pages=3)
+    current_job.update(progress=0.5, done={"pages"})
+    wait_for(path)
+    current_job.update(progress=1, message="all")
+    return current_job.id
+
+
+def about_itself() -> tuple[str, object, str, int, str | None, bool]:
+    return (
+        current_job.id,
+        current_job.key,
+        current_job.name,
+        current_job.attempt,
+        current_job.owner,
+        current_job.stop_requested,
+    )
+
+
+def until_stopped(path: str) -> None:
+    """Swallows what it can, cleans up, and never ends by itself."""
+    try:
+        Path(path + ".started").touch()
+        while True:
+            try:
+                time.sleep(0.005)
+                checkpoint()
+            except Exception:
+                continue
+    finally:
+        Path(path).write_text("cleaned up")
+
+
+def tracked(items: list[int], seconds: float = 0.0) -> int:
+    total = 0
+    for item in track(items, message="adding"):
+        total += item
+        time.sleep(seconds)
+    return total
+
+
+def spin(path: str | None = None) -> NoReturn:
+    """Runs Python code and never looks whether it should stop."""
+    if path is not None:
+        Path(path).touch()
+    while True:
+        pass
+
+
+def swallow_everything(path: str) -> str:
+    """Refuses to leave."""
+    while not Path(path).exists():
+        try:
+            current_job.sleep(0.005)
+        except BaseException:
+            time.sleep(0.005)
+    return "stayed"
+
+
+def fail_until(path: str, attempts: int) -> int:
+    """Fails in the first attempts; writes down all."""
+    with Path(path).open("a") as file:
+        file.write(f"{current_job.attempt}\n")
+    if current_job.attempt < attempts:
+        raise ConnectionError(f"attempt {current_job.attempt}")
+    return current_job.attempt
+
+
+def append(path: str, text: str) -> None:
+    with Path(path).open("a") as file:
+        file.write(text)
+
+
+def log_something(count: int = 1) -> str:
+    log = logging.getLogger("shop.render")
+    for number in range(count):
+        log.warning("page %d", number, extra={"page": number, "lock": threading.Lock()})
+    try:
+        raise ValueError("torn")
+    except ValueError:
+        log.exception("failed")
+    return current_job.id
+
+
+def die(how: str) -> None:
+    if how == "exit":
+        os._exit(3)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "segfault":
+        ctypes.string_at(0)
+    raise ValueError(how)
+
+
+def start_a_program(path: str) -> NoReturn:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(path).write_text(str(process.pid))
+    time.sleep(60)
+    raise AssertionError("too late")
+
+
+def report_often(times: int, report: bool) -> float:
+    begin = time.perf_counter()
+    for number in range(times):
+        sum(range(100))
+        if report:
+            current_job.update(progress=number / times, message="more", number=number)
+    return time.perf_counter() - begin
+
+
+def length(data: bytes) -> int:
+    return len(data)
+
+
+def many(length: int) -> bytes:
+    return b"x" * length
+
+
+def touch_everything() -> list[str]:
+    """What the errors say when something is touched that did not come along."""
+    said = []
+    for touch in (lambda: g.connection, lambda: request.lock, lambda: request.environ["werkzeug.socket"]):  # type: ignore[attr-defined]
+        try:
+            touch()
+        except (AttributeError, KeyError) as error:
+            said.append(str(error))
+    return said
+
+
+def names_on_g() -> list[str]:
+    return sorted(g)
+
+
+def leave() -> NoReturn:
+    raise JobExit

@@ -201,7 +201,7 @@ class Supervisor:
         with self._lock:
             task = self._tasks.get(id)
             if task is not None and task.worker is not None:
-                task.worker.leave(id, reason)
+                task.worker.leave(task, reason)
 
     def kill(self, id: str) -> None:
         """End a running job by force, and no other."""
