@@ -141,6 +141,11 @@ class Backend(concurrent.futures.Executor):
         """
         fn()
 
+    @property
+    def lagging(self) -> bool:
+        """Whether something that was passed to :meth:`aside` has not run yet."""
+        return False
+
     def abandon(self) -> None:
         """The process ends, and the time for its jobs is up: end workers by force, wait for nothing."""
 

@@ -300,8 +300,8 @@ class Binding(JobChannel):
     def settled(self, future: Future[Any], call_back: Callable[[], object] | None) -> None:
         if call_back is not None:
             self._aside(call_back)
-        if call_back is not None or job_finished.receivers:
-            self._aside(lambda: self.unfinished.discard(future))  # behind what was told
+        if self._backend is not None and self._backend.lagging:
+            self._aside(lambda: self.unfinished.discard(future))  # behind what was passed there
         else:
             self.unfinished.discard(future)
 
@@ -360,6 +360,8 @@ class Binding(JobChannel):
             self._run_again(call, error)
         else:
             self._retries.add(call, error, delay, lambda: self._run_again(call, error))
+            if self._closed and self._retries.discard(call):  # since it was asked above
+                call.give_up(error)
 
     def _run_again(self, call: PreparedCall, error: BaseException) -> None:
         try:

@@ -526,7 +526,8 @@ def _explaining(plain: Any, where: str, left_out: dict[str, str]) -> Any:
     """The same object, but where an attribute was left out it says why."""
     base: Any = type(plain)
     made = object.__new__(_explaining_class(base))
-    made._left_out, made._where = left_out, where
+    object.__setattr__(made, "_left_out", left_out)  # g's own __setattr__ knows no slots
+    object.__setattr__(made, "_where", where)
     made.__dict__.update(plain.__dict__)
     return made
 

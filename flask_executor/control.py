@@ -20,10 +20,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from types import MappingProxyType
 from typing import Any, TypeVar
-
-from werkzeug.local import LocalProxy
 
 from flask_executor.exceptions import JobExit
 from flask_executor.jobs import JobStatus, LiveJob
@@ -46,11 +43,13 @@ class RunningJob:
     # Who writes what: the job itself its progress, message and meta; whoever stops it `leave` of the record, once.
     # For _thread and _interrupted see interrupt().
 
-    __slots__ = ("_interrupted", "_job", "_report", "_thread", "_woken")
+    __slots__ = ("_interrupted", "_job", "_report", "_thread", "_woken", "reported")
 
-    def __init__(self, job: LiveJob, report: Callable[[LiveJob], None] | None = None) -> None:
+    def __init__(self, job: LiveJob, report: Callable[[RunningJob], None] | None = None) -> None:
         self._job = job
         self._report = report
+        #: Whether those who are told know already that there is something new; they set it back when they have read it.
+        self.reported = False
         self._woken: threading.Event | None = None
         self._thread: int | None = None
         self._interrupted = False
@@ -86,7 +85,7 @@ class RunningJob:
         return self._job.leave is not None
 
     def update(self, progress: float | None = None, message: str | None = None, **meta: object) -> None:
-        """Report how far the job is. Cheap enough for every step: reports are sent on some ten times a second.
+        """Report how far the job is. Cheap enough for every step: what is sent on is what there is, some times a second.
 
         .. code-block:: python
 
@@ -105,9 +104,14 @@ class RunningJob:
         if message is not None:
             job.message = str(message)
         if meta:
-            job.meta = MappingProxyType({**job.meta, **meta})
-        if self._report is not None:
-            self._report(job)
+            if job.meta is None:
+                job.meta = meta
+            else:
+                job.meta.update(meta)
+        report = self._report
+        if report is not None and not self.reported:
+            self.reported = True
+            report(self)
 
     def checkpoint(self) -> None:
         """Leave the job if it was asked to stop or is out of time.
@@ -131,6 +135,11 @@ class RunningJob:
         self.checkpoint()
 
     # ---- for those who run it ----
+
+    @property
+    def record(self) -> LiveJob:
+        """Its record in the making."""
+        return self._job
 
     def logged(self, record: logging.LogRecord) -> None:
         """A log record was made in this job."""
@@ -196,14 +205,30 @@ class RunningJob:
 
 _interrupting = threading.Lock()
 
+
+class CurrentJob(RunningJob):
+    """Stands for the job that the code runs in which uses it, as :data:`flask.request` stands for the request."""
+
+    # Each attribute is looked up in the job; werkzeug's LocalProxy takes three times as long, and update() is called often.
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def __getattribute__(self, name: str) -> Any:
+        try:
+            return getattr(_running.get(), name)
+        except LookupError:
+            if name.startswith("__"):
+                return object.__getattribute__(self, name)  # for those who look at modules: doctest, inspect
+            raise RuntimeError(
+                "current_job is only there inside a job that an executor runs, and this code was called outside of one. "
+                "In functions that are to work in both places use track() and checkpoint(), which do nothing outside."
+            ) from None
+
+
 #: The job that this code runs in: a :class:`RunningJob`. Outside of a job using it raises a :exc:`RuntimeError`.
-current_job: RunningJob = LocalProxy(  # type: ignore[assignment]
-    _running,
-    unbound_message=(
-        "current_job is only there inside a job that an executor runs, and this code was called outside of one. "
-        "For functions that are to work in both places use track() and checkpoint(), which do nothing outside of a job."
-    ),
-)
+current_job = CurrentJob()
 
 
 def running_job() -> RunningJob | None:

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, PENDING, RUNNING
 from functools import partial
@@ -75,9 +75,9 @@ class FutureProxy(Future[T]):
         return self._job.message
 
     @property
-    def meta(self) -> Mapping[str, Any]:
+    def meta(self) -> dict[str, Any]:
         """What else the job has reported, by name."""
-        return self._job.meta
+        return dict(self._job.meta or ())
 
     @property
     def stop_requested(self) -> bool:

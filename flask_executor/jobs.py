@@ -128,7 +128,8 @@ class LiveJob:
     attempt = 1
     progress: float | None = None
     message: str | None = None
-    meta: Mapping[str, Any] = MappingProxyType({})
+    #: Only whoever runs the job changes it; None for nothing.
+    meta: dict[str, Any] | None = None
     #: Why the job has to leave: STOPPED or TIMED_OUT, None when it need not. Set once an attempt.
     leave: JobStatus | None = None
     log: deque[LogLine] | None = None
@@ -192,7 +193,7 @@ class LiveJob:
             attempt=self.attempt,
             progress=self.progress,
             message=self.message,
-            meta=self.meta,
+            meta=MappingProxyType(dict(self.meta or ())),
             stop_requested=self.leave is not None,
         )
 

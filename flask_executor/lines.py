@@ -27,7 +27,7 @@ class _Parts(list[bytes]):
 
 
 def pickle_parts(value: object) -> list[bytes]:
-    """``value`` pickled, in parts that belong together; one part if it is small.
+    """``value`` pickled, in parts that belong together.
 
     Large bytes in it are a part as they are. :func:`pickle.dumps` would copy them, some times over.
     """
@@ -36,6 +36,11 @@ def pickle_parts(value: object) -> list[bytes]:
     if len(parts) > 1 and _size(parts) <= _SMALL:
         return [b"".join(parts)]
     return parts
+
+
+def is_small(parts: list[bytes]) -> bool:
+    """Whether a call goes into one packet."""
+    return len(parts) == 1 and len(parts[0]) <= _SMALL
 
 
 def _size(parts: list[bytes]) -> int:
@@ -173,7 +178,7 @@ class Calls:
         :param parts: from :func:`pickle_parts`. A small one always goes out, as a few are all that a worker is given.
         :raises OSError: when the worker is gone.
         """
-        if self._here is not None and len(parts) == 1:
+        if self._here is not None and is_small(parts):
             self._here.send(b"s" + parts[0])
             return
         length = _LENGTH.pack(_size(parts))

@@ -21,21 +21,23 @@ class SerialThread:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._pending = 0
 
     def run(self, fn: Callable[[], object]) -> None:
         """Have ``fn`` called; here and now after :meth:`close`. An exception that it raises is logged."""
         with self._lock:
             if not self._closed:
+                self._pending += 1
                 self._queue.put(fn)
                 if self._thread is None:
-                    self._thread = threading.Thread(target=_work, args=(self._queue,), name=self._name, daemon=True)
+                    self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                     self._thread.start()
                 return
         _call(fn)
 
     def __len__(self) -> int:
-        """How many are waiting."""
-        return self._queue.qsize()
+        """How many have not run to their end."""
+        return self._pending
 
     def close(self, *, wait: bool) -> None:
         """End the thread after what it was given until now.
@@ -50,11 +52,12 @@ class SerialThread:
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join()
 
-
-def _work(tasks: queue.SimpleQueue[Callable[[], object] | None]) -> None:
-    while (fn := tasks.get()) is not None:
-        _call(fn)
-        del fn
+    def _work(self) -> None:
+        while (fn := self._queue.get()) is not None:
+            _call(fn)
+            del fn
+            with self._lock:
+                self._pending -= 1
 
 
 def _call(fn: Callable[[], object]) -> None:

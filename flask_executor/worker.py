@@ -176,9 +176,8 @@ class Outbox:
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self._lock = threading.RLock()  # a finalizer may log in the middle of it
-        self._late: LiveJob | None = None
+        self._late: RunningJob | None = None
         self._next_report = 0.0
-        self._sent_meta: Mapping[str, Any] | None = None
         self._dropped = 0
         #: Readable when the listener should look whether something is late.
         self.wakes, self._wake = socket.socketpair()
@@ -196,18 +195,16 @@ class Outbox:
         """Send a message that must arrive."""
         self.send(Kind.MESSAGE, pickle_parts(message))
 
-    def report(self, job: LiveJob) -> None:
-        """The job has something new to tell; called at every step of it, perhaps."""
-        late = self._late
-        if late is None:
-            self._late = job
-            if time.monotonic() >= self._next_report and self._lock.acquire(blocking=False):
-                try:
-                    self._send_report()
-                finally:
-                    self._lock.release()
-            if self._late is not None:
-                self._wake_listener()
+    def report(self, running: RunningJob) -> None:
+        """The job has something new to tell. Until that is read it does not tell of more."""
+        self._late = running
+        if time.monotonic() >= self._next_report and self._lock.acquire(blocking=False):
+            try:
+                self._send_report()
+            finally:
+                self._lock.release()
+        if self._late is not None:
+            self._wake_listener()
 
     def log(self, record: logging.LogRecord) -> None:
         """A log record was made."""
@@ -232,19 +229,14 @@ class Outbox:
             return self._late is None and not self._wire.pending
 
     def _send_report(self) -> None:
-        job, self._late = self._late, None
-        if job is None:
+        running = self._late
+        if running is None or not self._flush():  # the parent is slow: later, with what is new then
             return
-        if self._wire.pending:  # the parent is slow: later, with what is new then
-            self._late = job
-            if not self._wire.flush():
-                return
-            self._late = None
+        self._late = None
+        running.reported = False  # before it is read: what comes from now on is told of again
         self._next_report = time.monotonic() + _INTERVAL
-        meta: bytes | None = None
-        if job.meta is not self._sent_meta:
-            self._sent_meta = job.meta
-            meta = _pickled_meta(job.meta)
+        job = running.record
+        meta = None if job.meta is None else _pickled_meta(job.meta.copy())
         self._say(Progressed(job.id, job.progress, job.message, meta))
 
     def _say(self, message: Message) -> None:
@@ -256,9 +248,9 @@ class Outbox:
         except OSError:
             _die_with_what_was_started()
 
-    def _flush(self, *, wait: bool = False) -> None:
+    def _flush(self, *, wait: bool = False) -> bool:
         try:
-            self._wire.flush(wait=wait)
+            return self._wire.flush(wait=wait)
         except OSError:
             _die_with_what_was_started()
 
@@ -269,7 +261,7 @@ class Outbox:
 
 def _pickled_meta(meta: Mapping[str, Any]) -> bytes:
     try:
-        return pickle.dumps(dict(meta), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(meta, pickle.HIGHEST_PROTOCOL)
     except Exception:  # whatever a foreign __reduce__ raises: what it looks like is better than nothing
         return pickle.dumps({name: repr(value) for name, value in meta.items()}, pickle.HIGHEST_PROTOCOL)
 

@@ -246,3 +246,35 @@ def names_on_g() -> list[str]:
 
 def leave() -> NoReturn:
     raise JobExit
+
+
+def count_on_g(_: object) -> str:
+    g.number += 1
+    return f"{request.path} {g.number}"
+
+
+def loaded_value() -> Any:
+    return globals()["loaded"]
+
+
+def fail_unless_ready() -> None:
+    if not Path(os.environ["TASKS_READY"]).exists():
+        raise ValueError("not ready")
+
+
+def import_and_log(module: str, logger: str) -> Any:
+    import builtins
+    import importlib
+
+    builtins.slow_gate.set()  # type: ignore[attr-defined]
+    logging.getLogger(logger).warning("importing")
+    return importlib.import_module(module).value
+
+
+def handler_of(number: int) -> str:
+    handler = signal.getsignal(number)
+    return getattr(handler, "name", repr(handler))
+
+
+#: An app that stands in a module.
+app = Flask("the app of tasks")

@@ -44,9 +44,8 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
-from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor import lines
@@ -102,6 +101,10 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.aside(fn)
+
+    @property
+    def lagging(self) -> bool:
+        return self._supervisor.lagging
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
         """Run a plain function in a worker process, outside of all contexts, as any executor does."""
@@ -230,6 +233,11 @@ class Supervisor:
         """Call ``fn`` in the callback thread, after what was passed here before."""
         self._callbacks.run(fn)
 
+    @property
+    def lagging(self) -> bool:
+        """Whether something that was passed to :meth:`aside` has not run yet."""
+        return len(self._callbacks) > 0
+
     def processes(self) -> dict[int, Any]:
         """The worker processes by their ids."""
         with self._lock:
@@ -316,7 +324,7 @@ class Supervisor:
 
     def _with_room(self, task: Task) -> WorkerHandle | None:
         """A busy worker that can be given ``task`` ahead of time."""
-        if len(task.parts) > 1 or not lines.PACKETS:  # a large one
+        if not (lines.PACKETS and lines.is_small(task.parts)):
             return None
         best: WorkerHandle | None = None
         brief = time.monotonic() - _BRIEF
@@ -636,11 +644,12 @@ def _handle(record: logging.LogRecord) -> None:
     logging.getLogger(record.name).handle(record)
 
 
-def _unpickled_meta(payload: bytes) -> Mapping[str, Any]:
+def _unpickled_meta(payload: bytes) -> dict[str, Any]:
     try:
-        return MappingProxyType(pickle.loads(payload))
+        meta: dict[str, Any] = pickle.loads(payload)
     except Exception as error:  # classes that this process cannot import
-        return MappingProxyType({"error": f"what the job has reported cannot be rebuilt: {describe_error(error)}"})
+        return {"error": f"what the job has reported cannot be rebuilt: {describe_error(error)}"}
+    return meta
 
 
 _NO_START = (

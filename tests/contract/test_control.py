@@ -20,7 +20,6 @@ from conftest import MakeExecutor, wait_until
 from flask_executor import (
     Executor,
     FutureProxy,
-    JobExit,
     JobStopped,
     JobTimeout,
     QueueFull,
@@ -286,7 +285,7 @@ class TestRetry:
         assert wait_until(lambda: future.record().attempt == 2)
         executor.shutdown()
         with pytest.raises(ConnectionError, match="attempt 1"):
-            future.result(0)
+            future.result(5)
         assert future.status == "failed"
 
     def test_a_job_that_was_stopped_is_not_run_again(self, executor: Executor, start: Start, path: str) -> None:
@@ -336,9 +335,7 @@ def test_a_full_queue_refuses(make: MakeExecutor, type: str, path: str) -> None:
         future.result(10)
 
 
-def test_log_records_arrive_with_the_job_and_stay_with_it(
-    executor: Executor, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_records_arrive_with_the_job_and_stay_with_it(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
     formats = logging.Formatter("%(job_id)s %(job_key)s %(message)s")
     future = executor.options(key="pages").submit(log_something, 2)
     id = future.result(10)
@@ -389,8 +386,6 @@ def test_leaving_without_being_asked_is_a_stop(executor: Executor) -> None:
     with pytest.raises(JobStopped):
         future.result(10)
     assert future.status == "stopped"
-
-
 
 
 def test_a_failure_is_still_a_failure(executor: Executor) -> None:

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
-from tasks import TwoArgumentsError, add, fail_with_two_arguments, sleep, torn_result, unpicklable_result
+import tasks
+from flask import Flask, current_app, g, request
+from tasks import (
+    TwoArgumentsError,
+    add,
+    app_name,
+    append,
+    count_on_g,
+    die,
+    fail_unless_ready,
+    fail_with_two_arguments,
+    handler_of,
+    import_and_log,
+    length,
+    loaded_value,
+    log_something,
+    many,
+    names_on_g,
+    pid,
+    report_often,
+    sleep,
+    spin,
+    start_a_program,
+    torn_result,
+    touch_everything,
+    unpicklable_result,
+    wait_for,
+)
 
 from conftest import MakeExecutor, wait_until
-from flask_executor import Executor, NotPicklable, RemoteTraceback
+from flask_executor import ConfigError, Executor, JobStopped, NotPicklable, RemoteTraceback, WorkerLost
 from flask_executor.testing import drain
 
 
@@ -67,3 +103,329 @@ def test_shutdown_with_cancelled_futures_settles_all(executor: Executor) -> None
     assert futures[0].result() == 0.2
     assert futures[-1].status == "cancelled"
     assert all(future.status in ("succeeded", "cancelled") for future in futures)
+
+
+# ---- workers that die ----
+
+
+@pytest.fixture
+def two(make_executor: MakeExecutor) -> Executor:
+    return make_executor(type="process", max_workers=2)
+
+
+@pytest.mark.parametrize(
+    ("how", "signal_name", "exit_code"), [("kill", "SIGKILL", -9), ("exit", None, 3), ("segfault", "SIGSEGV", -11)]
+)
+def test_a_worker_that_dies_fails_only_the_job_it_ran(
+    two: Executor, tmp_path: Path, how: str, signal_name: str | None, exit_code: int
+) -> None:
+    go = tmp_path / "go"
+    neighbour = two.submit(wait_for, str(go))
+    assert wait_until(neighbour.running)
+    victim = two.submit(die, how)
+    queued = [two.submit(add, n) for n in range(20)]
+    error = victim.exception(10)
+    assert isinstance(error, WorkerLost)
+    assert (error.signal, error.exit_code) == (signal_name, exit_code)
+    assert error.pid is not None
+    assert f"Worker process {error.pid}" in str(error)
+    assert (signal_name or "exit code 3") in str(error)
+    assert victim.status == "lost"
+    assert [future.result(10) for future in queued] == list(range(20))
+    go.touch()
+    assert neighbour.result(10) is None
+    assert {future.status for future in (neighbour, *queued)} == {"succeeded"}
+
+
+def test_calls_handed_out_ahead_go_to_another_worker(executor: Executor) -> None:
+    for _ in range(20):
+        futures: list[Any] = [executor.submit(die, "kill"), *(executor.submit(add, n) for n in range(5))]
+        assert isinstance(futures[0].exception(10), WorkerLost)
+        assert [future.result(10) for future in futures[1:]] == list(range(5))
+
+
+def test_an_idle_worker_that_dies_is_nobodys_loss(executor: Executor) -> None:
+    for _ in range(20):
+        worker = executor.submit(pid).result(10)
+        os.kill(worker, signal.SIGKILL)
+        error = executor.submit(add, 1).exception(10)
+        # The system may have given the call to the worker in the instant of its death.
+        assert error is None or (isinstance(error, WorkerLost) and error.pid == worker)
+
+
+def test_nothing_waits_behind_a_long_job_while_another_worker_is_idle(two: Executor, tmp_path: Path) -> None:
+    go = str(tmp_path / "go")
+    long = two.submit(wait_for, go)
+    short = [two.submit(add, n) for n in range(10)]
+    assert [future.result(10) for future in short] == list(range(10))
+    assert long.running()
+    Path(go).touch()
+    long.result(10)
+
+
+def test_a_call_that_was_handed_out_ahead_can_be_cancelled(executor: Executor, tmp_path: Path) -> None:
+    go, order = tmp_path / "go", tmp_path / "order"
+    blocker = executor.submit(wait_for, str(go))
+    assert wait_until(blocker.running)
+    futures = [executor.submit(append, str(order), str(n)) for n in range(8)]
+    assert all(future.cancel() for future in futures[::2])
+    go.touch()
+    for future in futures[1::2]:
+        future.result(10)
+    assert order.read_text() == "1357"
+    assert blocker.result(10) is None
+
+
+def test_killing_a_job_takes_what_it_started_along(executor: Executor, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    future = executor.submit(start_a_program, str(path))
+    assert wait_until(lambda: path.exists() and path.read_text())
+    program = int(path.read_text())
+    future.stop(grace=0)
+    assert isinstance(future.exception(10), JobStopped)
+    assert wait_until(lambda: not alive(program))
+
+
+def test_a_killed_job_is_gone_in_time_and_its_neighbour_is_not(two: Executor, tmp_path: Path) -> None:
+    neighbour = two.submit(wait_for, str(tmp_path / "go"))
+    for time_around in range(5):
+        path = tmp_path / f"spins{time_around}"
+        victim = two.submit(spin, str(path))
+        assert wait_until(path.exists)
+        begin = time.monotonic()
+        victim.stop(grace=0.1)
+        victim.exception(10)
+        took = time.monotonic() - begin
+        assert 0.1 <= took < 0.4
+    (tmp_path / "go").touch()
+    assert neighbour.result(10) is None
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---- starting workers ----
+
+
+def test_max_tasks_per_child(make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="process", max_workers=1, max_tasks_per_child=3)
+    pids = list(executor.map(pid, range(10)))
+    assert [pids.count(each) for each in dict.fromkeys(pids)] == [3, 3, 3, 1]
+
+
+def test_initializers_run_once_in_each_worker(make_executor: MakeExecutor, tmp_path: Path) -> None:
+    executor = make_executor(type="process", max_workers=1)
+
+    @executor.worker_init
+    def load() -> None:
+        tasks.loaded = f"{current_app.name} {os.getpid()}"  # type: ignore[attr-defined]
+        append(str(tmp_path / "loads"), "x")
+
+    try:
+        worker = executor.submit(pid).result(10)
+        assert [executor.submit(loaded_value).result(10) for _ in range(3)] == [f"shop {worker}"] * 3
+        assert (tmp_path / "loads").read_text() == "x"
+        assert not hasattr(tasks, "loaded")
+    finally:
+        tasks.__dict__.pop("loaded", None)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_initializer_that_fails_fails_jobs_and_not_the_pool(
+    app: Flask, make_executor: MakeExecutor, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(type="process", max_workers=1, start_method=method)
+    monkeypatch.setenv("TASKS_READY", str(tmp_path / "ready"))
+    executor.worker_init(fail_unless_ready)
+    error = executor.submit(add, 1).exception(20)
+    assert isinstance(error, ValueError)
+    assert "not ready" in str(error)
+    assert "fail_unless_ready" in str(error.__cause__)
+    (tmp_path / "ready").touch()
+    assert executor.submit(add, 1).result(20) == 1
+
+
+def test_an_initializer_that_kills_its_worker_does_not_start_workers_for_ever(make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="process", max_workers=2)
+    executor.worker_init(partial(die, "exit"))
+    errors = [executor.submit(add, n).exception(20) for n in range(3)]
+    assert all(isinstance(error, WorkerLost) for error in errors)
+    assert "before it was ready" in str(errors[0])
+
+
+def test_a_worker_that_imports_needs_to_know_the_app(make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="process", start_method="spawn")
+    with pytest.raises(
+        ConfigError, match=r"EXECUTOR_APP is None.*'spawn' import it, and app 'shop' is not in a module"
+    ):
+        executor.submit(add, 1)
+    assert executor.jobs.list() == []
+
+
+def test_an_app_that_stands_in_a_module_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks.app, "config", tasks.app.config.copy())
+    monkeypatch.setattr(tasks.app, "extensions", {})
+    tasks.app.config.update(EXECUTOR_TYPE="process", EXECUTOR_START_METHOD="spawn", EXECUTOR_MAX_WORKERS=1)
+    with Executor(tasks.app) as executor:
+        assert executor.submit(app_name).result(20) == "the app of tasks"
+
+
+def test_an_app_that_cannot_be_imported_fails_the_job(app: Flask, make_executor: MakeExecutor) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_nothing()"
+    executor = make_executor(type="process", start_method="spawn", max_workers=1)
+    error = executor.submit(add, 1).exception(20)
+    assert isinstance(error, ConfigError)
+    assert "EXECUTOR_APP is 'tasks:create_nothing()'" in str(error)
+
+
+def test_locks_that_threads_hold_while_a_worker_is_forked(
+    make_executor: MakeExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_module.py").write_text("import threading, builtins\nbuiltins.slow_gate.wait(20)\nvalue = 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    gate = threading.Event()
+    monkeypatch.setattr("builtins.slow_gate", gate, raising=False)
+    importer = threading.Thread(target=lambda: __import__("slow_module"))
+    importer.start()
+    assert wait_until(lambda: "slow_module" in sys.modules)
+    handler = logging.StreamHandler()
+    logging.getLogger("shop.locked").addHandler(handler)
+    try:
+        with handler.lock:  # type: ignore[union-attr]
+            executor = make_executor(type="process", max_workers=1)
+            future = executor.submit(import_and_log, "slow_module", "shop.locked")
+            gate_in_worker = executor.submit(add, 1)
+            assert gate_in_worker.exception(20) is None
+            assert future.result(20) == 42
+    finally:
+        gate.set()
+        importer.join()
+        sys.modules.pop("slow_module", None)
+        logging.getLogger("shop.locked").removeHandler(handler)
+
+
+def test_a_client_does_not_wait_for_the_workers_copy_of_its_connection(executor: Executor) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        executor.submit(pid).result(10)
+        accepted.close()
+        client.settimeout(5)
+        assert client.recv(1) == b"", "the end of the connection"
+
+
+def test_a_worker_does_not_see_the_handlers_of_the_server(executor: Executor) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        assert executor.submit(handler_of, signal.SIGUSR1).result(10) == "SIG_DFL"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+# ---- what travels ----
+
+
+def test_what_cannot_travel_is_left_out_by_name(app: Flask, executor: Executor) -> None:
+    with app.test_request_context("/", environ_overrides={"werkzeug.socket": object()}):
+        g.connection, g.user = threading.Lock(), "ada"
+        request.lock = threading.Lock()  # type: ignore[attr-defined]
+        said = executor.submit(touch_everything).result(10)
+        assert executor.submit(names_on_g).result(10) == ["user"]
+    assert len(said) == 3
+    assert "'connection' did not come along from g" in said[0]
+    assert "cannot pickle '_thread.lock' object" in said[0]
+    assert "'lock' did not come along from the request" in said[1]
+    assert "'werkzeug.socket' is not in the environ" in said[2]
+
+
+def test_a_call_of_map_in_chunks_has_contexts_of_its_own(app: Flask, executor: Executor) -> None:
+    with app.test_request_context("/here"):
+        g.number = 1
+        assert list(executor.map(count_on_g, range(6), chunksize=3)) == ["/here 2"] * 6
+
+
+@pytest.mark.parametrize("size", [1, 16_000, 17_000, 300_000, 5_000_000])
+def test_large_arguments_and_results(two: Executor, size: int) -> None:
+    futures = [two.submit(length, b"x" * size) for _ in range(8)]
+    assert [future.result(20) for future in futures] == [size] * 8
+    assert [len(data) for data in two.map(many, [size] * 4)] == [size] * 4
+
+
+def test_a_function_that_is_not_there_in_the_worker(executor: Executor) -> None:
+    executor.submit(add, 1).result(10)
+    tasks.late = late  # type: ignore[attr-defined]
+    late.__module__, late.__qualname__ = "tasks", "late"
+    try:
+        error = executor.submit(late).exception(10)
+    finally:
+        del tasks.late  # type: ignore[attr-defined]
+    assert isinstance(error, NotPicklable)
+    assert "must be importable there, and have been there when the worker was started" in str(error)
+
+
+def late() -> None: ...
+
+
+def test_reports_do_not_slow_a_job_down(executor: Executor) -> None:
+    plain, reporting = (
+        min(executor.submit(report_often, 20_000, report).result(20) for _ in range(3)) for report in (False, True)
+    )
+    assert reporting < 3 * plain  # the benchmarks say how much it is: less than 2
+
+
+def test_a_chatty_job_is_not_held_up(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    blocked, go = threading.Event(), threading.Event()
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            blocked.set()
+            go.wait(20)
+
+    handler = Slow()
+    logging.getLogger("shop.render").addHandler(handler)
+    try:
+        assert executor.submit(log_something, 20_000).result(20)
+        assert blocked.is_set()
+        assert executor.submit(add, 1).result(10) == 1
+    finally:
+        go.set()
+        logging.getLogger("shop.render").removeHandler(handler)
+        drain(executor)
+
+
+def test_a_callback_may_wait_for_another_job(executor: Executor) -> None:
+    results: list[int] = []
+
+    def follow(_: Any) -> None:
+        other = executor.submit(add, 2)
+        other.add_done_callback(lambda future: results.append(future.result()))
+        results.append(other.result(10))
+
+    executor.submit(add, 1).add_done_callback(follow)
+    drain(executor)
+    assert results == [2, 2]
+
+
+def test_idle_workers_use_no_processor(two: Executor) -> None:
+    assert list(two.map(add, range(50))) == list(range(50))
+    processes = [os.getpid(), *two._self._processes]
+    before = [ticks(process) for process in processes]
+    time.sleep(0.5)
+    assert [ticks(process) - used for process, used in zip(processes, before, strict=True)] == [0] * len(processes)
+
+
+def ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_the_pool_is_one_of_the_standard_library_by_type(two: Executor) -> None:
+    assert isinstance(two, ProcessPoolExecutor)
+    assert two._max_workers == 2
+    future = two._self.submit(add, 1)
+    assert future.result(10) == 1
+    assert len(two._processes) == two.health().workers >= 1
