@@ -146,8 +146,8 @@ class Backend(concurrent.futures.Executor):
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
 
-    def abandon(self) -> None:
-        """The process ends, and the time for its jobs is up: end workers by force, wait for nothing."""
+    def abandon(self, grace: float) -> None:
+        """The process ends: end workers by force that have not ended by themselves after ``grace`` seconds."""
 
     @property
     @abc.abstractmethod

@@ -433,7 +433,7 @@ class Binding(JobChannel):
             if not self.unfinished.wait(deadline - time.monotonic()):
                 self._cut_off()
         if self._backend is not None:
-            self._backend.abandon()
+            self._backend.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
 
     def _cut_off(self) -> None:
         left = [future for future in self.unfinished.all() if not future.done()]

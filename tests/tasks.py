@@ -278,3 +278,11 @@ def handler_of(number: int) -> str:
 
 #: An app that stands in a module.
 app = Flask("the app of tasks")
+
+
+def submit_from_worker(path: str) -> int:
+    executor = current_app.extensions["executor"]
+    result: int = executor.submit(add, 1, 2).result(20)
+    executor.submit(sleep, 0.3)
+    executor.submit(append, path, "done")
+    return result

@@ -115,8 +115,8 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._supervisor.shutdown(wait=wait, cancel_futures=cancel_futures)
 
-    def abandon(self) -> None:
-        self._supervisor.abandon()
+    def abandon(self, grace: float) -> None:
+        self._supervisor.abandon(grace)
 
     @property
     def workers(self) -> int:
@@ -268,18 +268,20 @@ class Supervisor:
                 thread.join()
             self._callbacks.close(wait=True)
 
-    def abandon(self) -> None:
-        """End all workers by force."""
-        with self._lock:
-            thread = self._thread
-            if thread is None:
-                return
-            self._closing = self._abandoned = True
-            for worker in self._workers:
-                worker.kill()
-            self._wake_up()
-        if thread is not None:
-            thread.join(1.0)
+    def abandon(self, grace: float) -> None:
+        """End, and end workers by force that have not ended by themselves after ``grace`` seconds."""
+        self.shutdown(wait=False)
+        thread = self._thread
+        if thread is None:
+            return
+        thread.join(grace)
+        if thread.is_alive():
+            with self._lock:
+                self._abandoned = True
+                for worker in self._workers:
+                    worker.kill()
+                self._wake_up()
+            thread.join(5.0)
 
     # ---- under the lock ----
 
