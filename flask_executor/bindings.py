@@ -425,7 +425,7 @@ class Binding(JobChannel):
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
     def leave(self, deadline: float) -> None:
-        """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), then stop them, then force them."""
+        """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), stop them, then force them."""
         self.shutdown(wait=False)
         left = self.unfinished.all()
         if left:

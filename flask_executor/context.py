@@ -355,7 +355,7 @@ class Parcel(Message):
     def pack(
         cls, values: dict[str, Any], leave_out: Collection[str] = (), simple: Collection[type] = _SIMPLE
     ) -> Parcel:
-        """Pack ``values``, silently without those in ``leave_out``; values of ``simple`` types are taken as they are."""
+        """Pack ``values``, silently without those in ``leave_out``; those of ``simple`` types are taken as they are."""
         parcel = cls({}, {}, {})
         for name, value in values.items():
             if name in leave_out:
@@ -537,5 +537,5 @@ class _Environ(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise KeyError(
-            f"{name!r} is not in the environ of this request; only texts, numbers and tuples come along to a worker process"
+            f"{name!r} is not in the environ of this request; only texts, numbers and tuples come along to a worker"
         )

@@ -85,7 +85,7 @@ class RunningJob:
         return self._job.leave is not None
 
     def update(self, progress: float | None = None, message: str | None = None, **meta: object) -> None:
-        """Report how far the job is. Cheap enough for every step: what is sent on is what there is, some times a second.
+        """Report how far the job is. Cheap enough for every step: some times a second the latest is sent on.
 
         .. code-block:: python
 
@@ -179,7 +179,7 @@ class RunningJob:
         return self._interrupted
 
     def interrupt(self) -> bool:
-        """Raise :exc:`~flask_executor.exceptions.JobExit` in the thread of the job, once, as soon as it runs Python code.
+        """Raise :exc:`~flask_executor.JobExit` in the thread of the job, once, as soon as it runs Python code.
 
         :return: whether there was somebody to interrupt.
         """
@@ -209,7 +209,7 @@ _interrupting = threading.Lock()
 class CurrentJob(RunningJob):
     """Stands for the job that the code runs in which uses it, as :data:`flask.request` stands for the request."""
 
-    # Each attribute is looked up in the job; werkzeug's LocalProxy takes three times as long, and update() is called often.
+    # Werkzeug's LocalProxy takes three times as long to look up an attribute, and update() is called often.
     __slots__ = ()
 
     def __init__(self) -> None:
@@ -222,8 +222,8 @@ class CurrentJob(RunningJob):
             if name.startswith("__"):
                 return object.__getattribute__(self, name)  # for those who look at modules: doctest, inspect
             raise RuntimeError(
-                "current_job is only there inside a job that an executor runs, and this code was called outside of one. "
-                "In functions that are to work in both places use track() and checkpoint(), which do nothing outside."
+                "current_job is only there inside a job that an executor runs, and this code was called outside of "
+                "one. In functions that are to work in both use track() and checkpoint(), which do nothing outside."
             ) from None
 
 

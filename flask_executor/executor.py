@@ -160,7 +160,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         :param timeout: seconds that it may run, each time; then it has to leave as if it was asked to stop, and its
             result is a :exc:`~flask_executor.JobTimeout`. None for ``EXECUTOR_TIMEOUT``, ``math.inf`` for no limit.
         :param retries: how often it is run again, at most, when it fails.
-        :param backoff: seconds to wait before the first retry; twice as long before each further one, less a random part.
+        :param backoff: seconds to wait before the first retry, and twice as long before each further one, less a
+            random part.
         :param retry_on: the exceptions after which it is run again; all by default.
         :param no_retry_on: those of them after which it is not.
         :param priority: higher ones start first, those alike in the order of submission; 0 by default.

@@ -1,7 +1,7 @@
 """What a forked worker must let go of.
 
-A fork copies the memory and the descriptors of its parent, but only one of its threads. What the others were in the middle
-of stays as it was for ever, and a connection that both processes use mixes their bytes up.
+A fork copies the memory and the descriptors of its parent, but only one of its threads. What the others were in the
+middle of stays as it was for ever, and a connection that both processes use mixes their bytes up.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What this package writes to the log, and what jobs write to it.
 
-Every record that is made inside a job, in a thread or in a worker process, has the attributes ``job_id`` and ``job_key``
-(None outside of jobs), so a format may use ``%(job_id)s``; and the
-job keeps its own last records.
+Every record has the attributes ``job_id`` and ``job_key``, in threads and in worker processes (None outside of jobs),
+so a format may use ``%(job_id)s``; and a job keeps its own last records.
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ def log_failure(app: Flask | None, name: str, id: str, key: Hashable | None, err
 class _JobFields:
     """Mixed into the class of each record: the fields are there, but come last.
 
-    Were they set when the record is made, ``log.info(..., extra={"job_id": 5})`` would raise a :exc:`KeyError` in an app
-    that has jobs of its own: :mod:`logging` refuses to overwrite what is there.
+    Were they set when the record is made, ``log.info(..., extra={"job_id": 5})`` would raise a :exc:`KeyError` in an
+    app that has jobs of its own: :mod:`logging` refuses to overwrite what is there.
     """
 
     _job: tuple[str | None, Hashable | None]

@@ -6,8 +6,8 @@
     listener thread: reads what comes for the running job (leave); sends what the job reported while a report was
                      too recent; ends the process when the parent is gone
 
-Who owns what: the main thread reads the calls; the listener reads ``control``; whoever sends holds the
-lock of the :class:`Outbox`. The running job is set by the main thread and read by the listener, under the worker's lock.
+Who owns what: the main thread reads the calls; the listener reads ``control``; whoever sends holds the lock of the
+:class:`Outbox`. The running job is set by the main thread and read by the listener, under the worker's lock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flask_executor.apps import import_app
 from flask_executor.control import RunningJob, running_job
@@ -62,8 +62,8 @@ def main(settings: WorkerSettings, wire: socket.socket, control: socket.socket, 
     own_process_group()
     if settings.app is not None:
         let_go()
-    # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not SIG_IGN, which
-    # the programs that a job starts would inherit.
+    # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not SIG_IGN,
+    # which the programs that a job starts would inherit.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     outbox = Outbox(Wire(wire))
@@ -159,7 +159,7 @@ class Worker:
                 running.leave(message.reason)
 
 
-def _die_with_what_was_started() -> None:
+def _die_with_what_was_started() -> NoReturn:
     """The parent is gone: nobody waits for this process, nor for what its job has started."""
     if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
@@ -281,8 +281,8 @@ class _Forward(logging.Handler):
 def forward_logs(outbox: Outbox) -> None:
     """Send log records to the parent, whose handlers they are meant for.
 
-    The handlers here are copies: two processes would write into one file, and a thread of the parent may have held their
-    locks when this one was forked.
+    The handlers here are copies: two processes would write into one file, and a thread of the parent may have held
+    their locks when this one was forked.
     """
     know_jobs(running_job)
     forward = _Forward(outbox)

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flask import Flask, current_app, g, request, session
 
-from flask_executor import JobExit, checkpoint, current_job, track
+from flask_executor import Executor, JobExit, checkpoint, current_job, track
 
 
 def create_app() -> Flask:
@@ -232,7 +233,12 @@ def many(length: int) -> bytes:
 def touch_everything() -> list[str]:
     """What the errors say when something is touched that did not come along."""
     said = []
-    for touch in (lambda: g.connection, lambda: request.lock, lambda: request.environ["werkzeug.socket"]):  # type: ignore[attr-defined]
+    touches: list[Callable[[], Any]] = [
+        lambda: g.connection,
+        lambda: request.lock,  # type: ignore[attr-defined]
+        lambda: request.environ["werkzeug.socket"],
+    ]
+    for touch in touches:
         try:
             touch()
         except (AttributeError, KeyError) as error:
@@ -274,6 +280,15 @@ def import_and_log(module: str, logger: str) -> Any:
 def handler_of(number: int) -> str:
     handler = signal.getsignal(number)
     return getattr(handler, "name", repr(handler))
+
+
+#: An executor that a test binds to its app, as apps that are made by a factory do.
+unbound = Executor()
+
+
+@unbound.job
+def doubled(number: int) -> int:
+    return 2 * number
 
 
 #: An app that stands in a module.

@@ -2,33 +2,33 @@
 
 .. code-block:: text
 
-       parent process                                                     worker process (one of several)
-    ┌──────────────────────────────────────────┐                        ┌───────────────────────────────────┐
-    │ any thread: submit ──> queue             │   calls ────────────>  │ main thread: take a call, run it, │
-    │     │                    │               │                        │ send what came of it              │
-    │     └──── hand_out() <───┘               │                        │                                   │
-    │              │  ^                        │                        │                                   │
-    │              v  │ (under the lock)       │   control: Leave ───>  │ listener thread: tell the job to  │
-    │ supervisor thread: waits for all workers │                        │ leave; end when the parent is gone│
-    │   at once; settles futures, starts and   │   <─────── wire: results, progress, log records            │
-    │   buries workers                         │   <─────── sentinel: the process has ended                │
-    │ callback thread: runs the user's code    │                        │                                   │
-    └──────────────────────────────────────────┘                        └───────────────────────────────────┘
+  parent process                                                    worker process (one of several)
+ ┌───────────────────────────────────────────┐                     ┌────────────────────────────────────┐
+ │ any thread: submit ──> queue              │   calls ─────────>  │ main thread: takes a call, runs it,│
+ │     │                    │                │                     │ sends what came of it              │
+ │     └──── hand out <─────┘                │                     │                                    │
+ │              │  ^                         │                     │                                    │
+ │              v  │  (under the lock)       │   control ───────>  │ listener thread: tells the job to  │
+ │ supervisor thread: waits for all workers  │                     │ leave; ends when the parent is gone│
+ │   at once, settles futures, starts and    │  <── wire: results, │                                    │
+ │   buries workers                          │  progress, records  │                                    │
+ │ callback thread: runs the user's code     │  <──────── sentinel │ readable when the process has ended│
+ └───────────────────────────────────────────┘                     └────────────────────────────────────┘
 
-**Handing out ahead.** A worker is given a call or two before it has finished the one it runs, which saves it the wait for
-the parent; more than anything else this is why the pool is fast. A call that was handed out must not be stuck, though: behind
-a job that takes long, in a worker that is killed, or when it is cancelled. So calls go over a line that the parent can read
-as well, and the system hands each to one reader only: what the parent gets back will not be run there, and what it does not
-get back has been begun (:class:`flask_executor.lines.Calls`).
+**Handing out ahead.** A worker is given a few calls before it has finished the one it runs, which saves it the wait
+for the parent; more than anything else this is why the pool is fast. A call that was handed out must not be stuck,
+though: behind a job that takes long, in a worker that is killed, or when it is cancelled. So calls go over a line that
+the parent can read as well, and the system hands each to one reader only: what the parent gets back will not be run
+there, and what it does not get back has been begun (:class:`flask_executor.lines.Calls`).
 
-**Who owns what.** ``_lock`` guards the queue, the workers' lists of what they were given, and all sending to them; it is
-held for short and never waits for a process: what a worker does not take at once is sent on by the supervisor. Only the
-supervisor thread starts processes, reads from them, and buries them. Futures are claimed under the lock, and settled by the
-supervisor, outside of it. Code of the user's runs in the callback thread, under no lock.
+**Who owns what.** ``_lock`` guards the queue, the workers' lists of what they were given, and all sending to them; it
+is held for short and never waits for a process: what a worker does not take at once is sent on by the supervisor. Only
+the supervisor thread starts processes, reads from them, and buries them. Futures are claimed under the lock, and
+settled by the supervisor, outside of it. Code of the user's runs in the callback thread, under no lock.
 
-**Invariants.** A worker runs its calls in the order in which they were given. The first in its list is claimed (``running``)
-in the parent; the others are claimed when those before have ended. A task is in the queue, or in the list of one worker, or
-settled; its future is claimed if and only if it is first in a list, or was found to have begun.
+**Invariants.** A worker runs its calls in the order in which they were given. The first in its list is claimed
+(``running``) in the parent; the others are claimed when those before have ended. A task is in the queue, or in the
+list of one worker, or settled; its future is claimed if and only if it is first in a list, or was found to have begun.
 """
 
 from __future__ import annotations

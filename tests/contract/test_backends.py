@@ -21,14 +21,17 @@ from flask_executor.testing import drain
 
 TYPES: dict[str, dict[str, Any]] = {
     "thread": {},
-    "process": {},
+    "process": {"start_method": "fork"},
+    "process forkserver": {"type": "process", "start_method": "forkserver"},
+    "process spawn": {"type": "process", "start_method": "spawn"},
     "immediate": {},
     "immediate with pickle": {"type": "immediate", "immediate_pickle": True},
 }
 
 
 @pytest.fixture(params=TYPES)
-def executor(request: pytest.FixtureRequest, make_executor: MakeExecutor) -> Executor:
+def executor(request: pytest.FixtureRequest, app: Flask, make_executor: MakeExecutor) -> Executor:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
     return make_executor(**{"type": request.param, "max_workers": 2, **TYPES[request.param]})
 
 
@@ -168,14 +171,16 @@ def test_callbacks_and_signals(app: Flask, executor: Executor) -> None:
     assert seen[3:] == ["called"]
 
 
-def test_a_decorated_function(executor: Executor) -> None:
-    tasks.decorated = executor.job(add)  # type: ignore[attr-defined]
-    tasks.decorated.__qualname__ = "decorated"  # type: ignore[attr-defined]
-    tasks.decorated.__module__ = "tasks"  # type: ignore[attr-defined]
+def test_a_decorated_function(app: Flask, executor: Executor) -> None:
+    tasks.unbound.init_app(app)
     try:
-        assert tasks.decorated.submit(1, 2).result() == 3  # type: ignore[attr-defined]
+        assert tasks.doubled(2) == 4
+        assert tasks.doubled.submit(2).result() == 4
+        assert list(tasks.doubled.map([1, 2])) == [2, 4]
+        assert tasks.doubled.options(name="twice").submit(3).result() == 6
+        assert tasks.unbound.jobs.list()[0].name == "twice"
     finally:
-        del tasks.decorated  # type: ignore[attr-defined]
+        tasks.unbound.shutdown()
 
 
 def test_shutdown(executor: Executor) -> None:
@@ -201,14 +206,3 @@ def leave(_: object) -> None:
 def test_async_functions(executor: Executor) -> None:
     future: Any = executor.submit(add_async, 1, 2)
     assert future.result() == 3
-
-
-def test_options_of_a_decorated_function(executor: Executor) -> None:
-    job: Any = executor.job(add)
-    tasks.derived = job  # type: ignore[attr-defined]
-    job.__qualname__, job.__module__ = "derived", "tasks"
-    try:
-        assert job.options(name="sum").submit(1, 2).result() == 3
-    finally:
-        del tasks.derived  # type: ignore[attr-defined]
-    assert executor.jobs.list()[0].name == "sum"

@@ -41,16 +41,16 @@ Start = Callable[..., FutureProxy[Any]]
 
 
 @pytest.fixture(params=TYPES)
-def type(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
 
 
 @pytest.fixture
-def make(make_executor: MakeExecutor, app: Flask, type: str) -> MakeExecutor:
+def make(make_executor: MakeExecutor, app: Flask, backend: str) -> MakeExecutor:
     def make(**config: Any) -> Executor:
         app.config["EXECUTOR_APP"] = "tasks:create_app()"
-        return make_executor(**{"type": type, "max_workers": 2, **TYPES[type], **config})
+        return make_executor(**{"type": backend, "max_workers": 2, **TYPES[backend], **config})
 
     return make
 
@@ -61,11 +61,11 @@ def executor(make: MakeExecutor) -> Executor:
 
 
 @pytest.fixture
-def start(executor: Executor, type: str) -> Start:
+def start(executor: Executor, backend: str) -> Start:
     """Submits a job and returns its handle at once, also where ``submit`` runs it."""
 
     def start(fn: Callable[..., Any], *args: Any, **options: Any) -> FutureProxy[Any]:
-        if type != "immediate":
+        if backend != "immediate":
             return executor.options(**options).submit(fn, *args)
         key = f"job {time.monotonic()}"
         threading.Thread(target=executor.options(key=key, **options).submit, args=(fn, *args)).start()
@@ -178,7 +178,7 @@ class TestStop:
 
 class TestForce:
     def test_a_job_that_never_looks_is_killed(
-        self, executor: Executor, start: Start, type: str, path: str, tmp_path: Path
+        self, executor: Executor, start: Start, backend: str, path: str, tmp_path: Path
     ) -> None:
         future, neighbour = start(tasks.spin, path), start(wait_for, str(tmp_path / "go"))
         assert wait_until(Path(path).exists)
@@ -218,7 +218,7 @@ class TestTimeout:
         assert record.error is not None
         assert record.error.startswith("flask_executor.exceptions.JobTimeout")
 
-    def test_one_that_never_looks_is_forced(self, make: MakeExecutor, type: str) -> None:
+    def test_one_that_never_looks_is_forced(self, make: MakeExecutor, backend: str) -> None:
         executor = make(timeout=0.2, stop_grace=0.1)
         future = executor.submit(tasks.spin)
         assert isinstance(future.exception(10), JobTimeout)
@@ -261,14 +261,14 @@ class TestRetry:
 
     def test_only_after_certain_errors(self, executor: Executor, path: str) -> None:
         for options in ({"retry_on": ValueError}, {"no_retry_on": (OSError,)}):
-            future = executor.options(retries=2, **options).submit(fail_until, path, 9)  # type: ignore[arg-type]
+            future = executor.options(retries=2, **options).submit(fail_until, path, 9)
             with pytest.raises(ConnectionError, match="attempt 1"):
                 future.result(10)
 
     def test_what_waits_for_its_retry_is_queued_and_can_be_stopped(
-        self, executor: Executor, type: str, path: str
+        self, executor: Executor, backend: str, path: str
     ) -> None:
-        if type == "immediate":
+        if backend == "immediate":
             return  # it does not wait
         future = executor.options(retries=2, backoff=60).submit(fail_until, path, 9)
         assert wait_until(lambda: future.record().attempt == 2)
@@ -278,8 +278,8 @@ class TestRetry:
         assert future.status == "cancelled"
         drain(executor)
 
-    def test_shutdown_gives_up_retries(self, executor: Executor, type: str, path: str) -> None:
-        if type == "immediate":
+    def test_shutdown_gives_up_retries(self, executor: Executor, backend: str, path: str) -> None:
+        if backend == "immediate":
             return
         future = executor.options(retries=2, backoff=60).submit(fail_until, path, 9)
         assert wait_until(lambda: future.record().attempt == 2)
@@ -301,8 +301,8 @@ class TestRetry:
         assert (future.status, future.record().attempt) == ("timed_out", 2)
 
 
-def test_priority(make: MakeExecutor, type: str, tmp_path: Path) -> None:
-    if type == "immediate":
+def test_priority(make: MakeExecutor, backend: str, tmp_path: Path) -> None:
+    if backend == "immediate":
         return  # nothing ever waits
     executor = make(max_workers=1)
     order, go = tmp_path / "order", tmp_path / "go"
@@ -319,8 +319,8 @@ def test_priority(make: MakeExecutor, type: str, tmp_path: Path) -> None:
     assert order.read_text() == "abcdef"
 
 
-def test_a_full_queue_refuses(make: MakeExecutor, type: str, path: str) -> None:
-    if type == "immediate":
+def test_a_full_queue_refuses(make: MakeExecutor, backend: str, path: str) -> None:
+    if backend == "immediate":
         return
     executor = make(max_workers=1, max_pending=2)
     futures = [executor.submit(wait_for, path) for _ in range(3)]
@@ -338,16 +338,16 @@ def test_a_full_queue_refuses(make: MakeExecutor, type: str, path: str) -> None:
 def test_log_records_arrive_with_the_job_and_stay_with_it(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
     formats = logging.Formatter("%(job_id)s %(job_key)s %(message)s")
     future = executor.options(key="pages").submit(log_something, 2)
-    id = future.result(10)
+    job_id = future.result(10)
     drain(executor)
     records = [record for record in caplog.records if record.name == "shop.render"]
     assert [record.getMessage() for record in records] == ["page 0", "page 1", "failed"]
-    assert {(record.job_id, record.job_key) for record in records} == {(id, "pages")}  # type: ignore[attr-defined]
+    assert {(record.job_id, record.job_key) for record in records} == {(job_id, "pages")}  # type: ignore[attr-defined]
     assert records[1].page == 1  # type: ignore[attr-defined]
-    assert formats.format(records[0]) == f"{id} pages page 0"
+    assert formats.format(records[0]) == f"{job_id} pages page 0"
     assert "ValueError: torn" in formats.format(records[2])
     assert all(record.process and record.threadName for record in records)
-    lines = executor.jobs.log(id)
+    lines = executor.jobs.log(job_id)
     assert lines == future.log()
     assert [(line.level, line.logger) for line in lines] == [("WARNING", "shop.render")] * 2 + [
         ("ERROR", "shop.render")
@@ -378,7 +378,7 @@ def test_wrong_options_are_refused(executor: Executor) -> None:
         ({"priority": 1.5}, "priority is 1.5"),
     ):
         with pytest.raises(ValueError, match=says):
-            executor.options(**options)  # type: ignore[arg-type]
+            executor.options(**options)
 
 
 def test_leaving_without_being_asked_is_a_stop(executor: Executor) -> None:

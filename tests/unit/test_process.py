@@ -45,7 +45,7 @@ from tasks import (
 )
 
 from conftest import MakeExecutor, wait_until
-from flask_executor import ConfigError, Executor, JobStopped, NotPicklable, RemoteTraceback, WorkerLost
+from flask_executor import ConfigError, Executor, FutureProxy, JobStopped, NotPicklable, RemoteTraceback, WorkerLost
 from flask_executor.testing import drain
 
 
@@ -120,10 +120,10 @@ def test_a_worker_that_dies_fails_only_the_job_it_ran(
     two: Executor, tmp_path: Path, how: str, signal_name: str | None, exit_code: int
 ) -> None:
     go = tmp_path / "go"
-    neighbour = two.submit(wait_for, str(go))
+    neighbour: FutureProxy[Any] = two.submit(wait_for, str(go))
     assert wait_until(neighbour.running)
     victim = two.submit(die, how)
-    queued = [two.submit(add, n) for n in range(20)]
+    queued: list[FutureProxy[Any]] = [two.submit(add, n) for n in range(20)]
     error = victim.exception(10)
     assert isinstance(error, WorkerLost)
     assert (error.signal, error.exit_code) == (signal_name, exit_code)
