@@ -77,6 +77,7 @@ class WorkerHandle:
         self.since = 0.0
         #: Whether it will send nothing more.
         self.silent = False
+        self.buried = False
         self._end: Appointment | None = None
 
     def give(self, task: Task) -> None:
@@ -108,7 +109,7 @@ class WorkerHandle:
 
     def kill(self) -> None:
         """End it, and whatever its job has started, at once."""
-        if self.process.exitcode is not None:
+        if self.buried:  # its number may be another process's by now
             return
         try:
             os.killpg(self.process.pid, signal.SIGKILL)

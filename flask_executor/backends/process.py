@@ -67,6 +67,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _AHEAD = 4  # calls that a worker is given beyond the one it runs
+_MOST_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
 _BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
 _LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
 
@@ -144,6 +145,7 @@ class Supervisor:
         self._tasks: dict[str, Task] = {}
         self._workers: list[WorkerHandle] = []
         self._idle: list[WorkerHandle] = []
+        self._failed_starts = 0  # one after the other; the supervisor's
         self._levels = False  # whether there ever was a priority other than 0
         self._unhurried = True  # whether the supervisor may sleep until something happens
         self._closing = False
@@ -512,6 +514,7 @@ class Supervisor:
         elif isinstance(message, Ready):
             with self._lock:
                 worker.ready = True
+                self._failed_starts = 0
                 self._rest(worker)
                 self._hand_out()
 
@@ -573,6 +576,7 @@ class Supervisor:
         if not worker.silent:  # something that it has started holds its end open
             self._selector.unregister(worker.wire)
         worker.kill()  # what its jobs have started
+        worker.buried = True
         worker.process.join()
         exit_code = worker.process.exitcode
         with self._lock:
@@ -596,7 +600,10 @@ class Supervisor:
                 what = f"The worker process died that ran job {task.call.job.name}."
                 task.call.fail(WorkerLost(what, worker.process.pid, exit_code), JobStatus.LOST)
         if not worker.ready and not was_retired:
-            self._fail_oldest(WorkerLost(_NO_START, worker.process.pid, exit_code))
+            self._failed_starts += 1
+            # One that was killed before it got to its first job is nobody's loss, but it must not go on for ever.
+            if self._failed_starts >= _MOST_STARTS:
+                self._fail_oldest(WorkerLost(_NO_START, worker.process.pid, exit_code))
 
     def _finish(self) -> None:
         """Close everything; the last thing that happens."""

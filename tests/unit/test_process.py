@@ -186,6 +186,15 @@ def test_killing_a_job_takes_what_it_started_along(executor: Executor, tmp_path:
     assert wait_until(lambda: not alive(program))
 
 
+def test_a_worker_that_is_killed_takes_what_its_job_started_along(executor: Executor, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    future = executor.submit(start_a_program, str(path))
+    assert wait_until(lambda: path.exists() and path.read_text())
+    os.kill(next(iter(executor._self._processes)), signal.SIGKILL)
+    assert isinstance(future.exception(10), WorkerLost)
+    assert wait_until(lambda: not alive(int(path.read_text())))
+
+
 def test_a_killed_job_is_gone_in_time_and_its_neighbour_is_not(two: Executor, tmp_path: Path) -> None:
     neighbour = two.submit(wait_for, str(tmp_path / "go"))
     for time_around in range(5):
