@@ -324,32 +324,37 @@ class Binding(JobChannel):
     def stop(self, future: Future[Any], grace: float | None) -> bool:
         call = self.unfinished.get(future)
         while call is not None and not call.job.status.ended:
-            if future.cancel() or self._have_leave(call, call.job.attempt, JobStatus.STOPPED, grace):
+            if future.cancel():
+                return True
+            attempt = call.job.attempt
+            if self._ask_to_leave(call, attempt, JobStatus.STOPPED):
+                self._force_after(self.config.stop_grace if grace is None else grace, call, attempt)
                 return True
         return False
 
     def out_of_time(self, call: PreparedCall, attempt: int) -> None:
-        self._have_leave(call, attempt, JobStatus.TIMED_OUT, None)
+        if self._ask_to_leave(call, attempt, JobStatus.TIMED_OUT):
+            self._force_after(self.config.stop_grace, call, attempt)
 
-    def _have_leave(self, call: PreparedCall, attempt: int, reason: JobStatus, grace: float | None) -> bool:
-        """Ask a running job to leave, and see to it that it does; False when this attempt does not run any more."""
+    def _ask_to_leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> bool:
+        """Ask a running job to leave; False when this attempt does not run any more."""
         job, backend = call.job, call.backend
         if job.status is not JobStatus.RUNNING or job.attempt != attempt or backend is None:
             return False
         if job.leave is not JobStatus.STOPPED:  # it may be out of time already: who stops it does not want a retry
             job.leave = reason
         backend.leave(call, reason)
-
-        def force() -> None:
-            if job.status is JobStatus.RUNNING and job.attempt == attempt:
-                backend.kill(call)
-
-        grace = self.config.stop_grace if grace is None else grace
-        if grace:
-            call.appoint(grace, force)
-        else:
-            force()
         return True
+
+    def _force_after(self, grace: float, call: PreparedCall, attempt: int) -> None:
+        if grace:
+            call.appoint(grace, lambda: self._force(call, attempt))
+        else:
+            self._force(call, attempt)
+
+    def _force(self, call: PreparedCall, attempt: int) -> None:
+        if call.job.status is JobStatus.RUNNING and call.job.attempt == attempt and call.backend is not None:
+            call.backend.kill(call)
 
     def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
         call.future.queue_again(error)
@@ -443,11 +448,17 @@ class Binding(JobChannel):
             self.config.key("EXECUTOR_SHUTDOWN_TIMEOUT"),
             self.config.shutdown_timeout,
         )
-        for future in left:
-            future.stop()
-        if not self.unfinished.wait(self.config.stop_grace + 1.0):
-            left = [future for future in left if not future.done()]
-            logger.warning("The process ends and %s did not stop: cut off.", _names(left))
+        calls = [call for call in map(self.unfinished.get, left) if call is not None]
+        for call in calls:
+            if not call.future.cancel():
+                self._ask_to_leave(call, call.job.attempt, JobStatus.STOPPED)
+        # No appointments: Python 3.12 starts no threads when the interpreter ends.
+        if not self.unfinished.wait(self.config.stop_grace):
+            for call in calls:
+                self._force(call, call.job.attempt)
+            if not self.unfinished.wait(1.0):
+                left = [future for future in left if not future.done()]
+                logger.warning("The process ends and %s did not stop: cut off.", _names(left))
 
     def after_fork(self) -> None:
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""

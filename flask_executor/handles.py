@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections import deque
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -115,6 +116,16 @@ class WorkerHandle:
             os.killpg(self.process.pid, signal.SIGKILL)
         except (AttributeError, ProcessLookupError, PermissionError):  # not on Windows; or it has no group yet
             self.process.kill()
+
+    def join(self) -> int | None:
+        """Wait until it has ended; its exit code, None if somebody else has taken it."""
+        self.process.join()
+        # Another thread that starts a process collects those that have ended, and may be in the middle of it.
+        deadline = time.monotonic() + 1.0
+        while self.process.exitcode is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        exit_code: int | None = self.process.exitcode
+        return exit_code
 
     def close(self) -> None:
         """Close our ends of its lines."""

@@ -81,14 +81,12 @@ def _half_imported_modules() -> None:
     """What another thread was importing would stay half a module here, and its lock locked."""
     from importlib import _bootstrap
 
-    half = [
-        name
-        for name, module in list(sys.modules.items())
-        if getattr(getattr(module, "__spec__", None), "_initializing", False)
-    ]
-    for name in half:
-        del sys.modules[name]
+    # There is a lock only for what is being imported. (To look at all modules would copy their memory.)
     locks: dict[str, object] = getattr(_bootstrap, "_module_locks", {})
+    for name in list(locks):
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if getattr(spec, "_initializing", False):
+            del sys.modules[name]
     locks.clear()
 
 

@@ -26,14 +26,20 @@ class SerialThread:
     def run(self, fn: Callable[[], object]) -> None:
         """Have ``fn`` called; here and now after :meth:`close`. An exception that it raises is logged."""
         with self._lock:
-            if not self._closed:
+            if not self._closed and (self._thread is not None or self._start()):
                 self._pending += 1
                 self._queue.put(fn)
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                    self._thread.start()
                 return
         _call(fn)
+
+    def _start(self) -> bool:
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # Python 3.12 refuses when the interpreter ends
+            return False
+        self._thread = thread
+        return True
 
     def __len__(self) -> int:
         """How many have not run to their end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import os
@@ -50,11 +51,17 @@ class Timer:
             heapq.heappush(self._heap, (due, next(self._numbers), appointment))
             self._live += 1
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="flask-executor-timer", daemon=True)
-                self._thread.start()
+                self._start()
             elif self._heap[0][2] is appointment:
                 self._changed.notify()
         return appointment
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="flask-executor-timer", daemon=True)
+        # Python 3.12 refuses when the interpreter ends; whoever ends it does not count on later calls.
+        with contextlib.suppress(RuntimeError):
+            thread.start()
+            self._thread = thread
 
     def discard(self, appointment: Appointment) -> None:
         """Call an appointment off."""

@@ -577,8 +577,7 @@ class Supervisor:
             self._selector.unregister(worker.wire)
         worker.kill()  # what its jobs have started
         worker.buried = True
-        worker.process.join()
-        exit_code = worker.process.exitcode
+        exit_code = worker.join()
         with self._lock:
             was_retired, worker.retired = worker.retired, True
             self._take_back(worker)

@@ -424,7 +424,8 @@ def test_idle_workers_use_no_processor(two: Executor) -> None:
     processes = [os.getpid(), *two._self._processes]
     before = [ticks(process) for process in processes]
     time.sleep(0.5)
-    assert [ticks(process) - used for process, used in zip(processes, before, strict=True)] == [0] * len(processes)
+    # A tick is 10 ms, and this process may have one for reasons of its own.
+    assert sum(ticks(process) - used for process, used in zip(processes, before, strict=True)) <= 1
 
 
 def ticks(pid: int) -> int:
