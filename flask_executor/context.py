@@ -33,10 +33,10 @@ from flask import Flask, Request
 from flask.ctx import AppContext
 from flask.globals import _cv_app
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
-from werkzeug.datastructures import EnvironHeaders, ImmutableMultiDict
+from werkzeug.datastructures import EnvironHeaders
 
-from flask_executor.helpers import describe_error
 from flask_executor.messages import Message
+from flask_executor.parcels import CONTAINERS, SIMPLE, Parcel, SentEnviron, explaining
 from flask_executor.uploads import (
     KEPT,
     UploadSnapshot,
@@ -114,6 +114,7 @@ class CapturedContext:
         "request",
         "request_class",
         "request_context",
+        "sent",
         "session_class",
         "session_items",
         "session_state",
@@ -124,6 +125,7 @@ class CapturedContext:
         outer = _cv_app.get(None)
         context = _cv_request.get(None)
         self.app_context: Any = app.app_context() if outer is None else outer
+        self.sent: Snapshot | None = None  # the same as values, once somebody has asked
         self.globals: Any = None  # most often there are none, and then nothing is kept
         if outer is not None and push_app_context:
             state = getattr(outer.g, "__dict__", None)
@@ -333,52 +335,6 @@ def _tear_down(app_context: Any, request_context: Any, error: BaseException | No
 
 # ---- for worker processes ----
 
-# These never fail to be pickled and rebuilt; the second ones do not unless there is something of the app's in them.
-_SIMPLE: frozenset[Any] = frozenset({str, bytes, int, float, bool, type(None)})
-_CONTAINERS: frozenset[Any] = _SIMPLE | {tuple, list, dict, ImmutableMultiDict}
-_LEFT_OUT = (
-    "{name!r} did not come along from {where} of the code that submitted the job: {reason}. Pass what the job needs as "
-    "an argument, or make it in the job."
-)
-
-
-@dataclass(slots=True)
-class Parcel(Message):
-    """Values by name, pickled one by one: what cannot be pickled stays behind, the rest comes along."""
-
-    simple: dict[str, Any]
-    pickled: dict[str, bytes]
-    #: What stayed behind, with the reason.
-    left_out: dict[str, str]
-
-    @classmethod
-    def pack(
-        cls, values: dict[str, Any], leave_out: Collection[str] = (), simple: Collection[type] = _SIMPLE
-    ) -> Parcel:
-        """Pack ``values``, silently without those in ``leave_out``; those of ``simple`` types are taken as they are."""
-        parcel = cls({}, {}, {})
-        for name, value in values.items():
-            if name in leave_out:
-                continue
-            if type(value) in simple:
-                parcel.simple[name] = value
-            else:
-                try:
-                    parcel.pickled[name] = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-                except Exception as error:  # whatever a foreign __reduce__ raises
-                    parcel.left_out[name] = describe_error(error)
-        return parcel
-
-    def unpack(self) -> dict[str, Any]:
-        """The values again; one that cannot be rebuilt here is left out as well."""
-        values = self.simple.copy()
-        for name, value in self.pickled.items():
-            try:
-                values[name] = pickle.loads(value)
-            except Exception as error:
-                self.left_out[name] = f"it cannot be rebuilt, {describe_error(error)}"
-        return values
-
 
 @dataclass(slots=True)
 class RequestSnapshot(Message):
@@ -387,7 +343,7 @@ class RequestSnapshot(Message):
     environ: dict[str, Any]
     attributes: Parcel
     session_class: bytes | None
-    session: Parcel
+    session: Parcel | None
     uploads: list[UploadSnapshot]
 
 
@@ -410,9 +366,9 @@ class Snapshot(Message):
         app_context = request_context if merged else app.app_context()
         made: Any = app.app_ctx_globals_class()
         if self.globals is not None:
-            values = self.globals.unpack()
-            if self.globals.left_out:
-                made = _explaining(made, "g", self.globals.left_out)
+            values, left_out = self.globals.unpack()
+            if left_out:
+                made = explaining(made, "g", left_out)
             for name, value in values.items():
                 setattr(made, name, value)
         app_context.g = made
@@ -422,7 +378,6 @@ class Snapshot(Message):
         return result
 
 
-_EMPTY = Snapshot(None, None)
 # Rebuilt in the worker, or bound to objects of this process.
 _NOT_SENT = frozenset({"environ", "headers", "stream", "files", "json_module", "url_rule", "shallow", "close", KEPT})
 
@@ -431,29 +386,38 @@ def snapshot(captured: CapturedContext | _NoContext) -> Snapshot | None:
     """The same contexts as values; None where there are none to be pushed."""
     if isinstance(captured, _NoContext) or captured.app_context is None:
         return None
-    values = captured.globals if isinstance(captured.globals, dict) else None
-    if captured.request_context is None:
-        return Snapshot(Parcel.pack(values), None) if values else _EMPTY
+    if captured.sent is None:
+        values = captured.globals if isinstance(captured.globals, dict) else None
+        request = None if captured.request_context is None else _pickled_request(captured)
+        captured.sent = Snapshot(Parcel.pack(values) if values else None, request)
+    return captured.sent
+
+
+def _pickled_request(captured: CapturedContext) -> bytes:
     try:
-        request = pickle.dumps(_snapshot_request(captured, _CONTAINERS), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(_snapshot_request(captured, CONTAINERS), pickle.HIGHEST_PROTOCOL)
     except Exception:  # then one by one, so that one bad value does not keep the others back
-        request = pickle.dumps(_snapshot_request(captured, _SIMPLE), pickle.HIGHEST_PROTOCOL)
-    return Snapshot(Parcel.pack(values) if values else None, request)
+        return pickle.dumps(_snapshot_request(captured, SIMPLE), pickle.HIGHEST_PROTOCOL)
+
+
+@functools.lru_cache(maxsize=64)
+def _pickled_class(cls: Any) -> bytes | None:
+    try:
+        return pickle.dumps(cls)
+    except Exception:  # whatever a metaclass does: the session stays behind
+        return None
 
 
 def _snapshot_request(captured: CapturedContext, simple: Collection[type]) -> RequestSnapshot:
     state = captured.request
-    session_class: bytes | None = None
-    if captured.session_items is not None:
-        with contextlib.suppress(Exception):  # a class that cannot be pickled: the session stays behind
-            # Flask's own holds a callback, so that it is rebuilt from its items.
-            session_class = pickle.dumps(captured.session_class)
+    items = captured.session_items
     return RequestSnapshot(
         # The rest are streams, sockets and other parts of the server.
         environ={name: value for name, value in state["environ"].items() if isinstance(value, (str, int, tuple))},
         attributes=Parcel.pack(state, _NOT_SENT, simple),
-        session_class=session_class,
-        session=Parcel.pack(captured.session_items or {}, (), simple),
+        # Flask's own holds a callback, so that it is rebuilt from its items.
+        session_class=None if items is None else _pickled_class(captured.session_class),
+        session=Parcel.pack(items, (), simple) if items else None,
         uploads=snapshot_uploads(state),
     )
 
@@ -470,7 +434,7 @@ class _Sent:
         """What a request context lacks: its request, session and the rest."""
         sent: RequestSnapshot = pickle.loads(self.request or b"")
         # Bodies are sent as attributes, so there is nothing to read from the environ.
-        environ = _Environ(sent.environ, **{"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr})
+        environ = SentEnviron(sent.environ, **{"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr})
         context: Any = self.app.request_context(environ)
         if _MERGED:
             context.g = self.globals
@@ -484,58 +448,13 @@ class _Sent:
         if sent.session_class is None:
             session: Any = self.app.session_interface.make_null_session(self.app)
         else:
-            session = pickle.loads(sent.session_class)(sent.session.unpack())
+            session = pickle.loads(sent.session_class)({} if sent.session is None else sent.session.unpack()[0])
         context.__dict__[_SESSION] = session
         if context.url_adapter is not None:
             context.match_request()
-        values, request = sent.attributes.unpack(), context.request
-        if sent.attributes.left_out:
-            request = context.__dict__[_REQUEST] = _explaining(request, "the request", sent.attributes.left_out)
+        values, left_out = sent.attributes.unpack()
+        request = context.request
+        if left_out:
+            request = context.__dict__[_REQUEST] = explaining(request, "the request", left_out)
         request.__dict__.update(values)
         rebuild_uploads(request, sent.uploads)
-
-
-class _Explains:
-    __slots__ = ()
-    _left_out: dict[str, str]
-    _where: str
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            reason = self._left_out[name]
-        except KeyError:
-            # An AttributeError too, so that "make one if there is none" works in a job as it does in a view.
-            return super().__getattr__(name)  # type: ignore[misc]
-        raise AttributeError(_LEFT_OUT.format(name=name, where=self._where, reason=reason))
-
-
-@functools.cache
-def _explaining_class(base: Any) -> Any:
-    bases = (_Explains, base) if hasattr(base, "__getattr__") else (_Explains, base, _NoAttribute)
-    return type(base.__name__, bases, {"__slots__": ("_left_out", "_where"), "__module__": base.__module__})
-
-
-class _NoAttribute:
-    __slots__ = ()
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-def _explaining(plain: Any, where: str, left_out: dict[str, str]) -> Any:
-    """The same object, but where an attribute was left out it says why."""
-    base: Any = type(plain)
-    made = object.__new__(_explaining_class(base))
-    object.__setattr__(made, "_left_out", left_out)  # g's own __setattr__ knows no slots
-    object.__setattr__(made, "_where", where)
-    made.__dict__.update(plain.__dict__)
-    return made
-
-
-class _Environ(dict[str, Any]):
-    """A WSGI environ in a worker process."""
-
-    def __missing__(self, name: str) -> Any:
-        raise KeyError(
-            f"{name!r} is not in the environ of this request; only texts, numbers and tuples come along to a worker"
-        )
