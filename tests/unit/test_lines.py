@@ -1,0 +1,150 @@
+"""The lines between a pool and its workers."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from flask_executor.jobs import JobStatus
+from flask_executor.lines import Calls, IncomingCalls, Wire, is_small, pickle_parts
+from flask_executor.messages import Kind, Leave, Ready
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    here, there = socket.socketpair()
+    with here, there:
+        yield here, there
+
+
+def test_frames_arrive_whole_whatever_their_size(pair: tuple[socket.socket, socket.socket]) -> None:
+    out, into = Wire(pair[0]), Wire(pair[1])
+    chance = random.Random(3)
+    bodies = [chance.randbytes(chance.choice((0, 1, 100, 16_383, 16_384, 65_536, 300_000))) for _ in range(60)]
+
+    def send() -> None:
+        for body in bodies:
+            out.send(Kind.RESULT, [body[:10], body[10:]])
+            out.flush(wait=True)
+        pair[0].shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    arrived: list[bytes] = []
+    pair[1].settimeout(10)
+    with pytest.raises(EOFError):
+        while True:
+            try:
+                arrived += [body for kind, body in into.receive() if kind == Kind.RESULT]
+            except BlockingIOError:
+                continue
+    sender.join()
+    assert arrived == bodies
+
+
+def test_what_does_not_fit_is_sent_later(pair: tuple[socket.socket, socket.socket]) -> None:
+    out, into = Wire(pair[0]), Wire(pair[1])
+    assert not out.send(Kind.RESULT, [b"x" * 5_000_000])
+    assert out.pending
+    out.say(Ready())
+    frames: list[tuple[int, bytes]] = []
+    while len(frames) < 2:
+        frames += into.receive()
+        out.flush()
+    assert [len(frames[0][1]), pickle.loads(frames[1][1])] == [5_000_000, Ready()]
+    assert not out.pending
+
+
+def test_messages_are_what_they_were() -> None:
+    for message in (Ready(), Leave("id", 2, JobStatus.STOPPED)):
+        assert pickle.loads(b"".join(pickle_parts(message))) == message
+
+
+class Line:
+    """Both ends of a line for calls."""
+
+    def __init__(self, packets: bool) -> None:
+        self.here, self.there = socket.socketpair()
+        pair = socket.socketpair(type=socket.SOCK_SEQPACKET) if packets else None
+        self.inside = pair[1].dup() if pair else None
+        self.wire = Wire(self.here)
+        self.calls = Calls(self.wire, pair)
+        self.incoming = IncomingCalls(self.there, self.inside)
+
+    def give(self, value: object) -> None:
+        self.calls.give(pickle_parts(value))
+
+    def take(self) -> object:
+        flusher = threading.Thread(target=self.wire.flush, kwargs={"wait": True})
+        flusher.start()
+        value = pickle.loads(self.incoming.next())
+        flusher.join()
+        return value
+
+    def close(self) -> None:
+        self.calls.close()
+        for end in (self.here, self.there, self.inside):
+            if end is not None:
+                end.close()
+
+
+@pytest.fixture(params=[True, False], ids=["packets", "wire only"])
+def line(request: pytest.FixtureRequest) -> Iterator[Line]:
+    line = Line(request.param)
+    yield line
+    line.close()
+
+
+SIZES = [0, 1, 16_000, 16_384, 17_000, 66_000, 300_000, 2_000_000]
+
+
+def test_calls_of_every_size(line: Line) -> None:
+    for size in SIZES * 2:
+        line.give(b"x" * size)
+        assert line.take() == b"x" * size
+    line.calls.end()
+    with pytest.raises(EOFError):
+        line.incoming.next()
+
+
+def test_small_is_what_goes_into_a_packet() -> None:
+    assert is_small([b"x" * 16_384])
+    assert not is_small([b"x" * 16_385])
+    assert not is_small([b"x", b"y"])
+
+
+def test_what_is_taken_back_does_not_arrive() -> None:
+    line = Line(packets=True)
+    try:
+        for number in range(5):
+            line.give(number)
+        assert line.take() == 0
+        assert line.take() == 1
+        assert line.calls.take_back() == 3
+        assert line.calls.take_back() == 0
+        line.give("large" + "x" * 100_000)  # its bytes are on the wire already when it is taken back
+        assert line.calls.take_back() == 1
+        assert line.calls.take_back() == 0
+        line.give("next" + "x" * 100_000)
+        line.give("last")
+        taken = line.take()
+        assert isinstance(taken, str)
+        assert taken.startswith("next")
+        assert line.take() == "last"
+    finally:
+        line.close()
+
+
+def test_nothing_can_be_taken_back_without_packets() -> None:
+    line = Line(packets=False)
+    try:
+        line.give(1)
+        assert line.calls.take_back() == 0
+        assert line.take() == 1
+    finally:
+        line.close()
