@@ -24,6 +24,8 @@ def test_defaults() -> None:
     assert config.propagate_exceptions is False
     assert config.immediate_pickle is False
     assert config.store_max_records == 1000
+    assert (config.timeout, config.stop_grace, config.shutdown_timeout) == (None, 5.0, 30.0)
+    assert (config.start_method, config.app, config.max_tasks_per_child) == (None, None, None)
 
 
 def test_strings_are_coerced() -> None:
@@ -35,7 +37,15 @@ def test_strings_are_coerced() -> None:
         propagate_exceptions="true",
         immediate_pickle="on",
         type=" process ",
+        timeout="2.5",
+        stop_grace="0",
+        shutdown_timeout="1e1",
+        start_method=" spawn ",
+        app=" shop:app ",
+        max_tasks_per_child="3",
     )
+    assert (config.timeout, config.stop_grace, config.shutdown_timeout) == (2.5, 0.0, 10.0)
+    assert (config.start_method, config.app, config.max_tasks_per_child) == ("spawn", "shop:app", 3)
     assert (config.max_workers, config.max_pending, config.futures_max_length) == (5, 7, 10)
     assert (config.push_app_context, config.propagate_exceptions, config.immediate_pickle) == (False, True, True)
     assert config.type == "flask_executor.backends.process:ProcessBackend"
@@ -63,6 +73,14 @@ def test_none_keeps_the_default(nothing: str | None) -> None:
         ("PUSH_APP_CONTEXT", "perhaps", "True or False"),
         ("PROPAGATE_EXCEPTIONS", 2, "True or False"),
         ("IMMEDIATE_PICKLE", "yess", "True or False"),
+        ("TIMEOUT", 0, "seconds greater than 0, or None"),
+        ("TIMEOUT", "soon", "seconds greater than 0, or None"),
+        ("STOP_GRACE", -1, "a number of seconds, 0 or more"),
+        ("STOP_GRACE", None, "a number of seconds, 0 or more"),
+        ("SHUTDOWN_TIMEOUT", float("inf"), "a number of seconds, 0 or more"),
+        ("START_METHOD", "vfork", "'fork', 'spawn'"),
+        ("APP", 3, "such as 'shop:app'"),
+        ("MAX_TASKS_PER_CHILD", 0, "greater than 0, or None"),
         ("STORE", "mysql", "'memory'"),
         ("STORE_MAX_RECORDS", None, "a whole number"),
     ],
