@@ -32,7 +32,14 @@ def import_app(import_string: str, config_key: str) -> Flask:
     :raises ConfigError: when there is none.
     """
     try:
-        return ScriptInfo(app_import_path=import_string, set_debug_flag=False).load_app()
+        app = ScriptInfo(app_import_path=import_string, set_debug_flag=False).load_app()
     except NoAppException as error:
         wanted = f"the import string of the app or its factory, as for 'flask --app' ({error.format_message()})"
         raise ConfigError(config_key, import_string, wanted) from error
+    if (
+        app.import_name == "__mp_main__"
+    ):  # what multiprocessing calls the main module here: the logger is named after it
+        app.import_name = "__main__"
+        for name in ("name", "logger"):
+            app.__dict__.pop(name, None)
+    return app

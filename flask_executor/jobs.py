@@ -87,7 +87,10 @@ class LogLine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """The record of one job at one moment. Times are seconds since the epoch, None where not reached."""
+    """The record of one job at one moment.
+
+    Times are seconds since the epoch, those of the last attempt; None where not reached.
+    """
 
     id: str
     name: str
@@ -168,6 +171,7 @@ class LiveJob:
         self.error = describe_error(error)
         self.attempt += 1
         self.progress = self.message = self.leave = None
+        self.queued_at = time.time()
         self.queue_again()
 
     def add_log(self, line: LogLine) -> None:

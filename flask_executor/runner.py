@@ -234,6 +234,8 @@ class Call(Generic[F]):
         """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
         appointment = timer.after(seconds, fn)
         self._appointments = [*(self._appointments or ()), appointment]
+        if self.job.status is not JobStatus.RUNNING:  # it has ended in between, and found nothing to call off
+            self._call_off()
 
     def _call_off(self) -> None:
         appointments, self._appointments = self._appointments, None

@@ -28,9 +28,11 @@ from flask_executor import Executor
 
 app = Flask(__name__)
 app.config["EXECUTOR_MAX_WORKERS"] = 3
+app.config["EXECUTOR_TYPE"] = os.environ["TYPE"]
+app.config["EXECUTOR_START_METHOD"] = "fork"
 executor = Executor(app)
 here = os.getpid()
-executor.submit(os.getpid).result()          # a pool and its threads, before any fork
+executor.submit(os.getpid).result()          # a pool with its threads and processes, before any fork
 
 
 def job(number):
@@ -99,7 +101,7 @@ def test_300_concurrent_requests_and_map_with_8_threads_never_mix(app: Flask, ma
 
 
 @contextmanager
-def gunicorn(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def gunicorn(folder: Path, backend: str, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     (folder / "served.py").write_text(APP)
     log = folder / "log"
     with log.open("wb") as output:
@@ -108,7 +110,7 @@ def gunicorn(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[byt
             cwd=folder,
             stdout=output,
             stderr=output,
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, "PYTHONWARNINGS": "ignore", "TYPE": backend},
         )
     try:
 
@@ -131,20 +133,51 @@ def gunicorn(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[byt
             pytest.fail("gunicorn did not end")
 
 
+@pytest.mark.parametrize("backend", ["thread", "process"])
 @pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "preload"])
-def test_gunicorn_with_several_workers(tmp_path: Path, options: list[str]) -> None:
-    with gunicorn(tmp_path, "-w", "3", "--threads", "2", *options) as (_, port), ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda n: get(port, f"/?n={n}"), range(60)))
+def test_gunicorn_with_several_workers(tmp_path: Path, options: list[str], backend: str) -> None:
+    with gunicorn(tmp_path, backend, "-w", "3", "--threads", "2", *options) as (server, port):
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(lambda n: get(port, f"/?n={n}"), range(60)))
+        descendants = family(server.pid)
     for number, answer in enumerate(answers):
         served = answer["served"]
-        assert answer["jobs"] == [[served, str(number), number + item] for item in range(3)]
+        assert [job[1:] for job in answer["jobs"]] == [[str(number), number + item] for item in range(3)]
+        assert {job[0] == served for job in answer["jobs"]} == {backend == "thread"}
         assert (answer["imported"] != served) == bool(options)
+    assert len(descendants) >= (6 if backend == "process" else 3)
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))
 
 
-def test_a_server_that_is_told_to_stop_lets_its_jobs_end(tmp_path: Path) -> None:
+def family(pid: int) -> set[int]:
+    """All processes that descend from one."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, more = set[int](), {pid}
+    while more:
+        more = {child for child, parent in parents.items() if parent in more}
+        found |= more
+    return found
+
+
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_a_server_that_is_told_to_stop_lets_its_jobs_end(tmp_path: Path, backend: str) -> None:
     target = tmp_path / "written"
-    with gunicorn(tmp_path, "-w", "1", "--threads", "2") as (server, port):
+    with gunicorn(tmp_path, backend, "-w", "1", "--threads", "2") as (server, port):
         get(port, f"/?path={target}", "POST")
         server.send_signal(signal.SIGTERM)
         server.wait(30)
     assert target.read_text() == "done"
+
+
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_a_web_worker_that_is_recycled_lets_its_jobs_end(tmp_path: Path, backend: str) -> None:
+    targets = [tmp_path / f"written{number}" for number in range(6)]
+    with gunicorn(tmp_path, backend, "-w", "2", "--max-requests", "1") as (_, port):
+        for target in targets:
+            get(port, f"/?path={target}", "POST")
+        assert wait_until(lambda: all(target.exists() and target.read_text() for target in targets), 20)
