@@ -11,11 +11,10 @@ from collections import deque
 from multiprocessing.context import BaseContext
 from typing import Any
 
-from flask_executor import lines
 from flask_executor.abc import PreparedCall
 from flask_executor.inherited import forking, not_for_children
 from flask_executor.jobs import JobStatus
-from flask_executor.lines import Calls, Wire
+from flask_executor.lines import Calls, Wire, packet_pair
 from flask_executor.messages import Leave
 from flask_executor.timer import Appointment, timer
 from flask_executor.worker import WorkerSettings, main
@@ -43,7 +42,7 @@ class WorkerHandle:
 
     def __init__(self, context: BaseContext, settings: WorkerSettings) -> None:
         here, there = zip(*(socket.socketpair() for _ in range(2)), strict=True)
-        packets = socket.socketpair(type=socket.SOCK_SEQPACKET) if lines.PACKETS else None
+        packets = packet_pair()
         for line in (*here, *(packets or ())):
             not_for_children(line)
         self.wire, self.control = map(Wire, here)

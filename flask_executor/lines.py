@@ -12,9 +12,6 @@ from collections import deque
 
 from flask_executor.messages import Kind, Message
 
-#: Whether the system has lines for packets, between the processes of one machine.
-PACKETS = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "AF_UNIX")
-
 _DONT_WAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
 _LENGTH = struct.Struct("!Q")
 #: Bytes of a call or a result that count as small: copied when that saves a system call, sent in one packet.
@@ -152,6 +149,14 @@ class Wire:
         self.socket.close()
 
 
+def packet_pair() -> tuple[socket.socket, socket.socket] | None:
+    """Both ends of a line for packets; None where the system has none, as macOS."""
+    try:
+        return socket.socketpair(type=socket.SOCK_SEQPACKET)
+    except OSError:
+        return None
+
+
 class Calls:
     """Takes calls to a worker: the end in the parent.
 
@@ -171,6 +176,10 @@ class Calls:
         self._there: socket.socket | None = None
         if packets is not None:
             self._here, self._there = packets
+
+    def may_wait(self, parts: list[bytes]) -> bool:
+        """Whether this call can be given ahead of time: it fits into a packet, and so can be taken back."""
+        return self._here is not None and is_small(parts)
 
     def give(self, parts: list[bytes]) -> None:
         """Send a call, or as much of it as goes out without waiting.

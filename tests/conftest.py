@@ -69,6 +69,12 @@ def run_in_threads(count: int, fn: Callable[[], object]) -> None:
         thread.join()
 
 
+def without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what only Linux has: packets between processes, and descriptors of processes."""
+    monkeypatch.setattr("flask_executor.handles.packet_pair", lambda: None)
+    monkeypatch.delattr("os.pidfd_open", raising=False)
+
+
 def wait_until(condition: Callable[[], object], timeout: float = 10) -> bool:
     """Wait for a condition, at most ``timeout`` seconds; whether it came true."""
     deadline = time.monotonic() + timeout

@@ -41,6 +41,7 @@ import os
 import pickle
 import selectors
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -48,7 +49,6 @@ from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
-from flask_executor import lines
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.apps import find_import_string
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, NotPicklable, WorkerLost
@@ -80,6 +80,8 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     supports_kill = True
 
     def __init__(self, options: BackendOptions) -> None:
+        if sys.platform == "win32":  # where a thread cannot wait for sockets and processes at once
+            raise ConfigError(options.config_key("EXECUTOR_TYPE"), "process", "'thread' on Windows")
         # The standard pool's own constructor would make queues that nobody uses.
         self._mp_context = multiprocessing.get_context(options.start_method)
         self._max_workers = options.max_workers or os.cpu_count() or 1
@@ -328,8 +330,6 @@ class Supervisor:
 
     def _with_room(self, task: Task) -> WorkerHandle | None:
         """A busy worker that can be given ``task`` ahead of time."""
-        if not (lines.PACKETS and lines.is_small(task.parts)):
-            return None
         best: WorkerHandle | None = None
         brief = time.monotonic() - _BRIEF
         for worker in self._workers:
@@ -338,6 +338,7 @@ class Supervisor:
                 and len(worker.tasks) <= _AHEAD
                 and (best is None or len(worker.tasks) < len(best.tasks))
                 and worker.since > brief
+                and worker.calls.may_wait(task.parts)
                 and not worker.retired
                 and not self._is_worn(worker)
                 and not worker.wire.pending
@@ -411,7 +412,7 @@ class Supervisor:
                         self._wakes.recv(4096)
                     elif isinstance(key.fileobj, int):  # a sentinel
                         self._bury(key.data)
-                    else:
+                    elif not key.data.buried:  # by what came before this in the same round
                         if events & selectors.EVENT_WRITE:
                             self._send_on(key.data)
                         if events & selectors.EVENT_READ:

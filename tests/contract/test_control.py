@@ -16,7 +16,7 @@ import tasks
 from flask import Flask
 from tasks import about_itself, add, append, fail, fail_until, log_something, sleep, tracked, until_stopped, wait_for
 
-from conftest import MakeExecutor, wait_until
+from conftest import MakeExecutor, wait_until, without_linux
 from flask_executor import (
     Executor,
     FutureProxy,
@@ -34,6 +34,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "process": {"start_method": "fork"},
     "process forkserver": {"type": "process", "start_method": "forkserver"},
     "process spawn": {"type": "process", "start_method": "spawn"},
+    "process as on macOS": {"type": "process", "start_method": "fork"},
     "immediate": {},
 }
 
@@ -41,8 +42,10 @@ Start = Callable[..., FutureProxy[Any]]
 
 
 @pytest.fixture(params=TYPES)
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
+    if "macOS" in name:
+        without_linux(monkeypatch)
     return name
 
 
