@@ -1,0 +1,92 @@
+"""The calls that an executor has still to see to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from flask_executor.abc import PreparedCall
+from flask_executor.futures import FutureProxy
+from flask_executor.runner import Call
+from flask_executor.timer import Appointment, timer
+
+
+class Unfinished:
+    """The calls that are not settled yet, by their futures, in the order of submission.
+
+    Every future of a binding is in here from before it is queued until its callbacks have run. Single
+    operations on the dict are atomic; the lock is for the bound and for those who wait.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[FutureProxy[Any], Call[FutureProxy[Any]]] = {}
+        self._changed = threading.Condition(threading.Lock())
+        self._watchers = 0
+
+    def add(self, call: Call[FutureProxy[Any]], limit: int | None) -> bool:
+        """Take in a call; False, and it is not taken in, when there are ``limit`` already."""
+        if limit is None:
+            self._calls[call.future] = call
+            return True
+        with self._changed:
+            if len(self._calls) >= limit:
+                return False
+            self._calls[call.future] = call
+            return True
+
+    def get(self, future: Future[Any]) -> Call[FutureProxy[Any]] | None:
+        """The call of this future, None when it is settled."""
+        return self._calls.get(future)  # type: ignore[call-overload, no-any-return]
+
+    def discard(self, future: Future[Any]) -> None:
+        """The future is settled."""
+        self._calls.pop(future, None)  # type: ignore[call-overload]
+        if self._watchers:
+            with self._changed:
+                self._changed.notify_all()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until there is none left, at most ``timeout`` seconds; whether that is so."""
+        with self._changed:
+            self._watchers += 1
+            try:
+                return self._changed.wait_for(lambda: not self._calls, timeout)
+            finally:
+                self._watchers -= 1
+
+    def all(self) -> Sequence[FutureProxy[Any]]:
+        """Those unfinished now, oldest first."""
+        return list(self._calls)
+
+
+class Retries:
+    """The calls that wait for their next attempt. Whoever takes a call out is the one to go on with it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[Any, tuple[Appointment, BaseException]] = {}
+
+    def add(self, call: PreparedCall, error: BaseException, delay: float, go_on: Callable[[], object]) -> None:
+        """Call ``go_on`` in ``delay`` seconds, unless the call was taken out by then."""
+
+        def due() -> None:
+            if self.discard(call):
+                go_on()
+
+        with self._lock:
+            self._waiting[call] = (timer.after(delay, due), error)
+
+    def discard(self, call: PreparedCall) -> bool:
+        """Take a call out; False when it was not here."""
+        with self._lock:
+            appointment, _ = self._waiting.pop(call, (None, None))
+        if appointment is None:
+            return False
+        appointment.cancel()
+        return True
+
+    def clear(self) -> list[tuple[PreparedCall, BaseException]]:
+        """Take all out; they come with the errors of their last attempts."""
+        return [(call, error) for call, (_, error) in list(self._waiting.items()) if self.discard(call)]
