@@ -8,7 +8,7 @@
  │     │                    │                │                     │ sends what came of it              │
  │     └──── hand out <─────┘                │                     │                                    │
  │              │  ^                         │                     │                                    │
- │              v  │  (under the lock)       │   control ───────>  │ listener thread: tells the job to  │
+ │              v  │   (Dispatcher)          │   control ───────>  │ listener thread: tells the job to  │
  │ supervisor thread: waits for all workers  │                     │ leave; ends when the parent is gone│
  │   at once, settles futures, starts and    │  <── wire: results, │                                    │
  │   buries workers                          │  progress, records  │                                    │
@@ -21,10 +21,11 @@ though: behind a job that takes long, in a worker that is killed, or when it is 
 the parent can read as well, and the system hands each to one reader only: what the parent gets back will not be run
 there, and what it does not get back has been begun (:class:`flask_executor.lines.Calls`).
 
-**Who owns what.** ``_lock`` guards the queue, the workers' lists of what they were given, and all sending to them; it
-is held for short and never waits for a process: what a worker does not take at once is sent on by the supervisor. Only
-the supervisor thread starts processes, reads from them, and buries them. Futures are claimed under the lock, and
-settled by the supervisor, outside of it. Code of the user's runs in the callback thread, under no lock.
+**Who owns what.** The lock of the :class:`~flask_executor.dispatch.Dispatcher` guards the queue, the workers' lists of
+what they were given, and all sending to them; it is held for short and never waits for a process: what a worker does
+not take at once is sent on by the supervisor. Only the supervisor thread starts processes, reads from them, and buries
+them. Futures are claimed under the lock, and settled by the supervisor, outside of it. Code of the user's runs in the
+callback thread, under no lock.
 
 **Invariants.** A worker runs its calls in the order in which they were given. The first in its list is claimed
 (``running``) in the parent; the others are claimed when those before have ended. A task is in the queue, or in the
@@ -43,7 +44,6 @@ import selectors
 import socket
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
@@ -51,14 +51,14 @@ from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.apps import find_import_string
-from flask_executor.exceptions import ConfigError, ExecutorShutdown, NotPicklable, WorkerLost
+from flask_executor.dispatch import Dispatcher
+from flask_executor.exceptions import ConfigError, NotPicklable, WorkerLost
 from flask_executor.handles import Task, WorkerHandle
 from flask_executor.helpers import describe_error
 from flask_executor.inherited import not_for_children
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.jobs import JobStatus
 from flask_executor.logs import line_of, logger
 from flask_executor.messages import Dropped, Kind, Logged, Message, NotReady, Progressed, Ready
-from flask_executor.queues import PriorityQueue
 from flask_executor.runner import PlainCall, pack_call, settle_packed, unpack_error
 from flask_executor.serial import SerialThread
 from flask_executor.worker import WorkerSettings, log_levels
@@ -66,9 +66,7 @@ from flask_executor.worker import WorkerSettings, log_levels
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_AHEAD = 4  # calls that a worker is given beyond the one it runs
 _MOST_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
-_BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
 _LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
 
 
@@ -86,28 +84,31 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         self._mp_context = multiprocessing.get_context(options.start_method)
         self._max_workers = options.max_workers or os.cpu_count() or 1
         self._supervisor = Supervisor(options, self._mp_context, self._max_workers)
+        self._dispatcher = self._supervisor.dispatcher
         # An app that is thrown away takes its workers along.
         finalizer = weakref.finalize(self, self._supervisor.shutdown, wait=False)
         finalizer.atexit = False
 
     def enqueue(self, call: PreparedCall) -> None:
-        self._supervisor.add(Task(call, pack_call(call)))
+        task = Task(call, pack_call(call))
+        self._supervisor.start()
+        self._dispatcher.add(task)
 
     def withdraw(self, call: PreparedCall) -> bool:
-        return self._supervisor.withdraw(call.job.id)
+        return self._dispatcher.withdraw(call.job.id)
 
     def leave(self, call: PreparedCall, reason: JobStatus) -> None:
-        self._supervisor.leave(call.job.id, reason)
+        self._dispatcher.leave(call.job.id, reason)
 
     def kill(self, call: PreparedCall) -> None:
-        self._supervisor.kill(call.job.id)
+        self._dispatcher.kill(call.job.id)
 
     def aside(self, fn: Callable[[], object]) -> None:
-        self._supervisor.aside(fn)
+        self._supervisor.callbacks.run(fn)
 
     @property
     def lagging(self) -> bool:
-        return self._supervisor.lagging
+        return len(self._supervisor.callbacks) > 0
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
         """Run a plain function in a worker process, outside of all contexts, as any executor does."""
@@ -131,290 +132,106 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     @property
     def _processes(self) -> Any:  # type: ignore[override]  # as in the standard pool
-        return self._supervisor.processes()
+        return self._dispatcher.processes()
 
 
 class Supervisor:
-    """Hands out calls to worker processes and watches over them; see the top of this module."""
+    """Starts worker processes, listens to them and buries them; see the top of this module."""
 
     def __init__(self, options: BackendOptions, context: BaseContext, max_workers: int) -> None:
         self._options = options
         self._context = context
-        self._max_workers = max_workers
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._queue: PriorityQueue[Task] = PriorityQueue()
-        self._tasks: dict[str, Task] = {}
-        self._workers: list[WorkerHandle] = []
-        self._idle: list[WorkerHandle] = []
-        self._failed_starts = 0  # one after the other; the supervisor's
-        self._levels = False  # whether there ever was a priority other than 0
-        self._unhurried = True  # whether the supervisor may sleep until something happens
-        self._closing = False
-        self._abandoned = False
-        self._thread: threading.Thread | None = None
-        self._app_import: str | None = None
         self._wakes, self._wake = map(not_for_children, socket.socketpair())
         self._wake.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wakes, selectors.EVENT_READ)
-        self._callbacks = SerialThread("flask-executor-callbacks")
+        self._starting = threading.Lock()  # taken before the dispatcher's, never after
+        self._thread: threading.Thread | None = None
+        self._app_import: str | None = None
+        self._failed_starts = 0  # one after the other
+        self._abandoned = False
+        self.dispatcher = Dispatcher(max_workers, options.max_tasks_per_child, options.exit_grace, self._wake_up)
+        #: Runs the user's code.
+        self.callbacks = SerialThread("flask-executor-callbacks")
 
     # ---- any thread ----
 
-    def add(self, task: Task) -> None:
-        """Take in a call.
+    def start(self) -> None:
+        """Start the thread, if it was not.
 
-        :raises ExecutorShutdown: after :meth:`shutdown`.
         :raises ConfigError: when a worker process could not find the app.
         """
-        with self._lock:
-            if self._closing:
-                raise ExecutorShutdown("cannot schedule new futures after shutdown")
-            if self._thread is None:
-                self._start()
-            priority = task.call.priority
-            self._tasks[task.id] = task
-            waiting = len(self._queue)
-            self._queue.push(task, priority)
-            if priority:
-                self._levels = True
-            if self._levels and not self._idle:
-                self._make_way(priority)
-            elif waiting and not self._idle and len(self._workers) == self._max_workers:
-                return  # nobody had room for those before it, and whoever gets room looks here
-            self._hand_out()
-
-    def withdraw(self, id: str) -> bool:
-        """Give up a call that has not begun; False when it has, and its future is claimed then."""
-        with self._lock:
-            task = self._tasks.get(id)
-            if task is None:
-                return True
-            worker = task.worker
-            if worker is not None:
-                if not task.begun:
-                    self._take_back(worker)
-                if task.worker is not None:
-                    self._claim_begun(worker)
-                    return False
-            self._queue.remove(task, task.call.priority)
-            self._tasks.pop(task.id, None)
-            self._hand_out()
-            return True
-
-    def leave(self, id: str, reason: JobStatus) -> None:
-        """Tell a running job to leave."""
-        with self._lock:
-            task = self._tasks.get(id)
-            if task is not None and task.worker is not None:
-                task.worker.leave(task, reason)
-
-    def kill(self, id: str) -> None:
-        """End a running job by force, and no other."""
-        with self._lock:
-            task = self._tasks.get(id)
-            worker = None if task is None else task.worker
-            if task is None or worker is None:
-                return
-            # Without further calls the worker cannot go on to another call between this decision and its death.
-            self._take_back(worker)
-            if task.worker is None:  # it had not begun; it will not
-                self._queue.remove(task, task.call.priority)
-                self._tasks.pop(task.id, None)
-            elif worker.tasks[-1] is task:
-                task.killed = True
-                worker.kill()
-                worker.retired = True
-                task = None
-            else:  # it has ended, and its outcome is on its way
-                task = None
-            self._hand_out()
-        if task is not None:
-            task.call.future.cancel()
-
-    def aside(self, fn: Callable[[], object]) -> None:
-        """Call ``fn`` in the callback thread, after what was passed here before."""
-        self._callbacks.run(fn)
-
-    @property
-    def lagging(self) -> bool:
-        """Whether something that was passed to :meth:`aside` has not run yet."""
-        return len(self._callbacks) > 0
-
-    def processes(self) -> dict[int, Any]:
-        """The worker processes by their ids."""
-        with self._lock:
-            return {worker.process.pid: worker.process for worker in self._workers}
+        if self._thread is None:
+            with self._starting:
+                if self._thread is None and not self.dispatcher.closing:
+                    self._app_import = self._find_app()
+                    thread = threading.Thread(target=self._supervise, name="flask-executor-supervisor", daemon=True)
+                    thread.start()
+                    self._thread = thread
 
     def shutdown(self, *, wait: bool, cancel_futures: bool = False) -> None:
         """Take in no more calls, and end when those that were taken in have ended."""
         if os.getpid() != self._pid:  # a child of ours throws away what it has inherited
             return
-        cancelled: list[Task] = []
-        with self._lock:
-            self._closing = True
-            if cancel_futures:
-                for worker in self._workers:
-                    self._take_back(worker)
-                cancelled = self._queue.clear()
-                for task in cancelled:
-                    self._tasks.pop(task.id, None)
+        with self._starting:
+            cancelled = self.dispatcher.close(cancel_futures=cancel_futures)
             thread = self._thread
             if thread is None:
                 self._close()
-            else:
-                self._wake_up()
         for task in cancelled:
             task.call.future.cancel()
         if wait:
             if thread is not None and thread is not threading.current_thread():
                 thread.join()
-            self._callbacks.close(wait=True)
+            self.callbacks.close(wait=True)
 
     def abandon(self, grace: float) -> None:
         """End, and end workers by force that have not ended by themselves after ``grace`` seconds."""
         self.shutdown(wait=False)
         thread = self._thread
-        if thread is None:
-            return
-        thread.join(grace)
-        if thread.is_alive():
-            with self._lock:
+        if thread is not None:
+            thread.join(grace)
+            if thread.is_alive():
                 self._abandoned = True
-                for worker in self._workers:
-                    worker.kill()
+                self.dispatcher.kill_all()
                 self._wake_up()
-            thread.join(5.0)
+                thread.join(5.0)
 
-    # ---- under the lock ----
-
-    def _start(self) -> None:
+    def _find_app(self) -> str | None:
+        """Where workers import the app from, None where they inherit it."""
         app = None if self._options.app is None else self._options.app()
-        if app is not None and self._context.get_start_method() != "fork":
-            self._app_import = self._options.app_import or find_import_string(app)
-            if self._app_import is None:
-                raise ConfigError(
-                    self._options.config_key("EXECUTOR_APP"),
-                    None,
-                    f"the import string of the app or its factory ('shop:create_app()'): worker processes started by "
-                    f"{self._context.get_start_method()!r} import it, and app {app.name!r} is not in a module",
-                )
-        self._thread = threading.Thread(target=self._supervise, name="flask-executor-supervisor", daemon=True)
-        self._thread.start()
+        method = self._context.get_start_method()
+        if app is None or method == "fork":
+            return None
+        found = self._options.app_import or find_import_string(app)
+        if found is None:
+            raise ConfigError(
+                self._options.config_key("EXECUTOR_APP"),
+                None,
+                f"the import string of the app or its factory ('shop:create_app()'): worker processes started by "
+                f"{method!r} import it, and app {app.name!r} is not in a module",
+            )
+        return found
 
     def _wake_up(self) -> None:
-        """Have the supervisor look at everything."""
+        """Have the thread look at everything."""
         with contextlib.suppress(OSError):  # it will anyway, or it has ended
             self._wake.send(b"w")
-
-    def _hand_out(self) -> None:
-        """Give what is in the queue to workers that have room."""
-        queue = self._queue
-        while queue:
-            if self._idle:
-                worker, task = self._idle.pop(), queue.pop()
-                if self._claim(task):
-                    worker.since = time.monotonic()
-                    self._give(worker, task)
-                else:
-                    self._idle.append(worker)
-            elif len(self._workers) < self._max_workers:
-                self._wake_up()  # to start one more
-                return
-            else:
-                ahead = self._with_room(queue.first())
-                if ahead is None:
-                    return
-                self._give(ahead, queue.pop())
-
-    def _with_room(self, task: Task) -> WorkerHandle | None:
-        """A busy worker that can be given ``task`` ahead of time."""
-        best: WorkerHandle | None = None
-        brief = time.monotonic() - _BRIEF
-        for worker in self._workers:
-            if (
-                worker.tasks
-                and len(worker.tasks) <= _AHEAD
-                and (best is None or len(worker.tasks) < len(best.tasks))
-                and worker.since > brief
-                and worker.calls.may_wait(task.parts)
-                and not worker.retired
-                and not self._is_worn(worker)
-                and not worker.wire.pending
-            ):
-                best = worker
-        return best
-
-    def _is_worn(self, worker: WorkerHandle) -> bool:
-        most = self._options.max_tasks_per_child
-        return most is not None and worker.given >= most
-
-    def _give(self, worker: WorkerHandle, task: Task) -> None:
-        worker.give(task)
-        if worker.wire.pending or (self._unhurried and len(worker.tasks) > 1):
-            self._wake_up()  # to send on the rest; to look after what waits behind a job
-
-    def _claim(self, task: Task) -> bool:
-        """A worker begins with the task; False when it was cancelled, and then it is forgotten."""
-        task.begun = task.call.begin()
-        if not task.begun:
-            self._tasks.pop(task.id, None)
-        return task.begun
-
-    def _claim_begun(self, worker: WorkerHandle) -> None:
-        """All that is in the worker's list has begun, or ended even, as nothing can be taken back."""
-        for task in worker.tasks:
-            if not task.begun:
-                task.begun = task.call.begin()
-
-    def _take_back(self, worker: WorkerHandle) -> None:
-        """Put what the worker has not begun back to the head of the queue."""
-        for task in reversed(worker.take_back()):
-            task.worker = None
-            if task.begun:
-                task.begun = False
-                task.call.put_back()
-            self._queue.push_first(task, task.call.priority)
-        if not worker.tasks:
-            self._rest(worker)
-
-    def _rest(self, worker: WorkerHandle) -> None:
-        """The worker has nothing to do."""
-        if worker.retired or worker in self._idle:
-            return
-        if self._is_worn(worker):
-            worker.retire(self._options.exit_grace)
-            self._wake_up()
-        else:
-            self._idle.append(worker)
-
-    def _make_way(self, priority: int) -> None:
-        """Take back what waits in workers and is less urgent than something that has come now."""
-        for worker in self._workers:
-            if len(worker.tasks) > 1 and any(task.call.priority < priority for task in worker.tasks):
-                self._take_back(worker)
-
-    def _share(self) -> None:
-        """A worker has nothing to do while others have more than they can run."""
-        busiest = max(self._workers, key=lambda worker: len(worker.tasks))
-        if len(busiest.tasks) > 1:
-            self._take_back(busiest)
-            self._hand_out()
 
     # ---- the supervisor thread ----
 
     def _supervise(self) -> None:
         try:
             while self._tend():
-                for key, events in self._selector.select(self._patience()):
+                for key, events in self._selector.select(self.dispatcher.patience()):
                     if key.data is None:
                         self._wakes.recv(4096)
                     elif isinstance(key.fileobj, int):  # a sentinel
                         self._bury(key.data)
                     elif not key.data.buried:  # by what came before this in the same round
                         if events & selectors.EVENT_WRITE:
-                            self._send_on(key.data)
+                            self.dispatcher.send_on(key.data)
                         if events & selectors.EVENT_READ:
                             self._read(key.data)
         except BaseException:
@@ -423,32 +240,16 @@ class Supervisor:
         finally:
             self._finish()
 
-    def _patience(self) -> float | None:
-        """Seconds until something has to be looked at unasked; None while there is nothing like that."""
-        with self._lock:
-            self._unhurried = all(len(worker.tasks) < 2 for worker in self._workers)
-            return None if self._unhurried else _BRIEF
-
     def _tend(self) -> bool:
-        """Start workers that are missing, send on what was left over; False when all is done."""
-        with self._lock:
-            late = time.monotonic() - _BRIEF
-            for worker in self._workers:
-                if len(worker.tasks) > 1 and worker.since < late:
-                    self._take_back(worker)
-                if worker.silent:
-                    continue
-                writing = selectors.EVENT_WRITE if worker.wire.pending else 0
-                if self._selector.get_key(worker.wire).events != selectors.EVENT_READ | writing:
-                    self._selector.modify(worker.wire, selectors.EVENT_READ | writing, worker)
-            self._hand_out()
-            starting = sum(not worker.ready for worker in self._workers)
-            missing = min(len(self._queue) - starting, self._max_workers - len(self._workers))
-            if self._closing and not self._tasks:
-                for worker in self._workers:
-                    if not worker.retired:
-                        worker.retire(self._options.exit_grace)
-                return bool(self._workers) and not self._abandoned
+        """Do what is due; False when all is done."""
+        missing, workers = self.dispatcher.tend()
+        for worker in workers:
+            if not worker.silent:
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.wire.pending else 0)
+                if self._selector.get_key(worker.wire).events != events:
+                    self._selector.modify(worker.wire, events, worker)
+        if self.dispatcher.done or self._abandoned:
+            return False
         for _ in range(missing):
             self._hire()
         return True
@@ -459,10 +260,7 @@ class Supervisor:
         except Exception as error:  # no memory, no processes, or something that cannot be pickled for it
             self._fail_oldest(_not_started(error))
             return
-        with self._lock:
-            self._workers.append(worker)
-            if self._abandoned:
-                worker.kill()
+        self.dispatcher.hired(worker)
         self._selector.register(worker.wire, selectors.EVENT_READ, worker)
         self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
 
@@ -475,10 +273,6 @@ class Supervisor:
             initializers=tuple(self._options.initializers),
             log_levels={} if self._app_import is None else log_levels(),
         )
-
-    def _send_on(self, worker: WorkerHandle) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            worker.wire.flush()
 
     def _read(self, worker: WorkerHandle) -> bool:
         """Read what the worker has sent; False when there is nothing (any more)."""
@@ -495,12 +289,12 @@ class Supervisor:
             if kind == Kind.MESSAGE:
                 self._hear(worker, pickle.loads(body))
             else:
-                self._ended(worker, kind, body)
+                self._settle(self.dispatcher.ended(worker), kind, body)
         return True
 
     def _hear(self, worker: WorkerHandle, message: Message) -> None:
         if isinstance(message, Progressed):
-            job = self._job(message.id)
+            job = self.dispatcher.job(message.id)
             if job is not None:
                 job.progress, job.message = message.progress, message.message
                 if message.meta is not None:
@@ -513,31 +307,12 @@ class Supervisor:
             worker.retired = True
             self._fail_oldest(unpack_error(message.error))
         elif isinstance(message, Ready):
-            with self._lock:
-                worker.ready = True
-                self._failed_starts = 0
-                self._rest(worker)
-                self._hand_out()
-
-    def _ended(self, worker: WorkerHandle, kind: int, body: bytes) -> None:
-        with self._lock:
-            task = worker.tasks.popleft()
-            self._tasks.pop(task.id, None)
-            if worker.tasks:
-                following = worker.tasks[0]
-                worker.since = time.monotonic()
-                if not following.begun:
-                    following.begun = following.call.begin()
-            else:
-                self._rest(worker)
-            self._hand_out()
-            if self._idle and not self._queue:
-                self._share()
-        if not task.begun:  # the last one claimed by nobody: it was cancelled by force of its plain future
-            return
-        self._settle(task, kind, body)
+            self._failed_starts = 0
+            self.dispatcher.ready(worker)
 
     def _settle(self, task: Task, kind: int, body: bytes) -> None:
+        if not task.begun:  # a plain future that was cancelled after its call had been handed out
+            return
         try:
             settle_packed(task.call, kind, body)
         except Exception as error:
@@ -545,27 +320,19 @@ class Supervisor:
             with contextlib.suppress(Exception):
                 task.call.fail(error)
 
-    def _job(self, id: str) -> LiveJob | None:
-        task = self._tasks.get(id)
-        return None if task is None else task.call.job
-
     def _logged(self, message: Logged) -> None:
-        job = None if message.id is None else self._job(message.id)
+        job = None if message.id is None else self.dispatcher.job(message.id)
         record = _rebuilt(message)
         if job is not None:
             record.__dict__.update(job_id=job.id, job_key=job.key)
             job.add_log(line_of(record))
-        if len(self._callbacks) < _LOG_BACKLOG:
-            self.aside(lambda: _handle(record))
+        if len(self.callbacks) < _LOG_BACKLOG:
+            self.callbacks.run(lambda: _handle(record))
 
     def _fail_oldest(self, error: BaseException) -> None:
         """A worker could not be started: somebody has to be told, or it would be tried for ever."""
-        with self._lock:
-            task = self._queue.pop() if self._queue else None
-            begun = task is not None and self._claim(task)
-            if task is not None:
-                self._tasks.pop(task.id, None)
-        if task is not None and begun:
+        task = self.dispatcher.pop_oldest()
+        if task is not None:
             status = JobStatus.LOST if isinstance(error, WorkerLost) else JobStatus.FAILED
             task.call.fail(error, status)
 
@@ -579,21 +346,8 @@ class Supervisor:
         worker.kill()  # what its jobs have started
         worker.buried = True
         exit_code = worker.join()
-        with self._lock:
-            was_retired, worker.retired = worker.retired, True
-            self._take_back(worker)
-            victims = list(worker.tasks)
-            self._workers.remove(worker)
-            if worker in self._idle:
-                self._idle.remove(worker)
-            for task in victims:
-                self._tasks.pop(task.id, None)
-            self._claim_begun(worker)
-            worker.close()
-            self._hand_out()
-        for task in victims:
-            if not task.begun:
-                continue  # cancelled by force of its plain future
+        was_retired = worker.retired
+        for task in self.dispatcher.buried(worker):
             if task.killed:
                 task.call.left(forced=True)
             else:
@@ -607,29 +361,20 @@ class Supervisor:
 
     def _finish(self) -> None:
         """Close everything; the last thing that happens."""
-        with self._lock:
-            self._closing = True
-            left, workers = list(self._tasks.values()), list(self._workers)
-            self._tasks.clear()
-            self._queue.clear()
-            for worker in workers:
-                worker.kill()
-        for task in left:
-            if task.begun or task.call.begin():
-                task.call.fail(
-                    WorkerLost(f"Job {task.call.job.name} was cut off as the process ended."), JobStatus.LOST
-                )
+        tasks, workers = self.dispatcher.give_up()
+        for task in tasks:
+            error = WorkerLost(f"Job {task.call.job.name} was cut off as the process ended.")
+            task.call.fail(error, JobStatus.LOST)
         for worker in workers:
             worker.process.join(5.0)
             worker.close()
-        with self._lock:
-            self._close()
+        self._close()
 
     def _close(self) -> None:
         self._selector.close()
         self._wakes.close()
         self._wake.close()
-        self._callbacks.close(wait=False)
+        self.callbacks.close(wait=False)
 
 
 def _not_started(error: Exception) -> Exception:

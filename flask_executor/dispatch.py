@@ -1,0 +1,345 @@
+"""Who runs which call: the queue, and what each worker process was given.
+
+Everything here happens under one lock, which is held for short and never while something is waited for. How the parts
+work together stands at the top of :mod:`flask_executor.backends.process`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flask_executor.exceptions import ExecutorShutdown
+from flask_executor.handles import Task, WorkerHandle
+from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.queues import PriorityQueue
+
+_AHEAD = 4  # calls that a worker is given beyond the one it runs
+_BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
+
+
+class Dispatcher:
+    """Takes in calls and hands them out to worker processes.
+
+    :param max_workers: most worker processes.
+    :param max_tasks: calls after which a worker is retired; None for never.
+    :param exit_grace: seconds that a worker may take to end.
+    :param wake_up: has the supervisor call :meth:`tend` soon.
+    """
+
+    def __init__(self, max_workers: int, max_tasks: int | None, exit_grace: float, wake_up: Callable[[], None]) -> None:
+        self._max_workers = max_workers
+        self._max_tasks = max_tasks
+        self._exit_grace = exit_grace
+        self._wake_up = wake_up
+        self._lock = threading.Lock()
+        self._queue: PriorityQueue[Task] = PriorityQueue()
+        self._tasks: dict[str, Task] = {}  # all that are queued or with a worker
+        self._workers: list[WorkerHandle] = []
+        self._idle: list[WorkerHandle] = []
+        self._levels = False  # whether there ever was a priority other than 0
+        self._unhurried = True  # whether the supervisor may sleep until something happens
+        self.closing = False
+
+    # ---- any thread ----
+
+    def add(self, task: Task) -> None:
+        """Take in a call.
+
+        :raises ExecutorShutdown: after :meth:`close`.
+        """
+        with self._lock:
+            if self.closing:
+                raise ExecutorShutdown("cannot schedule new futures after shutdown")
+            priority = task.call.priority
+            waiting = len(self._queue)
+            self._tasks[task.id] = task
+            self._queue.push(task, priority)
+            if priority:
+                self._levels = True
+            if self._levels and not self._idle:
+                self._make_way(priority)
+            elif waiting and not self._idle and len(self._workers) == self._max_workers:
+                return  # nobody had room for those before it, and whoever gets room looks here
+            self._hand_out()
+
+    def withdraw(self, id: str) -> bool:
+        """Give up a call that has not begun; False when it has, and its future is claimed then."""
+        with self._lock:
+            task = self._tasks.get(id)
+            if task is None:
+                return True
+            worker = task.worker
+            if worker is not None:
+                if not task.begun:
+                    self._take_back(worker)
+                if task.worker is not None:
+                    self._claim_all(worker)
+                    return False
+            self._drop(task)
+            self._hand_out()
+            return True
+
+    def leave(self, id: str, reason: JobStatus) -> None:
+        """Tell a running job to leave."""
+        with self._lock:
+            task = self._tasks.get(id)
+            if task is not None and task.worker is not None:
+                task.worker.leave(task, reason)
+
+    def kill(self, id: str) -> None:
+        """End a running job by force, and no other."""
+        with self._lock:
+            task = self._tasks.get(id)
+            if task is None or task.worker is None:
+                return
+            worker = task.worker
+            # With nothing left to take, the worker cannot go on to another call between this decision and its death.
+            self._take_back(worker)
+            never_began = task.worker is None
+            if never_began:
+                self._drop(task)
+            elif worker.tasks[-1] is task:  # or it has ended, and what came of it is on its way
+                task.killed = worker.retired = True
+                worker.kill()
+            self._hand_out()
+        if never_began:
+            task.call.future.cancel()
+
+    def kill_all(self) -> None:
+        """End all workers by force."""
+        with self._lock:
+            for worker in self._workers:
+                worker.kill()
+
+    def close(self, *, cancel_futures: bool) -> list[Task]:
+        """Take in no more calls.
+
+        :return: those that are given up, if ``cancel_futures`` says so.
+        """
+        cancelled: list[Task] = []
+        with self._lock:
+            self.closing = True
+            if cancel_futures:
+                for worker in self._workers:
+                    self._take_back(worker)
+                cancelled = self._queue.clear()
+                for task in cancelled:
+                    del self._tasks[task.id]
+            self._wake_up()
+        return cancelled
+
+    def processes(self) -> dict[int, Any]:
+        """The worker processes by their ids."""
+        with self._lock:
+            return {worker.process.pid: worker.process for worker in self._workers}
+
+    def job(self, id: str) -> LiveJob | None:
+        """The job with this id, if it is queued or with a worker."""
+        task = self._tasks.get(id)
+        return None if task is None else task.call.job
+
+    # ---- the supervisor ----
+
+    @property
+    def done(self) -> bool:
+        """Whether it is closed, and all calls and workers have ended."""
+        return self.closing and not self._tasks and not self._workers
+
+    def patience(self) -> float | None:
+        """Seconds until :meth:`tend` has to be called unasked; None while there is no need."""
+        with self._lock:
+            self._unhurried = all(len(worker.tasks) < 2 for worker in self._workers)
+            return None if self._unhurried else _BRIEF
+
+    def tend(self) -> tuple[int, list[WorkerHandle]]:
+        """Do what is due.
+
+        :return: how many workers are to be started, and those that there are.
+        """
+        with self._lock:
+            late = time.monotonic() - _BRIEF
+            for worker in self._workers:
+                if len(worker.tasks) > 1 and worker.since < late:
+                    self._take_back(worker)
+            self._hand_out()
+            if self.closing and not self._tasks:
+                for worker in self._workers:
+                    if not worker.retired:
+                        worker.retire(self._exit_grace)
+            starting = sum(not worker.ready for worker in self._workers)
+            missing = min(len(self._queue) - starting, self._max_workers - len(self._workers))
+            return missing, list(self._workers)
+
+    def send_on(self, worker: WorkerHandle) -> None:
+        """Send what the worker did not take at once."""
+        with self._lock, contextlib.suppress(OSError):  # it is dead; its sentinel will say so
+            worker.wire.flush()
+
+    def hired(self, worker: WorkerHandle) -> None:
+        """A worker was started."""
+        with self._lock:
+            self._workers.append(worker)
+
+    def ready(self, worker: WorkerHandle) -> None:
+        """A worker waits for its first call."""
+        with self._lock:
+            worker.ready = True
+            self._rest(worker)
+            self._hand_out()
+
+    def ended(self, worker: WorkerHandle) -> Task:
+        """The worker has ended the first of its calls; which that is."""
+        with self._lock:
+            task = worker.tasks.popleft()
+            self._tasks.pop(task.id, None)
+            if worker.tasks:
+                worker.since = time.monotonic()
+                self._claim(worker.tasks[0])
+            else:
+                self._rest(worker)
+            self._hand_out()
+            if self._idle and not self._queue:
+                self._share()
+            return task
+
+    def buried(self, worker: WorkerHandle) -> list[Task]:
+        """The worker is dead; the calls it had begun, of which nothing will come (one at most)."""
+        with self._lock:
+            worker.retired = True
+            self._take_back(worker)
+            self._claim_all(worker)
+            self._workers.remove(worker)
+            if worker in self._idle:
+                self._idle.remove(worker)
+            for task in worker.tasks:
+                self._tasks.pop(task.id, None)
+            worker.close()
+            self._hand_out()
+            return [task for task in worker.tasks if task.begun]
+
+    def pop_oldest(self) -> Task | None:
+        """Take the first call out of the queue, claimed; None when there is none."""
+        with self._lock:
+            while self._queue:
+                task = self._queue.pop()
+                del self._tasks[task.id]
+                if self._claim(task):
+                    return task
+            return None
+
+    def give_up(self) -> tuple[list[Task], list[WorkerHandle]]:
+        """End: all workers are killed.
+
+        :return: the calls of which nothing will come, claimed, and the workers.
+        """
+        with self._lock:
+            self.closing = True
+            tasks, workers = list(self._tasks.values()), list(self._workers)
+            self._tasks.clear()
+            self._queue.clear()
+            for worker in workers:
+                worker.kill()
+            return [task for task in tasks if self._claim(task)], workers
+
+    # ---- under the lock ----
+
+    def _hand_out(self) -> None:
+        """Give what is in the queue to workers that have room."""
+        queue = self._queue
+        while queue:
+            if self._idle:
+                task = queue.pop()
+                if self._claim(task):
+                    worker = self._idle.pop()
+                    worker.since = time.monotonic()
+                    self._give(worker, task)
+                else:  # a plain future that was cancelled
+                    del self._tasks[task.id]
+            elif len(self._workers) < self._max_workers:
+                self._wake_up()  # to start one more
+                return
+            else:
+                ahead = self._with_room(queue.first())
+                if ahead is None:
+                    return
+                self._give(ahead, queue.pop())
+
+    def _with_room(self, task: Task) -> WorkerHandle | None:
+        """A busy worker that can be given ``task`` ahead of time."""
+        best: WorkerHandle | None = None
+        brief = time.monotonic() - _BRIEF
+        for worker in self._workers:
+            if (
+                worker.tasks
+                and len(worker.tasks) <= _AHEAD
+                and (best is None or len(worker.tasks) < len(best.tasks))
+                and worker.since > brief
+                and worker.calls.may_wait(task.parts)
+                and not worker.retired
+                and not self._is_worn(worker)
+                and not worker.wire.pending
+            ):
+                best = worker
+        return best
+
+    def _is_worn(self, worker: WorkerHandle) -> bool:
+        return self._max_tasks is not None and worker.given >= self._max_tasks
+
+    def _give(self, worker: WorkerHandle, task: Task) -> None:
+        worker.give(task)
+        if worker.wire.pending or (self._unhurried and len(worker.tasks) > 1):
+            self._wake_up()  # to send on the rest; to look after what waits behind a job
+
+    def _claim(self, task: Task) -> bool:
+        """A worker begins with the task, or has begun; False when it was cancelled."""
+        if not task.begun:
+            task.begun = task.call.begin()
+        return task.begun
+
+    def _claim_all(self, worker: WorkerHandle) -> None:
+        """What is in the worker's list has begun, or ended even, as nothing could be taken back."""
+        for task in worker.tasks:
+            self._claim(task)
+
+    def _take_back(self, worker: WorkerHandle) -> None:
+        """Put what the worker has not begun back to the head of the queue."""
+        for task in reversed(worker.take_back()):
+            task.worker = None
+            if task.begun:
+                task.begun = False
+                task.call.put_back()
+            self._queue.push_first(task, task.call.priority)
+        if not worker.tasks:
+            self._rest(worker)
+
+    def _drop(self, task: Task) -> None:
+        """Take a task out of the queue."""
+        self._queue.remove(task, task.call.priority)
+        del self._tasks[task.id]
+
+    def _rest(self, worker: WorkerHandle) -> None:
+        """The worker has nothing to do."""
+        if worker.retired or not worker.ready or worker in self._idle:
+            return
+        if self._is_worn(worker):
+            worker.retire(self._exit_grace)
+            self._wake_up()
+        else:
+            self._idle.append(worker)
+
+    def _make_way(self, priority: int) -> None:
+        """Take back what waits in workers and is less urgent than something that has come now."""
+        for worker in self._workers:
+            if len(worker.tasks) > 1 and any(task.call.priority < priority for task in worker.tasks):
+                self._take_back(worker)
+
+    def _share(self) -> None:
+        """A worker has nothing to do while others have more than they can run."""
+        busiest = max(self._workers, key=lambda worker: len(worker.tasks))
+        if len(busiest.tasks) > 1:
+            self._take_back(busiest)
+            self._hand_out()
