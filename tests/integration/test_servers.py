@@ -139,13 +139,14 @@ def test_gunicorn_with_several_workers(tmp_path: Path, options: list[str], backe
     with gunicorn(tmp_path, backend, "-w", "3", "--threads", "2", *options) as (server, port):
         with ThreadPoolExecutor(8) as clients:
             answers = list(clients.map(lambda n: get(port, f"/?n={n}"), range(60)))
+        least = 6 if backend == "process" else 3  # those that serve, and those that work for them
+        assert wait_until(lambda: len(family(server.pid)) >= least)
         descendants = family(server.pid)
     for number, answer in enumerate(answers):
         served = answer["served"]
         assert [job[1:] for job in answer["jobs"]] == [[str(number), number + item] for item in range(3)]
         assert {job[0] == served for job in answer["jobs"]} == {backend == "thread"}
         assert (answer["imported"] != served) == bool(options)
-    assert len(descendants) >= (6 if backend == "process" else 3)
     assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))
 
 
