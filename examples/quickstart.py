@@ -4,7 +4,8 @@
 
     $ python examples/quickstart.py           # PORT=5001 for another port
 
-Everything lives in this one process: two worker threads, the records of the jobs, and their results.
+With ``EXECUTOR_TYPE=process`` in the environment the jobs run in worker processes instead of threads. The records of the
+jobs and their results live in this one process.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from flask import Flask, abort, current_app, flash, redirect, render_template, r
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Response
 
-from flask_executor import Executor, QueueFull
+from flask_executor import Executor, QueueFull, current_job, track
 
 app = Flask(__name__)
 app.secret_key = os.urandom(16)  # for the messages shown after a click
-app.config["EXECUTOR_TYPE"] = "thread"
+app.config["EXECUTOR_TYPE"] = os.environ.get("EXECUTOR_TYPE", "thread")
 app.config["EXECUTOR_MAX_WORKERS"] = 2  # few, so that some jobs wait
 app.config["EXECUTOR_MAX_PENDING"] = 8  # one more is refused with QueueFull
 
@@ -36,13 +37,17 @@ report_numbers = count(1)
 @executor.job
 def render_report(seconds: int) -> str:
     """Takes its time. The request that started it is there to be read, though it was answered long ago."""
-    time.sleep(seconds)
-    return f"{seconds * 4} pages, asked for by {request.remote_addr}"
+    pages = range(1, seconds * 4 + 1)
+    for _page in track(pages, message="rendering"):  # progress, and leaving here when asked to stop
+        current_job.sleep(0.25)
+    return f"{len(pages)} pages, asked for by {request.remote_addr}"
 
 
 @executor.job(name="rebuild catalogue")
 def rebuild_catalogue() -> str:
-    time.sleep(6)
+    for step, name in enumerate(("reading", "sorting", "writing")):
+        current_job.update(progress=step / 3, message=name)
+        current_job.sleep(2)
     return f"catalogue of {current_app.name} rebuilt at {time.strftime('%H:%M:%S')}"
 
 
@@ -93,6 +98,7 @@ def index() -> str:
         jobs=jobs,
         futures=executor.futures,
         health=executor.health(),
+        type=app.config["EXECUTOR_TYPE"],
         unfinished=any(not job.status.ended for job in jobs),
         now=time.time(),
     )
@@ -110,14 +116,14 @@ def collect(id: str) -> Response:
     return to_the_list()
 
 
-@app.post("/jobs/<id>/cancel")
-def cancel(id: str) -> Response:
+@app.post("/jobs/<id>/stop")
+def stop(id: str) -> Response:
     job = executor.jobs.get(id)
     if job is None or executor.futures.job_id(job.key) != id:
         abort(404)
-    if executor.futures.cancel(job.key):  # False once it runs
-        executor.futures.pop(job.key)
-        flash(f"Cancelled {job.key}.")
+    future = executor.futures.pop(job.key)
+    if future is not None and future.stop():  # False when it has ended
+        flash(f"Asked {job.key} to stop.")
     return to_the_list()
 
 
