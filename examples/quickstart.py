@@ -4,8 +4,8 @@
 
     $ python examples/quickstart.py           # PORT=5001 for another port
 
-With ``EXECUTOR_TYPE=process`` in the environment the jobs run in worker processes instead of threads. The records of the
-jobs and their results live in this one process.
+With ``EXECUTOR_TYPE=process`` in the environment the jobs run in worker processes instead of threads. The records of
+the jobs and their results live in this one process.
 """
 
 from __future__ import annotations
