@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, overload
 
 from flask import Flask
 
@@ -26,12 +26,30 @@ from flask_executor.helpers import InstanceProxy, callable_name
 from flask_executor.jobs import JobOptions
 from flask_executor.retries import Retry
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["Executor", "ExecutorJob", "ExecutorWithOptions", "propagate_exceptions_callback"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[[], object])
 Errors = type[Exception] | tuple[type[Exception], ...]
+
+
+class OptionValues(TypedDict, total=False):
+    """What can be asked for one job; :meth:`Executor.options` says what each means."""
+
+    name: str | None
+    key: Hashable | None
+    owner: str | None
+    timeout: float | None
+    retries: int | None
+    backoff: float | None
+    retry_on: Errors | None
+    no_retry_on: Errors | None
+    priority: int | None
+
 
 _BINDINGS = "flask_executor_bindings"  # in app.extensions: what each executor has there
 _executors: weakref.WeakSet[Executor] = weakref.WeakSet()
@@ -188,18 +206,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
     @overload
     def job(
-        self,
-        fn: None = None,
-        /,
-        *,
-        name: str | None = None,
-        owner: str | None = None,
-        timeout: float | None = None,
-        retries: int | None = None,
-        backoff: float | None = None,
-        retry_on: Errors | None = None,
-        no_retry_on: Errors | None = None,
-        priority: int | None = None,
+        self, fn: None = None, /, **options: Unpack[OptionValues]
     ) -> Callable[[Callable[P, T]], ExecutorJob[P, T]]: ...
 
     def job(self, fn: Any = None, /, **options: Any) -> Any:
@@ -461,33 +468,9 @@ class ExecutorJob(Generic[P, T]):
         """As :meth:`Executor.map`."""
         return self._submitter.map(self._submitted, *iterables, timeout=timeout, chunksize=chunksize)
 
-    def options(
-        self,
-        *,
-        name: str | None = None,
-        key: Hashable | None = None,
-        owner: str | None = None,
-        timeout: float | None = None,
-        retries: int | None = None,
-        backoff: float | None = None,
-        retry_on: Errors | None = None,
-        no_retry_on: Errors | None = None,
-        priority: int | None = None,
-    ) -> ExecutorJob[P, T]:
-        """The same job with other options, as :meth:`Executor.options`; what is not given stays."""
-        changed = _options(
-            self._options,
-            name=name,
-            key=key,
-            owner=owner,
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-            retry_on=retry_on,
-            no_retry_on=no_retry_on,
-            priority=priority,
-        )
-        job = ExecutorJob(self.executor, self.fn, changed)
+    def options(self, **options: Unpack[OptionValues]) -> ExecutorJob[P, T]:
+        """The same job with other options, those of :meth:`Executor.options`; what is not given stays."""
+        job = ExecutorJob(self.executor, self.fn, _options(self._options, **options))
         job._submitted = self._submitted  # worker processes find that one by its name
         return job
 
@@ -513,6 +496,9 @@ def _options(
     :raises ValueError: for a number that cannot be used.
     :raises TypeError: for an option that there is not.
     """
+    unknown = given.keys() - OptionValues.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"no such option: {', '.join(unknown)}; there are {', '.join(OptionValues.__annotations__)}")
     timeout, priority = given.get("timeout"), given.get("priority")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds greater than 0, or math.inf")

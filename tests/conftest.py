@@ -69,6 +69,17 @@ def run_in_threads(count: int, fn: Callable[[], object]) -> None:
         thread.join()
 
 
+#: What every backend promises is tested with each of these. A new one joins by a line here.
+TYPES: dict[str, dict[str, Any]] = {
+    "thread": {},
+    "process": {"start_method": "fork"},
+    "process forkserver": {"type": "process", "start_method": "forkserver"},
+    "process spawn": {"type": "process", "start_method": "spawn"},
+    "process as on macOS": {"type": "process", "start_method": "fork"},
+    "immediate": {},
+}
+
+
 def without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what only Linux has: packets between processes, and descriptors of processes."""
     monkeypatch.setattr("flask_executor.handles.packet_pair", lambda: None)

@@ -15,29 +15,21 @@ from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.routing import BaseConverter
 from werkzeug.test import encode_multipart
 
-from conftest import MakeExecutor, without_linux
+from conftest import TYPES, MakeExecutor, without_linux
 from flask_executor import Executor, ExecutorShutdown, job_failed, job_finished, job_queued, job_started
 from flask_executor.testing import drain
 
-TYPES: dict[str, dict[str, Any]] = {
-    "thread": {},
-    "process": {"start_method": "fork"},
-    "process forkserver": {"type": "process", "start_method": "forkserver"},
-    "process spawn": {"type": "process", "start_method": "spawn"},
-    "process as on macOS": {"type": "process", "start_method": "fork"},
-    "immediate": {},
-    "immediate with pickle": {"type": "immediate", "immediate_pickle": True},
-}
+ALL = {**TYPES, "immediate with pickle": {"type": "immediate", "immediate_pickle": True}}
 
 
-@pytest.fixture(params=TYPES)
+@pytest.fixture(params=ALL)
 def executor(
     request: pytest.FixtureRequest, app: Flask, make_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> Executor:
     if "macOS" in request.param:
         without_linux(monkeypatch)
     app.config["EXECUTOR_APP"] = "tasks:create_app()"
-    return make_executor(**{"type": request.param, "max_workers": 2, **TYPES[request.param]})
+    return make_executor(**{"type": request.param, "max_workers": 2, **ALL[request.param]})
 
 
 def test_it_is_an_executor_of_the_standard_library(executor: Executor) -> None:

@@ -16,7 +16,7 @@ import tasks
 from flask import Flask
 from tasks import about_itself, add, append, fail, fail_until, log_something, sleep, tracked, until_stopped, wait_for
 
-from conftest import MakeExecutor, wait_until, without_linux
+from conftest import TYPES, MakeExecutor, wait_until, without_linux
 from flask_executor import (
     Executor,
     FutureProxy,
@@ -28,15 +28,6 @@ from flask_executor import (
     job_started,
 )
 from flask_executor.testing import drain
-
-TYPES: dict[str, dict[str, Any]] = {
-    "thread": {},
-    "process": {"start_method": "fork"},
-    "process forkserver": {"type": "process", "start_method": "forkserver"},
-    "process spawn": {"type": "process", "start_method": "spawn"},
-    "process as on macOS": {"type": "process", "start_method": "fork"},
-    "immediate": {},
-}
 
 Start = Callable[..., FutureProxy[Any]]
 
