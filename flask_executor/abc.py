@@ -52,6 +52,7 @@ class PreparedCall(Protocol):
     kwargs: dict[str, Any]
     context: Any
     backend: Backend | None
+    packed: Any
 
     @property
     def future(self) -> Any:
@@ -61,14 +62,18 @@ class PreparedCall(Protocol):
     def priority(self) -> int:
         """Higher ones are to start first."""
 
+    @property
+    def retried(self) -> bool:
+        """Whether it may be run again."""
+
     def run(self, *unused: object) -> None:
         """Run it here and now, in its contexts, and settle its future. Never raises."""
 
     def leave(self, reason: JobStatus) -> None:
         """Have it leave at its next checkpoint, where :meth:`run` runs it."""
 
-    def interrupt(self) -> None:
-        """Raise the exception that leaves the job in the thread where :meth:`run` runs it, wherever that is."""
+    def interrupt(self, attempt: int) -> None:
+        """Raise the exception that leaves the job in the thread where :meth:`run` runs it, if it is this attempt."""
 
     def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
         """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
@@ -76,8 +81,11 @@ class PreparedCall(Protocol):
     def begin(self) -> bool:
         """Claim it for a worker elsewhere; False when it was cancelled. Quick, and runs no code of the user's."""
 
-    def put_back(self) -> None:
-        """The worker that it was claimed for never began: it is queued again."""
+    def put_back(self) -> bool:
+        """The worker that it was claimed for never began: it is queued again.
+
+        False when it was asked to leave meanwhile: it stays claimed, and has :meth:`left`.
+        """
 
     def succeed(self, result: Any) -> None:
         """Settle it with a result."""
@@ -130,9 +138,9 @@ class Backend(concurrent.futures.Executor):
         """Have a running call leave at its next checkpoint: STOPPED or TIMED_OUT."""
         call.leave(reason)
 
-    def kill(self, call: PreparedCall) -> None:
-        """End a running call by force, and no other; where ``supports_kill`` is False, as far as that goes."""
-        call.interrupt()
+    def kill(self, call: PreparedCall, attempt: int) -> None:
+        """End this attempt of a running call by force, and nothing else; without ``supports_kill`` if that goes."""
+        call.interrupt(attempt)
 
     def aside(self, fn: Callable[[], object]) -> None:
         """Run code of the user's that must not hold up the backend: callbacks and receivers of signals.
@@ -240,7 +248,7 @@ class JobChannel(abc.ABC):
 
     @abc.abstractmethod
     def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
-        """The call failed with ``error`` and is to be run again in ``delay`` seconds."""
+        """The call failed with ``error``, is queued again, and is to be run in ``delay`` seconds."""
 
     @abc.abstractmethod
     def out_of_time(self, call: PreparedCall, attempt: int) -> None:

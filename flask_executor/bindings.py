@@ -97,11 +97,11 @@ class Binding(JobChannel):
             with self._lock:
                 backend = self._backend
                 if backend is None:
+                    _leave_in_order(self)
                     backend = self._backend_class(self.config.backend_options(self._app, self.initializers))
                     if self._closed:
                         backend.shutdown()
                     self._backend = backend
-                    _leave_in_order(self)
         return backend
 
     @property
@@ -290,12 +290,9 @@ class Binding(JobChannel):
 
     def _ask_to_leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> bool:
         """Ask a running job to leave; False when this attempt does not run any more."""
-        job, backend = call.job, call.backend
-        if job.status is not JobStatus.RUNNING or job.attempt != attempt or backend is None:
+        if call.backend is None or not call.future.ask_to_leave(reason, attempt):
             return False
-        if job.leave is not JobStatus.STOPPED:  # it may be out of time already: who stops it does not want a retry
-            job.leave = reason
-        backend.leave(call, reason)
+        call.backend.leave(call, reason)
         return True
 
     def _force_after(self, grace: float, call: PreparedCall, attempt: int) -> None:
@@ -306,10 +303,11 @@ class Binding(JobChannel):
 
     def _force(self, call: PreparedCall, attempt: int) -> None:
         if call.job.status is JobStatus.RUNNING and call.job.attempt == attempt and call.backend is not None:
-            call.backend.kill(call)
+            call.backend.kill(call, attempt)
 
     def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
-        call.future.queue_again(error)
+        if call.future.done():  # cancelled in the instant in which it was queued again
+            return
         self.store.update(call.job)
         if self._closed:
             call.give_up(error)
@@ -447,14 +445,20 @@ _registered = False
 
 
 def _leave_in_order(binding: Binding) -> None:
-    """See to it that the jobs of ``binding`` end before the process does."""
+    """See to it that the jobs of ``binding`` end before the process does.
+
+    :raises ExecutorShutdown: when it is ending already.
+    """
     global _registered  # forked children inherit the registration
-    _with_backends.add(binding)
     if not _registered:
-        _registered = True
         # Before the standard library's pools refuse work, which jobs that still run may have for them; atexit would be
         # too late for that.
-        threading._register_atexit(_leave)  # type: ignore[attr-defined]
+        try:
+            threading._register_atexit(_leave)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise ExecutorShutdown(f"the process is ending and starts no more jobs: {error}") from error
+        _registered = True
+    _with_backends.add(binding)
     if multiprocessing.parent_process() is not None:
         # A process of multiprocessing waits for its children before all else, and our workers wait for us.
         Finalize(None, _leave, exitpriority=100)

@@ -35,11 +35,12 @@ class Dispatcher:
         self._max_tasks = max_tasks
         self._exit_grace = exit_grace
         self._wake_up = wake_up
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may come here in the middle
         self._queue: PriorityQueue[Task] = PriorityQueue()
         self._tasks: dict[str, Task] = {}  # all that are queued or with a worker
         self._workers: list[WorkerHandle] = []
         self._idle: list[WorkerHandle] = []
+        self._left: list[Task] = []  # were asked to leave before they began; to be settled by the supervisor
         self._levels = False  # whether there ever was a priority other than 0
         self._unhurried = True  # whether the supervisor may sleep until something happens
         self.closing = False
@@ -90,24 +91,19 @@ class Dispatcher:
             if task is not None and task.worker is not None:
                 task.worker.leave(task, reason)
 
-    def kill(self, id: str) -> None:
-        """End a running job by force, and no other."""
+    def kill(self, id: str, attempt: int) -> None:
+        """End this attempt of a job by force, and nothing else."""
         with self._lock:
             task = self._tasks.get(id)
-            if task is None or task.worker is None:
+            if task is None or task.worker is None or task.call.job.attempt != attempt:
                 return
             worker = task.worker
             # With nothing left to take, the worker cannot go on to another call between this decision and its death.
-            self._take_back(worker)
-            never_began = task.worker is None
-            if never_began:
-                self._drop(task)
-            elif worker.tasks[-1] is task:  # or it has ended, and what came of it is on its way
+            self._take_back(worker, begun_too=True)
+            if worker.tasks and worker.tasks[-1] is task:  # or it has ended, and what came of it is on its way
                 task.killed = worker.retired = True
                 worker.kill()
             self._hand_out()
-        if never_began:
-            task.call.future.cancel()
 
     def kill_all(self) -> None:
         """End all workers by force."""
@@ -155,10 +151,10 @@ class Dispatcher:
             self._unhurried = all(len(worker.tasks) < 2 for worker in self._workers)
             return None if self._unhurried else _BRIEF
 
-    def tend(self) -> tuple[int, list[WorkerHandle]]:
+    def tend(self) -> tuple[int, list[WorkerHandle], list[Task]]:
         """Do what is due.
 
-        :return: how many workers are to be started, and those that there are.
+        :return: how many workers are to be started, those that there are, and claimed calls that have left.
         """
         with self._lock:
             late = time.monotonic() - _BRIEF
@@ -172,7 +168,8 @@ class Dispatcher:
                         worker.retire(self._exit_grace)
             starting = sum(not worker.ready for worker in self._workers)
             missing = min(len(self._queue) - starting, self._max_workers - len(self._workers))
-            return missing, list(self._workers)
+            left, self._left = self._left, []
+            return missing, list(self._workers), left
 
     def send_on(self, worker: WorkerHandle) -> None:
         """Send what the worker did not take at once."""
@@ -210,7 +207,7 @@ class Dispatcher:
         """The worker is dead; the calls it had begun, of which nothing will come (one at most)."""
         with self._lock:
             worker.retired = True
-            self._take_back(worker)
+            self._take_back(worker, begun_too=True, dead=True)
             self._claim_all(worker)
             self._workers.remove(worker)
             if worker in self._idle:
@@ -278,7 +275,8 @@ class Dispatcher:
                 and len(worker.tasks) <= _AHEAD
                 and (best is None or len(worker.tasks) < len(best.tasks))
                 and worker.since > brief
-                and worker.calls.may_wait(task.parts)
+                and worker.calls.can_take_back(task.parts)
+                and worker.calls.can_take_back(worker.tasks[0].parts)
                 and not worker.retired
                 and not self._is_worn(worker)
                 and not worker.wire.pending
@@ -305,14 +303,24 @@ class Dispatcher:
         for task in worker.tasks:
             self._claim(task)
 
-    def _take_back(self, worker: WorkerHandle) -> None:
-        """Put what the worker has not begun back to the head of the queue."""
-        for task in reversed(worker.take_back()):
+    def _take_back(self, worker: WorkerHandle, *, begun_too: bool = False, dead: bool = False) -> None:
+        """Put what the worker has not begun back to the head of the queue.
+
+        :param begun_too: also the one that is claimed for it, and so is ``running`` for all others to see.
+        :param dead: whether the worker is.
+        """
+        back = worker.take_back(dead=dead)
+        if back and back[0].begun and not begun_too:
+            worker.give(back.pop(0))
+        for task in reversed(back):
             task.worker = None
-            if task.begun:
+            if not task.begun or task.call.put_back():
                 task.begun = False
-                task.call.put_back()
-            self._queue.push_first(task, task.call.priority)
+                self._queue.push_first(task, task.call.priority)
+            else:
+                del self._tasks[task.id]
+                self._left.append(task)
+                self._wake_up()
         if not worker.tasks:
             self._rest(worker)
 

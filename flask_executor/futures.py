@@ -40,7 +40,8 @@ class FutureProxy(Future[T]):
     _done_callbacks: list[Callable[[Future[T]], object]]  # the standard library's
 
     # Invariants: the job leaves ``queued`` only under ``_condition``, by set_running_or_notify_cancel() or by
-    # cancel(), so that exactly one of them wins. Whoever wins is the only one to settle the future.
+    # cancel(), so that exactly one of them wins; and only under it it is asked to leave, or queued again. Whoever
+    # wins is the only one to settle the future.
 
     def __init__(self, job: LiveJob, channel: JobChannel) -> None:
         super().__init__()
@@ -134,17 +135,35 @@ class FutureProxy(Future[T]):
             self._state = RUNNING
             return True
 
-    def queue_again(self, error: BaseException | None = None) -> None:
-        """For backends: undo the claim.
+    def queue_again(self, error: BaseException | None = None) -> bool:
+        """For backends: undo the claim, unless the job was asked to leave.
 
         :param error: how the attempt has ended; None when the job had not begun.
+        :return: whether it is queued again. A job that was out of time is, after an attempt.
         """
         with self._condition:
+            leave = self._job.leave
+            if leave is JobStatus.STOPPED or (leave is not None and error is None):
+                return False
             if error is None:
                 self._job.queue_again()
             else:
                 self._job.next_attempt(error)
             self._state = PENDING
+            return True
+
+    def ask_to_leave(self, reason: JobStatus, attempt: int) -> bool:
+        """For backends: note that this attempt has to leave; False when it does not run any more.
+
+        :param reason: STOPPED, or TIMED_OUT, which does not take the place of the other.
+        """
+        with self._condition:
+            job = self._job
+            if job.status is not JobStatus.RUNNING or job.attempt != attempt:
+                return False
+            if job.leave is not JobStatus.STOPPED:
+                job.leave = reason
+            return True
 
     def set_exception(self, exception: BaseException | None) -> None:
         """For backends: settle the future with an error."""

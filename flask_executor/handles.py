@@ -12,7 +12,7 @@ from multiprocessing.context import BaseContext
 from typing import Any
 
 from flask_executor.abc import PreparedCall
-from flask_executor.inherited import forking, not_for_children
+from flask_executor.inherited import forking, not_a_child, not_for_children
 from flask_executor.jobs import JobStatus
 from flask_executor.lines import Calls, Wire, packet_pair
 from flask_executor.messages import Leave
@@ -23,7 +23,7 @@ from flask_executor.worker import WorkerSettings, main
 class Task:
     """A call on its way: in the queue, or in the list of one worker."""
 
-    __slots__ = ("begun", "call", "id", "killed", "parts", "worker")
+    __slots__ = ("begun", "call", "id", "killed", "parts", "told", "worker")
 
     def __init__(self, call: PreparedCall, parts: list[bytes]) -> None:
         self.call = call
@@ -35,17 +35,20 @@ class Task:
         self.begun = False
         #: Whether its worker was killed for its sake.
         self.killed = False
+        #: What its worker was told last: the attempt, and why it has to leave.
+        self.told: tuple[int, JobStatus] | None = None
 
 
 class WorkerHandle:
     """A worker process, seen from outside, with the parent's ends of its lines."""
 
     def __init__(self, context: BaseContext, settings: WorkerSettings) -> None:
-        here, there = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+        here, there = zip(*(socket.socketpair() for _ in range(3)), strict=True)
         packets = packet_pair()
         for line in (*here, *(packets or ())):
             not_for_children(line)
-        self.wire, self.control = map(Wire, here)
+        self.wire, self.control = Wire(here[0]), Wire(here[1])
+        self._life = here[2]  # closed by the system when this process ends, whatever way
         self.calls = Calls(self.wire, packets)
         inside = None if packets is None else packets[1].dup()
         self.process: Any = context.Process(  # type: ignore[attr-defined]
@@ -63,6 +66,7 @@ class WorkerHandle:
                 if line is not None:
                     line.close()
         self._death: int | None = None
+        not_a_child(self.process)
         #: Readable when the process has ended. Unlike multiprocessing's sentinel, a pipe that is closed then, it is
         #: not held open by what the job has started.
         with contextlib.suppress(AttributeError, OSError):  # Linux has it
@@ -81,24 +85,36 @@ class WorkerHandle:
         self._end: Appointment | None = None
 
     def give(self, task: Task) -> None:
-        """Send a call."""
+        """Send a call. Never waits."""
         task.worker = self
         self.tasks.append(task)
         self.given += 1
-        with contextlib.suppress(OSError):  # it is dead; the supervisor will know in a moment
-            self.calls.give(task.parts)
+        try:
+            self.calls.give(task.call.job.attempt, task.parts)
+        except BlockingIOError:  # it does not even take what it has to have room for
+            self.kill()
+        except OSError:  # it is dead; the supervisor will know in a moment
+            pass
 
-    def take_back(self) -> list[Task]:
-        """The calls that it has not begun, and will not; in the order in which they were given."""
+    def take_back(self, *, dead: bool = False) -> list[Task]:
+        """The calls that it has not begun, and will not; in the order in which they were given.
+
+        :param dead: take back all of them. From a worker that lives a large one cannot be taken back.
+        """
+        if not self.tasks or not (dead or self.calls.can_take_back(self.tasks[0].parts)):
+            return []
         back = [self.tasks.pop() for _ in range(self.calls.take_back())]
         self.given -= len(back)
         back.reverse()
         return back
 
     def leave(self, task: Task, reason: JobStatus) -> None:
-        """Tell the job."""
-        with contextlib.suppress(OSError):
-            self.control.say(Leave(task.id, task.call.job.attempt, reason))
+        """Tell the job, once."""
+        attempt = task.call.job.attempt
+        if task.told != (attempt, reason):
+            task.told = (attempt, reason)
+            with contextlib.suppress(OSError):
+                self.control.say(Leave(task.id, attempt, reason))
 
     def retire(self, grace: float) -> None:
         """Let it end after what it was given; by force, if it has not after ``grace`` seconds."""
@@ -136,5 +152,5 @@ class WorkerHandle:
             self._end.cancel()
 
     def _close_lines(self) -> None:
-        for line in (self.wire, self.control, self.calls):
+        for line in (self.wire, self.control, self.calls, self._life):
             line.close()

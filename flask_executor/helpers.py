@@ -11,6 +11,14 @@ def describe_error(error: BaseException) -> str:
     return traceback.format_exception_only(type(error), error)[-1].strip()
 
 
+def safe_repr(value: object) -> str:
+    """``repr(value)``; its type, where that raises."""
+    try:
+        return repr(value)
+    except Exception:  # whatever a foreign __repr__ raises
+        return f"<{type(value).__name__}>"
+
+
 def callable_name(fn: Any) -> str:
     """What to call a job that runs ``fn``: its name, with its class's, also for partials and callable objects."""
     while True:

@@ -7,6 +7,7 @@ middle of stays as it was for ever, and a connection that both processes use mix
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.process
 import os
 import signal
 import socket
@@ -15,13 +16,20 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 from flask import Flask
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: ``forking.worker`` is true in a thread while it forks a worker process.
 forking = threading.local()
 
 _lines: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_processes: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def not_for_children(line: socket.socket) -> socket.socket:
@@ -30,14 +38,21 @@ def not_for_children(line: socket.socket) -> socket.socket:
     return line
 
 
-def _close_lines() -> None:
+def not_a_child(process: Any) -> None:
+    """Have multiprocessing forget ``process`` in every child that this one forks: it would try to wait for it there."""
+    _processes.add(process)
+
+
+def _disown() -> None:
     for line in list(_lines):
         line.close()
     _lines.clear()
+    children: set[Any] = getattr(multiprocessing.process, "_children", set())
+    children.difference_update(_processes)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_lines)
+    os.register_at_fork(after_in_child=_disown)
 
 
 def let_go() -> None:
@@ -58,6 +73,20 @@ def let_go_of_engines(app: Flask) -> None:
         with app.app_context():
             for engine in extension.engines.values():
                 engine.dispose(close=False)
+
+
+def die_with(life: socket.socket) -> None:
+    """Have the system kill this process, and what it has started, when the other end of ``life`` is closed.
+
+    A thread that waits for that would not get to run in a process that is inside a C call which holds the interpreter's
+    lock. The signal that tells of a change is SIGKILL here, to the process group; nothing is ever sent on this line.
+    See F_SETOWN and F_SETSIG in fcntl(2); Linux only.
+    """
+    if hasattr(fcntl, "F_SETSIG") and os.getpgid(0) == os.getpid():
+        descriptor = life.fileno()
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def own_process_group() -> None:
@@ -94,7 +123,9 @@ def _standard_streams() -> None:
     """Another thread may have held their locks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):
+        if stream is None or stream is not getattr(sys, f"__{name}__"):
+            continue
+        with contextlib.suppress(OSError, ValueError):  # closed, or nowhere
             fresh = open(  # noqa: SIM115
                 stream.fileno(), "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False
             )

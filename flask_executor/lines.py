@@ -5,6 +5,7 @@ Nothing that comes from outside is ever on these lines, which are socket pairs b
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import socket
 import struct
@@ -13,7 +14,7 @@ from collections import deque
 from flask_executor.messages import Kind, Message
 
 _DONT_WAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
-_LENGTH = struct.Struct("!Q")
+_HEAD = struct.Struct("!IQ")  # of a call: its attempt, its length
 #: Bytes of a call or a result that count as small: copied when that saves a system call, sent in one packet.
 _SMALL = 16 * 1024
 _KEEP = 4 * 1024 * 1024  # bytes of a buffer that is kept for the next; making one anew costs more than filling it
@@ -177,40 +178,36 @@ class Calls:
         if packets is not None:
             self._here, self._there = packets
 
-    def may_wait(self, parts: list[bytes]) -> bool:
-        """Whether this call can be given ahead of time: it fits into a packet, and so can be taken back."""
+    def can_take_back(self, parts: list[bytes]) -> bool:
+        """Whether a call like this can be taken back: it fits into a packet."""
         return self._here is not None and is_small(parts)
 
-    def give(self, parts: list[bytes]) -> None:
+    def give(self, attempt: int, parts: list[bytes]) -> None:
         """Send a call, or as much of it as goes out without waiting.
 
-        :param parts: from :func:`pickle_parts`. A small one always goes out, as a few are all that a worker is given.
-        :raises OSError: when the worker is gone.
+        :param parts: from :func:`pickle_parts`.
+        :raises OSError: when the worker is gone, or does not read (and was given more than it is ever to be given).
         """
-        if self._here is not None and is_small(parts):
-            self._here.send(b"s" + parts[0])
-            return
-        length = _LENGTH.pack(_size(parts))
-        if self._here is not None:
-            self._here.send(b"l" + length)
-            self._wire.send_parts(parts, _SMALL + 1)
+        size = _size(parts)
+        head = _HEAD.pack(attempt, size)
+        if self._here is None:
+            self._wire.send_parts([head, *parts], size)
+        elif is_small(parts):
+            self._here.send(head + parts[0], _DONT_WAIT)
         else:
-            self._wire.send_parts([length, *parts], _size(parts))
+            self._here.send(head, _DONT_WAIT)
+            self._wire.send_parts(parts, size)
 
     def take_back(self) -> int:
-        """Read back the calls that the worker has not begun; how many they are."""
+        """Read back the calls that the worker has not begun; how many they are.
+
+        The bytes of a large one stay on the wire. Only a worker that is dead may be treated so.
+        """
         count = 0
-        if self._here is not None and self._there is not None:
-            overtaken = []
-            try:
-                while packet := self._there.recv(9, _DONT_WAIT):
-                    count += packet[:1] != b"v"
-                    if packet[:1] != b"s":  # what follows it is on the wire already, to be passed over
-                        overtaken.append(b"v" + packet[1:])
-            except BlockingIOError:
-                pass
-            for packet in overtaken:
-                self._here.send(packet)
+        if self._there is not None:
+            with contextlib.suppress(BlockingIOError):
+                while self._there.recv(_HEAD.size, _DONT_WAIT):
+                    count += 1
         return count
 
     def end(self) -> None:
@@ -235,22 +232,23 @@ class IncomingCalls:
         self._packets = packets
         self._buffer = bytearray()
 
-    def next(self) -> bytes | memoryview:
-        """Wait for a call, which from then on has begun. What it gives is good until the next one is waited for.
+    def next(self) -> tuple[int, bytes | memoryview]:
+        """Wait for a call, which from then on has begun: its attempt, and the call.
+
+        What it gives is good until the next one is waited for.
 
         :raises EOFError: when there will be no more.
         """
         if self._packets is None:
-            return self._read(_LENGTH.unpack(self._read(_LENGTH.size))[0])
-        while True:
-            packet = self._packets.recv(1 + _SMALL)
-            if not packet:
-                raise EOFError
-            if packet[:1] == b"s":
-                return memoryview(packet)[1:]
-            payload = self._read(_LENGTH.unpack(packet[1:])[0])
-            if packet[:1] == b"l":
-                return payload
+            attempt, size = _HEAD.unpack(self._read(_HEAD.size))
+            return attempt, self._read(size)
+        packet = self._packets.recv(_HEAD.size + _SMALL)
+        if not packet:
+            raise EOFError
+        attempt, size = _HEAD.unpack_from(packet)
+        if len(packet) == _HEAD.size and size:
+            return attempt, self._read(size)
+        return attempt, memoryview(packet)[_HEAD.size :]
 
     def _read(self, length: int) -> memoryview:
         if len(self._buffer) > max(length, _KEEP) or len(self._buffer) < length:

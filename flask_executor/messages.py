@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,11 @@ class Logged(Message):
     """A log record was made, by the job with this id or by none."""
 
     id: str | None
-    record: Mapping[str, Any]
+    name: str
+    level: int
+    text: str
+    #: All of the record, pickled as there may be values of any class.
+    fields: bytes
 
 
 @dataclass(slots=True)

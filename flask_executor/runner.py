@@ -36,8 +36,8 @@ class Handle(Protocol):
     def set_running_or_notify_cancel(self) -> bool:
         """Claim it; False when it was cancelled."""
 
-    def queue_again(self) -> None:
-        """Undo the claim."""
+    def queue_again(self, error: BaseException | None = None) -> bool:
+        """Undo the claim, unless the job was asked to leave; whether that is done."""
 
     def set_result(self, result: Any) -> None:
         """Settle it."""
@@ -70,6 +70,7 @@ class Call(Generic[F]):
         "job",
         "kwargs",
         "options",
+        "packed",
     )
 
     def __init__(
@@ -92,6 +93,8 @@ class Call(Generic[F]):
         self.channel = channel
         self.options = options
         self.backend: Backend | None = None
+        #: What the backend has made of it and wants again for the next attempt.
+        self.packed: Any = None
         self._running: RunningJob | None = None
         self._appointments: list[Appointment] | None = None
         #: How an attempt ended, between its end and the settling: the error, and seconds until the next attempt.
@@ -102,6 +105,11 @@ class Call(Generic[F]):
     def priority(self) -> int:
         """Higher ones are to start first."""
         return self.options.priority
+
+    @property
+    def retried(self) -> bool:
+        """Whether it may be run again."""
+        return self.options.retry is not None
 
     # ---- where it is run here ----
 
@@ -129,10 +137,10 @@ class Call(Generic[F]):
         if running is not None:
             running.leave(reason)
 
-    def interrupt(self) -> None:
-        """Raise the exception that leaves the job in its thread."""
-        running = self._running
-        if running is not None:
+    def interrupt(self, attempt: int) -> None:
+        """Raise the exception that leaves the job in its thread, in this attempt."""
+        running = self._running  # each attempt has its own, and to interrupt an old one does nothing
+        if running is not None and self.job.attempt == attempt:
             running.interrupt()
 
     def _report_and_call(self) -> Any:
@@ -158,10 +166,12 @@ class Call(Generic[F]):
         self.channel.started(self.job)
         return True
 
-    def put_back(self) -> None:
-        """The worker that it was claimed for never began: it is queued again."""
+    def put_back(self) -> bool:
+        """The worker that it was claimed for never began: it is queued again, unless it was asked to leave."""
+        if not self.future.queue_again():
+            return False
         self._call_off()
-        self.future.queue_again()
+        return True
 
     def succeed(self, result: Any) -> None:
         """Settle the call with its result."""
@@ -192,13 +202,14 @@ class Call(Generic[F]):
         if isinstance(error, JobExit):
             status, error = self._departure(error, forced=forced)
         self._error, self._again = error, None
-        # Who asks for a job to be stopped does not want to see it again.
-        if self.options.retry is not None and self.job.leave is not JobStatus.STOPPED:
+        if self.options.retry is not None and not isinstance(error, JobStopped):
             self._again = self.options.retry.delay(self.job.attempt, error)
-        if self._again is None:
-            self._end(status, None if isinstance(error, JobStopped) else error)
-        else:
+        # Who asks for a job to be stopped does not want to see it again; who asks now finds it queued.
+        if self._again is not None and self.future.queue_again(error):
             self._call_off()
+        else:
+            self._again = None
+            self._end(status, None if isinstance(error, JobStopped) else error)
 
     def _departure(self, exit: JobExit, *, forced: bool) -> tuple[JobStatus, Exception]:
         name = self.job.name
@@ -232,8 +243,10 @@ class Call(Generic[F]):
 
     def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
         """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
-        appointment = timer.after(seconds, fn)
-        self._appointments = [*(self._appointments or ()), appointment]
+        appointments = self._appointments
+        if appointments is None:
+            appointments = self._appointments = []
+        appointments.append(timer.after(seconds, fn))
         if self.job.status is not JobStatus.RUNNING:  # it has ended in between, and found nothing to call off
             self._call_off()
 
@@ -247,6 +260,7 @@ class PlainCall:
     """A call without contexts, for those who use a backend as the plain executor that it is."""
 
     priority = 0
+    retried = False
     backend: Backend | None = None
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -254,6 +268,8 @@ class PlainCall:
         self.job = LiveJob(callable_name(fn))
         self.fn, self.args, self.kwargs = fn, args, kwargs
         self.context = NO_CONTEXT
+        self.packed: Any = None
+        self._claimed: bool | None = None  # set_running_or_notify_cancel() may be asked once
 
     def run(self, *_unused: object) -> None:
         """Never called: backends that run calls in this process have a way of their own for plain ones."""
@@ -262,7 +278,7 @@ class PlainCall:
     def leave(self, reason: JobStatus) -> None:
         """Nobody can ask it to."""
 
-    def interrupt(self) -> None:
+    def interrupt(self, attempt: int) -> None:
         """Nobody can ask it to."""
 
     def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
@@ -270,10 +286,13 @@ class PlainCall:
 
     def begin(self) -> bool:
         """Claim it."""
-        return self.future.running() or self.future.set_running_or_notify_cancel()
+        if self._claimed is None:
+            self._claimed = self.future.set_running_or_notify_cancel()
+        return self._claimed
 
-    def put_back(self) -> None:
-        """It stays claimed: a plain future cannot go back."""
+    def put_back(self) -> bool:
+        """It stays claimed, as a plain future cannot go back, and can be begun again."""
+        return True
 
     def succeed(self, result: Any) -> None:
         """Settle it."""
@@ -340,7 +359,6 @@ class Shipment(Message):
     name: str
     key: Hashable | None
     owner: str | None
-    attempt: int
     contexts: Snapshot | None
     fn: Callable[..., Any]
     args: tuple[Any, ...]
@@ -354,7 +372,7 @@ def pack_call(call: PreparedCall) -> list[bytes]:
     """
     job = call.job
     contexts = snapshot(call.context)
-    shipment = Shipment(job.id, job.name, job.key, job.owner, job.attempt, contexts, call.fn, call.args, call.kwargs)
+    shipment = Shipment(job.id, job.name, job.key, job.owner, contexts, call.fn, call.args, call.kwargs)
     try:
         return pickle_parts(shipment)
     except Exception:  # now slowly, to say which part it is
@@ -381,7 +399,7 @@ def through_pickle(call: PreparedCall) -> tuple[Callable[..., Any], tuple[Any, .
 
 
 def run_packed(
-    app: Flask, payload: bytes | memoryview, adopt: Callable[[LiveJob], RunningJob]
+    app: Flask, attempt: int, payload: bytes | memoryview, adopt: Callable[[LiveJob], RunningJob]
 ) -> tuple[Kind, list[bytes]]:
     """In a worker process: run a call that :func:`pack_call` packed. Never raises.
 
@@ -390,7 +408,7 @@ def run_packed(
     try:
         shipment = _unpacked(payload)
         job = LiveJob(shipment.name, shipment.key, shipment.owner, id=shipment.id)
-        job.attempt = shipment.attempt
+        job.attempt = attempt
         running = adopt(job)
         # A context with nothing in it of what was active when this worker was forked.
         result = contextvars.Context().run(running.call, _call, app, shipment)
@@ -425,7 +443,7 @@ def settle_packed(call: PreparedCall, kind: int, payload: bytes) -> None:
     if kind == Kind.RESULT:
         try:
             result = pickle.loads(payload)
-        except Exception as error:  # whatever a foreign __reduce__ leads to
+        except BaseException as error:  # whatever a foreign __reduce__ leads to
             call.fail(_not_rebuilt(call, "result", error))
         else:
             call.succeed(result)
@@ -461,7 +479,7 @@ def unpack_error(payload: bytes) -> BaseException:
     data, text = pickle.loads(payload)
     try:
         error: BaseException = pickle.loads(data)
-    except Exception as unable:  # a class that this process cannot import
+    except BaseException as unable:  # a class that this process cannot import
         error = NotPicklable(f"a job's error cannot be rebuilt here: {describe_error(unable)}")
     error.__cause__ = RemoteTraceback(text)
     return error

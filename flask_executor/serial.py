@@ -18,7 +18,7 @@ class SerialThread:
     def __init__(self, name: str) -> None:
         self._name = name
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may come here in the middle
         self._thread: threading.Thread | None = None
         self._closed = False
         self._pending = 0

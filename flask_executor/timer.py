@@ -37,7 +37,7 @@ class Timer:
     # called off; the thread ends when there is none, and the next appointment starts another.
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()  # a finalizer may come here in the middle
         self._heap: list[tuple[float, int, Appointment]] = []
         self._numbers = itertools.count()
         self._live = 0
@@ -95,7 +95,7 @@ class Timer:
                 self._live -= 1
             try:
                 fn()
-            except Exception:
+            except BaseException:  # also SystemExit: it is not meant for this thread
                 logger.exception("An appointment of the timer failed.")
             del fn, appointment  # they refer to jobs, and the next wait may be long
 

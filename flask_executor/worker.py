@@ -20,6 +20,7 @@ import pickle
 import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flask_executor.apps import import_app
 from flask_executor.control import RunningJob, running_job
-from flask_executor.inherited import let_go, let_go_of_engines, own_process_group
+from flask_executor.helpers import safe_repr
+from flask_executor.inherited import die_with, let_go, let_go_of_engines, own_process_group
 from flask_executor.jobs import LiveJob
 from flask_executor.lines import IncomingCalls, Wire, pickle_parts
 from flask_executor.logs import know_jobs
@@ -57,19 +59,28 @@ class WorkerSettings:
     log_levels: Mapping[str, int]
 
 
-def main(settings: WorkerSettings, wire: socket.socket, control: socket.socket, packets: socket.socket | None) -> None:
+def main(
+    settings: WorkerSettings,
+    wire: socket.socket,
+    control: socket.socket,
+    life: socket.socket,
+    packets: socket.socket | None,
+) -> None:
     """The life of a worker process."""
     own_process_group()
-    if settings.app is not None:
-        let_go()
-    # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not SIG_IGN,
-    # which the programs that a job starts would inherit.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    die_with(life)
     outbox = Outbox(Wire(wire))
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=outbox.mute)
     worker = Worker(outbox, IncomingCalls(wire, packets))
     threading.Thread(target=worker.listen, args=(Wire(control),), name="flask-executor-listener", daemon=True).start()
     try:
+        if settings.app is not None:
+            let_go()
+        # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not
+        # SIG_IGN, which the programs that a job starts would inherit.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
         app = worker.prepare(settings)
     except BaseException as error:
         outbox.say(NotReady(pack_error(error)))
@@ -112,7 +123,8 @@ class Worker:
         :raises EOFError: when there will be no more.
         """
         while True:
-            kind, body = run_packed(app, self._calls.next(), self._adopt)
+            kind, body = run_packed(app, *self._calls.next(), self._adopt)
+            self._outbox.leave_child(kind)
             with self._lock:
                 self._running = None
             self._outbox.send(kind, body)
@@ -136,13 +148,13 @@ class Worker:
             selector.register(wakes, selectors.EVENT_READ)
             while True:
                 ready = {key.fileobj for key, _ in selector.select(due)}
+                if control in ready:
+                    self._hear(control)
                 if wakes in ready:
                     wakes.recv(4096)
                     due = _INTERVAL
                 elif not ready:
                     due = None if self._outbox.send_late() else _INTERVAL
-                if control in ready:
-                    self._hear(control)
 
     def _hear(self, control: Wire) -> None:
         try:
@@ -179,6 +191,7 @@ class Outbox:
         self._late: RunningJob | None = None
         self._next_report = 0.0
         self._dropped = 0
+        self._muted = False
         #: Readable when the listener should look whether something is late.
         self.wakes, self._wake = socket.socketpair()
         self._wake.setblocking(False)
@@ -195,8 +208,27 @@ class Outbox:
         """Send a message that must arrive."""
         self.send(Kind.MESSAGE, pickle_parts(message))
 
+    def mute(self) -> None:
+        """In a process that a job has forked: the lines are its parent's, say nothing."""
+        self._muted = True
+        self._lock = threading.RLock()
+        logging.getLogger().handlers = []
+        with contextlib.suppress(ValueError):  # not the main thread of an interpreter
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def leave_child(self, kind: Kind) -> None:
+        """In a process that a job has forked, and in which it has come to its end: this process ends too."""
+        if self._muted:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):  # closed, or nowhere
+                    stream.flush()
+            os._exit(0 if kind is Kind.RESULT else 1)
+
     def report(self, running: RunningJob) -> None:
         """The job has something new to tell. Until that is read it does not tell of more."""
+        if self._muted:
+            return
         self._late = running
         if time.monotonic() >= self._next_report and self._lock.acquire(blocking=False):
             try:
@@ -208,6 +240,8 @@ class Outbox:
 
     def log(self, record: logging.LogRecord) -> None:
         """A log record was made."""
+        if self._muted:
+            return
         job = running_job()
         with self._lock:
             if self._wire.pending > _BACKLOG:
@@ -216,7 +250,7 @@ class Outbox:
             if self._dropped:
                 self._say(Dropped(self._dropped))
                 self._dropped = 0
-            self._say(Logged(None if job is None else job.id, _portable(record)))
+            self._say(_logged(None if job is None else job.id, record))
             pending = self._wire.pending
         if pending:
             self._wake_listener()
@@ -243,6 +277,8 @@ class Outbox:
         self._send(Kind.MESSAGE, pickle_parts(message))
 
     def _send(self, kind: Kind, body: list[bytes]) -> None:
+        if self._muted:
+            return
         try:
             self._wire.send(kind, body)
         except OSError:
@@ -263,7 +299,7 @@ def _pickled_meta(meta: Mapping[str, Any]) -> bytes:
     try:
         return pickle.dumps(meta, pickle.HIGHEST_PROTOCOL)
     except Exception:  # whatever a foreign __reduce__ raises: what it looks like is better than nothing
-        return pickle.dumps({name: repr(value) for name, value in meta.items()}, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps({name: safe_repr(value) for name, value in meta.items()}, pickle.HIGHEST_PROTOCOL)
 
 
 class _Forward(logging.Handler):
@@ -294,24 +330,22 @@ def forward_logs(outbox: Outbox) -> None:
             logger.handlers = [] if logger.propagate else [forward]
 
 
-def _portable(record: logging.LogRecord) -> dict[str, Any]:
-    """A record's fields, in a form that another process can rebuild; as the standard library's QueueHandler does."""
+def _logged(id: str | None, record: logging.LogRecord) -> Logged:
+    """A record in a form that another process can rebuild; as the standard library's QueueHandler does."""
     fields = copy.copy(record).__dict__
-    fields["message"] = fields["msg"] = record.getMessage()
+    text = fields["message"] = fields["msg"] = record.getMessage()
     fields["args"] = None
     if record.exc_info:
         fields["exc_text"] = record.exc_text or logging.Formatter().formatException(record.exc_info)
         fields["exc_info"] = None
     fields.pop("_job", None)
     try:
-        pickle.dumps(fields)
+        data = pickle.dumps(fields, pickle.HIGHEST_PROTOCOL)
     except Exception:  # what the app put on the record
-        return {name: _simple(value) for name, value in fields.items()}
-    return fields
-
-
-def _simple(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, type(None))) else repr(value)
+        simple = (str, int, float, type(None))
+        plain = {name: value if isinstance(value, simple) else safe_repr(value) for name, value in fields.items()}
+        data = pickle.dumps(plain, pickle.HIGHEST_PROTOCOL)
+    return Logged(id, record.name, record.levelno, text, data)
 
 
 def log_levels() -> dict[str, int]:

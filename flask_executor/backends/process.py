@@ -25,7 +25,7 @@ there, and what it does not get back has been begun (:class:`flask_executor.line
 what they were given, and all sending to them; it is held for short and never waits for a process: what a worker does
 not take at once is sent on by the supervisor. Only the supervisor thread starts processes, reads from them, and buries
 them. Futures are claimed under the lock, and settled by the supervisor, outside of it. Code of the user's runs in the
-callback thread, under no lock.
+callback thread, under no lock; only what rebuilds results and errors is called by the supervisor.
 
 **Invariants.** A worker runs its calls in the order in which they were given. The first in its list is claimed
 (``running``) in the parent; the others are claimed when those before have ended. A task is in the queue, or in the
@@ -90,7 +90,10 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         finalizer.atexit = False
 
     def enqueue(self, call: PreparedCall) -> None:
-        task = Task(call, pack_call(call))
+        parts = call.packed or pack_call(call)
+        if call.retried:
+            call.packed = parts  # the next attempt is the same call, whatever becomes of its arguments meanwhile
+        task = Task(call, parts)
         self._supervisor.start()
         self._dispatcher.add(task)
 
@@ -100,8 +103,8 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def leave(self, call: PreparedCall, reason: JobStatus) -> None:
         self._dispatcher.leave(call.job.id, reason)
 
-    def kill(self, call: PreparedCall) -> None:
-        self._dispatcher.kill(call.job.id)
+    def kill(self, call: PreparedCall, attempt: int) -> None:
+        self._dispatcher.kill(call.job.id, attempt)
 
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)
@@ -229,20 +232,27 @@ class Supervisor:
                         self._wakes.recv(4096)
                     elif isinstance(key.fileobj, int):  # a sentinel
                         self._bury(key.data)
-                    elif not key.data.buried:  # by what came before this in the same round
-                        if events & selectors.EVENT_WRITE:
-                            self.dispatcher.send_on(key.data)
-                        if events & selectors.EVENT_READ:
-                            self._read(key.data)
+                    else:
+                        self._attend(key.data, events)
         except BaseException:
             logger.critical("The supervisor of the worker processes failed.", exc_info=True)
             raise
         finally:
             self._finish()
 
+    def _attend(self, worker: WorkerHandle, events: int) -> None:
+        if worker.silent:  # since what came before this in the same round
+            return
+        if events & selectors.EVENT_WRITE:
+            self.dispatcher.send_on(worker)
+        if events & selectors.EVENT_READ:
+            self._read(worker)
+
     def _tend(self) -> bool:
         """Do what is due; False when all is done."""
-        missing, workers = self.dispatcher.tend()
+        missing, workers, left = self.dispatcher.tend()
+        for task in left:
+            task.call.left()
         for worker in workers:
             if not worker.silent:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.wire.pending else 0)
@@ -280,17 +290,33 @@ class Supervisor:
             frames = worker.wire.receive()
         except BlockingIOError:
             return False
-        except EOFError:
-            # It has ended, or is about to. What is left to be done is done when the sentinel says so.
-            worker.silent = True
-            self._selector.unregister(worker.wire)
+        except EOFError:  # it has ended, or is about to; what is left to be done is done when the sentinel says so
+            self._stop_listening(worker)
+            return False
+        except Exception:  # what it says is no frame
+            self._break_with(worker)
             return False
         for kind, body in frames:
-            if kind == Kind.MESSAGE:
-                self._hear(worker, pickle.loads(body))
-            else:
-                self._settle(self.dispatcher.ended(worker), kind, body)
+            try:
+                if kind == Kind.MESSAGE:
+                    self._hear(worker, pickle.loads(body))
+                else:
+                    self._settle(self.dispatcher.ended(worker), kind, body)
+            except Exception:
+                self._break_with(worker)
+                return False
         return True
+
+    def _stop_listening(self, worker: WorkerHandle) -> None:
+        if not worker.silent:
+            worker.silent = True
+            self._selector.unregister(worker.wire)
+
+    def _break_with(self, worker: WorkerHandle) -> None:
+        """It says what no worker says: that is the end of it, and of the job it runs, but of nothing else."""
+        logger.exception("Worker process %s cannot be understood, and is killed.", worker.process.pid)
+        self._stop_listening(worker)
+        worker.kill()
 
     def _hear(self, worker: WorkerHandle, message: Message) -> None:
         if isinstance(message, Progressed):
@@ -315,7 +341,7 @@ class Supervisor:
             return
         try:
             settle_packed(task.call, kind, body)
-        except Exception as error:
+        except BaseException as error:  # also SystemExit: it is not meant for this thread
             logger.exception("Job %s could not be settled.", task.id)
             with contextlib.suppress(Exception):
                 task.call.fail(error)
@@ -341,8 +367,7 @@ class Supervisor:
         self._selector.unregister(worker.sentinel)
         while not worker.silent and self._read(worker):  # what it has still sent
             pass
-        if not worker.silent:  # something that it has started holds its end open
-            self._selector.unregister(worker.wire)
+        self._stop_listening(worker)
         worker.kill()  # what its jobs have started
         worker.buried = True
         exit_code = worker.join()
@@ -388,9 +413,14 @@ def _not_started(error: Exception) -> Exception:
 
 
 def _rebuilt(message: Logged) -> logging.LogRecord:
-    record = logging.makeLogRecord(dict(message.record))
-    record.__dict__.setdefault("job_id", None)
-    record.__dict__.setdefault("job_key", None)
+    # Not by the app's own factory, which has had its turn in the worker.
+    record = logging.LogRecord(message.name, message.level, "", 0, message.text, None, None)
+    fields: dict[str, Any] = {}
+    try:
+        fields = pickle.loads(message.fields)
+    except BaseException as error:  # something in it is of a class that this process cannot import
+        logger.warning("A log record of a worker process arrives without its fields: %s", describe_error(error))
+    record.__dict__.update({"job_id": None, "job_key": None, **fields})
     return record
 
 
@@ -401,7 +431,7 @@ def _handle(record: logging.LogRecord) -> None:
 def _unpickled_meta(payload: bytes) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = pickle.loads(payload)
-    except Exception as error:  # classes that this process cannot import
+    except BaseException as error:  # classes that this process cannot import
         return {"error": f"what the job has reported cannot be rebuilt: {describe_error(error)}"}
     return meta
 
