@@ -232,9 +232,9 @@ class Call(Generic[F]):
         future.set_exception(error)
 
     def _end(self, status: JobStatus, error: BaseException | None = None) -> None:
+        self.job.end(status, error)
         if self._appointments is not None:
             self._call_off()
-        self.job.end(status, error)
         self.channel.ended(self.job)
 
     def _watch(self) -> None:
@@ -243,12 +243,15 @@ class Call(Generic[F]):
 
     def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
         """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
+        attempt = self.job.attempt
+        appointment = timer.after(seconds, fn)
         appointments = self._appointments
         if appointments is None:
             appointments = self._appointments = []
-        appointments.append(timer.after(seconds, fn))
-        if self.job.status is not JobStatus.RUNNING:  # it has ended in between, and found nothing to call off
-            self._call_off()
+        appointments.append(appointment)
+        # The attempt may have ended in between: it changes its status first, and then calls off what it finds here.
+        if self.job.status is not JobStatus.RUNNING or self.job.attempt != attempt:
+            appointment.cancel()
 
     def _call_off(self) -> None:
         appointments, self._appointments = self._appointments, None

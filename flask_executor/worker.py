@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from flask import Flask
 
 _INTERVAL = 0.05  # seconds between two reports of progress
+_IGNORED = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 1000  # frames that wait to be sent before log records are dropped
 
 
@@ -71,7 +72,13 @@ def main(
     die_with(life)
     outbox = Outbox(Wire(wire))
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=outbox.mute)
+        # What a job forks is an ordinary process: it says nothing here, and ends when it is told to. Signals wait
+        # meanwhile, or one that comes at once would meet our handler there.
+        os.register_at_fork(
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED),
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED),
+            after_in_child=outbox.mute,
+        )
     worker = Worker(outbox, IncomingCalls(wire, packets))
     threading.Thread(target=worker.listen, args=(Wire(control),), name="flask-executor-listener", daemon=True).start()
     try:
@@ -79,7 +86,7 @@ def main(
             let_go()
         # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not
         # SIG_IGN, which the programs that a job starts would inherit.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _IGNORED:
             signal.signal(number, lambda *_: None)
         app = worker.prepare(settings)
     except BaseException as error:
@@ -216,6 +223,7 @@ class Outbox:
         with contextlib.suppress(ValueError):  # not the main thread of an interpreter
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
 
     def leave_child(self, kind: Kind) -> None:
         """In a process that a job has forked, and in which it has come to its end: this process ends too."""

@@ -301,3 +301,99 @@ def submit_from_worker(path: str) -> int:
     executor.submit(sleep, 0.3)
     executor.submit(append, path, "done")
     return result
+
+
+# ---- jobs that try to do harm ----
+
+
+class Rude:
+    """Ends whoever rebuilds it in another process than the one it was made in."""
+
+    def __reduce__(self) -> Any:
+        return _leave_elsewhere, (os.getpid(),)
+
+
+def _leave_elsewhere(made_in: int) -> None:
+    if made_in != os.getpid():
+        raise SystemExit("rude")
+
+
+class Shy:
+    """Cannot be pickled, nor shown."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("shy")
+
+    def __repr__(self) -> str:
+        raise ValueError("shy")
+
+
+def rude_result() -> Rude:
+    return Rude()
+
+
+def log_what_cannot_be_rebuilt() -> str:
+    logging.getLogger("shop.harm").warning("torn", extra={"torn": Torn()})
+    logging.getLogger("shop.harm").warning("shy", extra={"shy": Shy()})
+    return "logged"
+
+
+def report_what_cannot_be_shown() -> None:
+    current_job.update(progress=0.5, shy=Shy())
+    current_job.sleep(0.1)
+
+
+def fork_and(what: str) -> str:
+    child = os.fork()
+    if child == 0:
+        logging.getLogger("shop.harm").warning("from the child")
+        current_job.update(progress=0.9)
+        if what == "exit":
+            sys.exit(0)
+        if what == "raise":
+            raise ValueError("in the child")
+        return "child"
+    os.waitpid(child, 0)
+    return "parent"
+
+
+def children_that_log(count: int) -> int:
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=log_much) for _ in range(count)]
+    for child in children:
+        child.start()
+    log_much()
+    for child in children:
+        child.join()
+    return sum(child.exitcode or 0 for child in children)
+
+
+def log_much() -> None:
+    for _ in range(20):
+        logging.getLogger("shop.harm").warning("x" * 60_000)
+
+
+def terminate_a_child() -> int | None:
+    import multiprocessing
+
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    child.start()
+    child.terminate()
+    child.join(10)
+    return child.exitcode
+
+
+def hold_the_interpreter(path: str) -> None:
+    """In C, and with the lock of the interpreter."""
+    import re
+
+    Path(path).write_text(str(os.getpid()))
+    re.match(r"(a+)+$", "a" * 40 + "b")
+
+
+def extend_and_fail(items: list[int]) -> list[int]:
+    if current_job.attempt == 1:
+        raise ConnectionError
+    return items

@@ -111,6 +111,60 @@ time.sleep(60)
 
 
 @pytest.mark.usefixtures("no_processes_left")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do that")
+def test_a_worker_in_a_call_that_holds_the_interpreter_ends_too(tmp_path: Path) -> None:
+    script = Script(
+        tmp_path, 'executor.submit(tasks.hold_the_interpreter, str(here / "holds"))\ntime.sleep(60)', type="process"
+    )
+    script.wait_for("holds")
+    time.sleep(0.2)  # until it is inside
+    script.process.kill()
+    script.process.wait()
+
+
+@pytest.mark.usefixtures("no_processes_left")
+def test_standard_output_may_be_closed(tmp_path: Path) -> None:
+    _, log, _ = Script(
+        tmp_path,
+        """
+executor.shutdown()
+executor.init_app(app)
+sys.stdout.close()
+assert executor.submit(tasks.add, 2).result(20) == 2
+(here / "done").touch()
+""",
+        type="process",
+    ).wait()
+    assert (tmp_path / "done").exists(), log
+
+
+@pytest.mark.usefixtures("no_processes_left")
+@pytest.mark.parametrize("type", ["thread", "process"])
+def test_a_first_job_when_the_process_is_ending_is_refused(tmp_path: Path, type: str) -> None:
+    _, log, _ = Script(
+        tmp_path,
+        """
+import threading
+other = Flask("other")
+other.config.update(app.config)
+late = Executor(other)
+
+def submit():
+    threading.main_thread().join()
+    for _ in range(2):
+        try:
+            late.submit(tasks.add, 1).result(5)
+        except Exception as error:
+            print(type(error).__name__, error)
+
+threading.Thread(target=submit).start()
+""",
+        type=type,
+    ).wait()
+    assert "Traceback" not in log, log
+
+
+@pytest.mark.usefixtures("no_processes_left")
 @pytest.mark.parametrize("type", ["thread", "process"])
 def test_jobs_may_end_before_the_process_does(tmp_path: Path, type: str) -> None:
     code, log, _ = Script(
