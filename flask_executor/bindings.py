@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import threading
 import time
@@ -195,6 +196,8 @@ class Binding(JobChannel):
             )
         if options.timeout is None and self.config.timeout is not None:
             options = replace(options, timeout=self.config.timeout)
+        elif options.timeout == math.inf:
+            options = replace(options, timeout=None)
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
@@ -290,7 +293,8 @@ class Binding(JobChannel):
 
     def _ask_to_leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> bool:
         """Ask a running job to leave; False when this attempt does not run any more."""
-        if call.backend is None or not call.future.ask_to_leave(reason, attempt):
+        future = getattr(call, "future", None)  # a call that has failed lets go of it
+        if future is None or call.backend is None or not future.ask_to_leave(reason, attempt):
             return False
         call.backend.leave(call, reason)
         return True
@@ -398,10 +402,10 @@ class Binding(JobChannel):
             self.config.key("EXECUTOR_SHUTDOWN_TIMEOUT"),
             self.config.shutdown_timeout,
         )
-        calls = [call for call in map(self.unfinished.get, left) if call is not None]
+        running = [future for future in left if not future.cancel()]
+        calls = [call for call in map(self.unfinished.get, running) if call is not None]
         for call in calls:
-            if not call.future.cancel():
-                self._ask_to_leave(call, call.job.attempt, JobStatus.STOPPED)
+            self._ask_to_leave(call, call.job.attempt, JobStatus.STOPPED)
         # No appointments: Python 3.12 starts no threads when the interpreter ends.
         if not self.unfinished.wait(self.config.stop_grace):
             for call in calls:
