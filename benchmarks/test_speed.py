@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from flask import Flask, g
 
-from flask_executor import Executor
+from flask_executor import Executor, current_job, track
 
 Benchmark = Callable[..., Any]
 
@@ -54,3 +54,33 @@ def test_done(benchmark: Benchmark, executor: StandardExecutor) -> None:
     future = executor.submit(noop)
     wait([future])
     assert benchmark(future.done)
+
+
+def work(steps: int, report: bool) -> None:
+    for number in range(steps):
+        sum(range(100))
+        if report:
+            current_job.update(progress=number / steps, message="working", number=number)
+
+
+def go_through(items: range, tracking: bool) -> None:
+    for _ in track(items) if tracking else items:
+        pass
+
+
+@pytest.fixture(params=["thread", "process"])
+def with_control(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    app = Flask("benchmark")
+    app.config.update(EXECUTOR_TYPE=request.param, EXECUTOR_MAX_WORKERS=1, EXECUTOR_START_METHOD="fork")
+    with Executor(app) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_reports(benchmark: Benchmark, with_control: Executor, report: bool) -> None:
+    assert benchmark(lambda: with_control.submit(work, 20_000, report).result()) is None
+
+
+@pytest.mark.parametrize("tracking", [False, True])
+def test_track(benchmark: Benchmark, with_control: Executor, tracking: bool) -> None:
+    assert benchmark(lambda: with_control.submit(go_through, range(1_000_000), tracking).result()) is None

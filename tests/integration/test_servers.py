@@ -148,6 +148,7 @@ def test_gunicorn_with_several_workers(tmp_path: Path, options: list[str], backe
         assert {job[0] == served for job in answer["jobs"]} == {backend == "thread"}
         assert (answer["imported"] != served) == bool(options)
     assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def family(pid: int) -> set[int]:
