@@ -397,3 +397,18 @@ def extend_and_fail(items: list[int]) -> list[int]:
     if current_job.attempt == 1:
         raise ConnectionError
     return items
+
+
+def pooled_connections() -> int:
+    count: int = current_app.extensions["sqlalchemy"].engine.pool.checkedin()
+    return count
+
+
+def insert_thing(name: str) -> int:
+    from sqlalchemy import text
+
+    session = current_app.extensions["sqlalchemy"].session
+    session.execute(text("insert into things values (:name)"), {"name": name})
+    session.commit()
+    count: int = session.execute(text("select count(*) from things")).scalar()
+    return count

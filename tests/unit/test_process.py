@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import tasks
 from flask import Flask, current_app, g, request
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import text
 from tasks import (
     TwoArgumentsError,
     add,
@@ -28,12 +30,14 @@ from tasks import (
     fail_with_two_arguments,
     handler_of,
     import_and_log,
+    insert_thing,
     length,
     loaded_value,
     log_something,
     many,
     names_on_g,
     pid,
+    pooled_connections,
     report_often,
     sleep,
     spin,
@@ -443,3 +447,17 @@ def test_the_pool_is_one_of_the_standard_library_by_type(two: Executor) -> None:
     future = two._self.submit(add, 1)
     assert future.result(10) == 1
     assert len(two._processes) == two.health().workers >= 1
+
+
+def test_engines_of_flask_sqlalchemy_are_not_shared(app: Flask, make_executor: MakeExecutor, tmp_path: Path) -> None:
+    app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{tmp_path / 'shop.db'}"
+    database = SQLAlchemy(app)
+    with app.app_context():
+        database.session.execute(text("create table things (name text)"))
+        database.session.commit()
+        assert database.engine.pool.checkedin() == 1  # type: ignore[attr-defined]
+        executor = make_executor(type="process", max_workers=1)
+        assert executor.submit(pooled_connections).result(10) == 0, "its own are not opened yet"
+        assert executor.submit(insert_thing, "chair").result(10) == 1
+        assert database.session.execute(text("select name from things")).scalar() == "chair"
+        database.engine.dispose()
