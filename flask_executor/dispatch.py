@@ -188,9 +188,14 @@ class Dispatcher:
             self._rest(worker)
             self._hand_out()
 
-    def ended(self, worker: WorkerHandle) -> Task:
-        """The worker has ended the first of its calls; which that is."""
+    def ended(self, worker: WorkerHandle, number: int) -> Task:
+        """The worker has ended the first of its calls; which that is.
+
+        :raises RuntimeError: when that has another number.
+        """
         with self._lock:
+            if not worker.tasks or worker.tasks[0].number != number:
+                raise RuntimeError(f"call {number} has ended, which is not the first of {worker.tasks!r}")
             task = worker.tasks.popleft()
             self._tasks.pop(task.id, None)
             if worker.tasks:
@@ -312,6 +317,8 @@ class Dispatcher:
         back = worker.take_back(dead=dead)
         if back and back[0].begun and not begun_too:
             worker.give(back.pop(0))
+        if back and worker.tasks:
+            self._claim(worker.tasks[0])  # it may have been taken from the middle
         for task in reversed(back):
             task.worker = None
             if not task.begun or task.call.put_back():

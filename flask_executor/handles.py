@@ -23,7 +23,7 @@ from flask_executor.worker import WorkerSettings, main
 class Task:
     """A call on its way: in the queue, or in the list of one worker."""
 
-    __slots__ = ("begun", "call", "id", "killed", "parts", "told", "worker")
+    __slots__ = ("begun", "call", "id", "killed", "number", "parts", "told", "worker")
 
     def __init__(self, call: PreparedCall, parts: list[bytes]) -> None:
         self.call = call
@@ -35,6 +35,8 @@ class Task:
         self.begun = False
         #: Whether its worker was killed for its sake.
         self.killed = False
+        #: Which of the calls of its worker it is.
+        self.number = 0
         #: What its worker was told last: the attempt, and why it has to leave.
         self.told: tuple[int, JobStatus] | None = None
 
@@ -79,6 +81,7 @@ class WorkerHandle:
         #: How many calls it was given so far, and when it began with the one it runs (seconds, monotonic).
         self.given = 0
         self.since = 0.0
+        self._number = 0  # of the call that it was given last
         #: Whether it will send nothing more.
         self.silent = False
         self.buried = False
@@ -86,11 +89,13 @@ class WorkerHandle:
 
     def give(self, task: Task) -> None:
         """Send a call. Never waits."""
+        self._number += 1
+        task.number = self._number
         task.worker = self
         self.tasks.append(task)
         self.given += 1
         try:
-            self.calls.give(task.call.job.attempt, task.parts)
+            self.calls.give(self._number, task.call.job.attempt, task.parts)
         except BlockingIOError:  # it does not even take what it has to have room for
             self.kill()
         except OSError:  # it is dead; the supervisor will know in a moment
@@ -103,9 +108,11 @@ class WorkerHandle:
         """
         if not self.tasks or not (dead or self.calls.can_take_back(self.tasks[0].parts)):
             return []
-        back = [self.tasks.pop() for _ in range(self.calls.take_back())]
-        self.given -= len(back)
-        back.reverse()
+        numbers = self.calls.take_back()
+        back = [task for task in self.tasks if task.number in numbers]
+        if back:
+            self.tasks = deque(task for task in self.tasks if task.number not in numbers)
+            self.given -= len(back)
         return back
 
     def leave(self, task: Task, reason: JobStatus) -> None:

@@ -14,7 +14,7 @@ from collections import deque
 from flask_executor.messages import Kind, Message
 
 _DONT_WAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
-_HEAD = struct.Struct("!IQ")  # of a call: its attempt, its length
+_HEAD = struct.Struct("!QIQ")  # of a call: its number, its attempt, its length
 #: Bytes of a call or a result that count as small: copied when that saves a system call, sent in one packet.
 _SMALL = 16 * 1024
 _KEEP = 4 * 1024 * 1024  # bytes of a buffer that is kept for the next; making one anew costs more than filling it
@@ -46,12 +46,12 @@ def _size(parts: list[bytes]) -> int:
 
 
 class Wire:
-    """One end of a stream of frames: the length of the body (8 bytes), its kind (1 byte), the body.
+    """One end of a stream of frames: the length of the body (8 bytes), its kind (1), a number (8), the body.
 
     Never waits unless it is told to. Sending and receiving may be done by two threads, but only one of each at a time.
     """
 
-    _PREFIX = struct.Struct("!QB")
+    _PREFIX = struct.Struct("!QBQ")
     _CHUNK = 64 * 1024  # bytes read at a time, or more when more is known to come
 
     def __init__(self, end: socket.socket) -> None:
@@ -68,13 +68,14 @@ class Wire:
         """Send a message, or as much of it as goes out without waiting; whether all is out."""
         return self.send(Kind.MESSAGE, pickle_parts(message))
 
-    def send(self, kind: Kind, body: list[bytes]) -> bool:
+    def send(self, kind: Kind, body: list[bytes], number: int = 0) -> bool:
         """Send a frame, or as much of it as goes out without waiting; whether all is out.
 
+        :param number: of the call that this is about.
         :raises OSError: when the other end is gone.
         """
         size = _size(body)
-        return self.send_parts([self._PREFIX.pack(size, kind), *body], size)
+        return self.send_parts([self._PREFIX.pack(size, kind, number), *body], size)
 
     def send_parts(self, parts: list[bytes], size: int = 0) -> bool:
         """Send bytes, of about this size; the other end knows what they are."""
@@ -107,8 +108,8 @@ class Wire:
         """How many frames, or parts of them, could not be sent yet."""
         return len(self._outgoing)
 
-    def receive(self) -> list[tuple[int, bytes]]:
-        """The frames that have arrived, without waiting: their kinds and bodies.
+    def receive(self) -> list[tuple[int, int, bytes]]:
+        """The frames that have arrived, without waiting: their kinds, numbers and bodies.
 
         :raises EOFError: when the other end is gone, and nothing is left to be read.
         :raises BlockingIOError: when there is nothing.
@@ -122,17 +123,17 @@ class Wire:
         self._filled += count
         return self._frames()
 
-    def _frames(self) -> list[tuple[int, bytes]]:
-        frames: list[tuple[int, bytes]] = []
+    def _frames(self) -> list[tuple[int, int, bytes]]:
+        frames: list[tuple[int, int, bytes]] = []
         begin, filled, buffer, size = 0, self._filled, self._buffer, self._PREFIX.size
         wanted = size
         while filled - begin >= size:
-            length, kind = self._PREFIX.unpack_from(buffer, begin)
+            length, kind, number = self._PREFIX.unpack_from(buffer, begin)
             wanted = size + length
             end = begin + wanted
             if end > filled:
                 break
-            frames.append((kind, bytes(memoryview(buffer)[begin + size : end])))
+            frames.append((kind, number, bytes(memoryview(buffer)[begin + size : end])))
             begin, wanted = end, size
         rest = filled - begin
         if wanted > len(buffer):
@@ -182,14 +183,16 @@ class Calls:
         """Whether a call like this can be taken back: it fits into a packet."""
         return self._here is not None and is_small(parts)
 
-    def give(self, attempt: int, parts: list[bytes]) -> None:
+    def give(self, number: int, attempt: int, parts: list[bytes]) -> None:
         """Send a call, or as much of it as goes out without waiting.
 
+        :param number: tells the calls of one line apart.
+        :param attempt: which attempt of its job this is.
         :param parts: from :func:`pickle_parts`.
         :raises OSError: when the worker is gone, or does not read (and was given more than it is ever to be given).
         """
         size = _size(parts)
-        head = _HEAD.pack(attempt, size)
+        head = _HEAD.pack(number, attempt, size)
         if self._here is None:
             self._wire.send_parts([head, *parts], size)
         elif is_small(parts):
@@ -198,17 +201,18 @@ class Calls:
             self._here.send(head, _DONT_WAIT)
             self._wire.send_parts(parts, size)
 
-    def take_back(self) -> int:
-        """Read back the calls that the worker has not begun; how many they are.
+    def take_back(self) -> set[int]:
+        """Read back the calls that the worker has not begun; their numbers.
 
-        The bytes of a large one stay on the wire. Only a worker that is dead may be treated so.
+        They need not be the last that it was given: it may take one while others are taken back. The bytes of a large
+        one stay on the wire; only a worker that is dead may be treated so.
         """
-        count = 0
+        numbers = set()
         if self._there is not None:
             with contextlib.suppress(BlockingIOError):
-                while self._there.recv(_HEAD.size, _DONT_WAIT):
-                    count += 1
-        return count
+                while packet := self._there.recv(_HEAD.size, _DONT_WAIT):
+                    numbers.add(_HEAD.unpack(packet)[0])
+        return numbers
 
     def end(self) -> None:
         """There will be no more calls.
@@ -232,23 +236,23 @@ class IncomingCalls:
         self._packets = packets
         self._buffer = bytearray()
 
-    def next(self) -> tuple[int, bytes | memoryview]:
-        """Wait for a call, which from then on has begun: its attempt, and the call.
+    def next(self) -> tuple[int, int, bytes | memoryview]:
+        """Wait for a call, which from then on has begun: its number, its attempt, and the call.
 
         What it gives is good until the next one is waited for.
 
         :raises EOFError: when there will be no more.
         """
         if self._packets is None:
-            attempt, size = _HEAD.unpack(self._read(_HEAD.size))
-            return attempt, self._read(size)
+            number, attempt, size = _HEAD.unpack(self._read(_HEAD.size))
+            return number, attempt, self._read(size)
         packet = self._packets.recv(_HEAD.size + _SMALL)
         if not packet:
             raise EOFError
-        attempt, size = _HEAD.unpack_from(packet)
+        number, attempt, size = _HEAD.unpack_from(packet)
         if len(packet) == _HEAD.size and size:
-            return attempt, self._read(size)
-        return attempt, memoryview(packet)[_HEAD.size :]
+            return number, attempt, self._read(size)
+        return number, attempt, memoryview(packet)[_HEAD.size :]
 
     def _read(self, length: int) -> memoryview:
         if len(self._buffer) > max(length, _KEEP) or len(self._buffer) < length:

@@ -130,11 +130,13 @@ class Worker:
         :raises EOFError: when there will be no more.
         """
         while True:
-            kind, body = run_packed(app, *self._calls.next(), self._adopt)
+            number, attempt, payload = self._calls.next()
+            kind, body = run_packed(app, attempt, payload, self._adopt)
+            del payload
             self._outbox.leave_child(kind)
             with self._lock:
                 self._running = None
-            self._outbox.send(kind, body)
+            self._outbox.send(kind, body, number)
             del body
 
     def _adopt(self, job: LiveJob) -> RunningJob:
@@ -165,7 +167,7 @@ class Worker:
 
     def _hear(self, control: Wire) -> None:
         try:
-            for _, body in control.receive():
+            for _, _, body in control.receive():
                 self._leave(pickle.loads(body))
         except EOFError:
             _die_with_what_was_started()
@@ -203,11 +205,11 @@ class Outbox:
         self.wakes, self._wake = socket.socketpair()
         self._wake.setblocking(False)
 
-    def send(self, kind: Kind, body: list[bytes]) -> None:
+    def send(self, kind: Kind, body: list[bytes], number: int = 0) -> None:
         """Send what must arrive, after everything that was reported before it."""
         with self._lock:
             self._send_report()
-            self._send(kind, body)
+            self._send(kind, body, number)
             if self._wire.pending:
                 self._flush(wait=True)
 
@@ -284,11 +286,11 @@ class Outbox:
     def _say(self, message: Message) -> None:
         self._send(Kind.MESSAGE, pickle_parts(message))
 
-    def _send(self, kind: Kind, body: list[bytes]) -> None:
+    def _send(self, kind: Kind, body: list[bytes], number: int = 0) -> None:
         if self._muted:
             return
         try:
-            self._wire.send(kind, body)
+            self._wire.send(kind, body, number)
         except OSError:
             _die_with_what_was_started()
 

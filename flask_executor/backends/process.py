@@ -19,7 +19,8 @@
 for the parent; more than anything else this is why the pool is fast. A call that was handed out must not be stuck,
 though: behind a job that takes long, in a worker that is killed, or when it is cancelled. So calls go over a line that
 the parent can read as well, and the system hands each to one reader only: what the parent gets back will not be run
-there, and what it does not get back has been begun (:class:`flask_executor.lines.Calls`).
+there, and what it does not get back has been begun (:class:`flask_executor.lines.Calls`). Each call has a number, as
+the worker may take one in the middle of others that are taken back.
 
 **Who owns what.** The lock of the :class:`~flask_executor.dispatch.Dispatcher` guards the queue, the workers' lists of
 what they were given, and all sending to them; it is held for short and never waits for a process: what a worker does
@@ -29,7 +30,7 @@ callback thread, under no lock; only what rebuilds results and errors is called 
 
 **Invariants.** A worker runs its calls in the order in which they were given. The first in its list is claimed
 (``running``) in the parent; the others are claimed when those before have ended. A task is in the queue, or in the
-list of one worker, or settled; its future is claimed if and only if it is first in a list, or was found to have begun.
+list of one worker, or settled. The first in a list is claimed, and so is what was found to have begun.
 """
 
 from __future__ import annotations
@@ -296,12 +297,12 @@ class Supervisor:
         except Exception:  # what it says is no frame
             self._break_with(worker)
             return False
-        for kind, body in frames:
+        for kind, number, body in frames:
             try:
                 if kind == Kind.MESSAGE:
                     self._hear(worker, pickle.loads(body))
                 else:
-                    self._settle(self.dispatcher.ended(worker), kind, body)
+                    self._settle(self.dispatcher.ended(worker, number), kind, body)
             except Exception:
                 self._break_with(worker)
                 return False

@@ -95,6 +95,29 @@ def ended_with(future: FutureProxy[Any], expected: type[Exception], worker: int)
     return future.status
 
 
+def test_results_are_never_those_of_another_job(make_executor: MakeExecutor) -> None:
+    """Calls are taken back in the middle of others that are taken by the worker; the storm makes that happen often."""
+    executor = make_executor(type="process", max_workers=2)
+    ended = threading.Event()
+
+    def storm() -> None:
+        while not ended.is_set():
+            for future in executor.unfinished()[-6::2]:
+                future.cancel()
+
+    thread = threading.Thread(target=storm)
+    thread.start()
+    try:
+        for _ in range(6):
+            futures = [executor.options(priority=n % 3).submit(add, n) for n in range(500)]
+            for number, future in enumerate(futures):
+                assert wait_until(future.done)
+                assert future.cancelled() or future.result() == number
+    finally:
+        ended.set()
+        thread.join()
+
+
 class TestStoppedWorkers:
     """Workers that the system has stopped: they read nothing, and do not know it."""
 

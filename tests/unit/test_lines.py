@@ -39,7 +39,7 @@ def test_frames_arrive_whole_whatever_their_size(pair: tuple[socket.socket, sock
     arrived: list[bytes] = []
     while len(arrived) < len(bodies):
         with contextlib.suppress(BlockingIOError):
-            arrived += [body for kind, body in into.receive() if kind == Kind.RESULT]
+            arrived += [body for kind, _, body in into.receive() if kind == Kind.RESULT]
     sender.join()
     with pytest.raises(EOFError):
         into.receive()
@@ -51,11 +51,11 @@ def test_what_does_not_fit_is_sent_later(pair: tuple[socket.socket, socket.socke
     assert not out.send(Kind.RESULT, [b"x" * 5_000_000])
     assert out.pending
     out.say(Ready())
-    frames: list[tuple[int, bytes]] = []
+    frames: list[tuple[int, int, bytes]] = []
     while len(frames) < 2:
         frames += into.receive()
         out.flush()
-    assert [len(frames[0][1]), pickle.loads(frames[1][1])] == [5_000_000, Ready()]
+    assert [len(frames[0][2]), pickle.loads(frames[1][2])] == [5_000_000, Ready()]
     assert not out.pending
 
 
@@ -73,16 +73,18 @@ class Line:
         self.inside = pair[1].dup() if pair else None
         self.wire = Wire(self.here)
         self.calls = Calls(self.wire, pair)
+        self.number = self.taken = 0
         self.incoming = IncomingCalls(self.there, self.inside)
 
     def give(self, value: object) -> None:
-        self.calls.give(1, pickle_parts(value))
+        self.number += 1
+        self.calls.give(self.number, 3, pickle_parts(value))
 
     def take(self) -> object:
         flusher = threading.Thread(target=self.wire.flush, kwargs={"wait": True})
         flusher.start()
-        attempt, data = self.incoming.next()
-        assert attempt == 1
+        self.taken, attempt, data = self.incoming.next()
+        assert attempt == 3
         value = pickle.loads(data)
         flusher.join()
         return value
@@ -126,8 +128,9 @@ def test_what_is_taken_back_does_not_arrive() -> None:
             line.give(number)
         assert line.take() == 0
         assert line.take() == 1
-        assert line.calls.take_back() == 3
-        assert line.calls.take_back() == 0
+        assert line.taken == 2
+        assert line.calls.take_back() == {3, 4, 5}
+        assert line.calls.take_back() == set()
         line.give("last")
         assert line.take() == "last"
         assert line.calls.can_take_back(pickle_parts("small"))
@@ -140,7 +143,7 @@ def test_nothing_can_be_taken_back_without_packets() -> None:
     line = Line(packets=False)
     try:
         line.give(1)
-        assert line.calls.take_back() == 0
+        assert line.calls.take_back() == set()
         assert line.take() == 1
     finally:
         line.close()
