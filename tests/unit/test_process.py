@@ -460,4 +460,5 @@ def test_engines_of_flask_sqlalchemy_are_not_shared(app: Flask, make_executor: M
         assert executor.submit(pooled_connections).result(10) == 0, "its own are not opened yet"
         assert executor.submit(insert_thing, "chair").result(10) == 1
         assert database.session.execute(text("select name from things")).scalar() == "chair"
+        database.session.remove()
         database.engine.dispose()
