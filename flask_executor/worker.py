@@ -80,10 +80,13 @@ def main(
             after_in_child=outbox.mute,
         )
     worker = Worker(outbox, IncomingCalls(wire, packets))
-    threading.Thread(target=worker.listen, args=(Wire(control),), name="flask-executor-listener", daemon=True).start()
     try:
         if settings.app is not None:
-            let_go()
+            let_go()  # before there is a second thread
+        listener = threading.Thread(
+            target=worker.listen, args=(Wire(control),), name="flask-executor-listener", daemon=True
+        )
+        listener.start()
         # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not
         # SIG_IGN, which the programs that a job starts would inherit.
         for number in _IGNORED:
