@@ -17,7 +17,7 @@ from flask_executor.handles import Task, WorkerHandle
 from flask_executor.jobs import JobStatus, LiveJob
 from flask_executor.queues import PriorityQueue
 
-_AHEAD = 4  # calls that a worker is given beyond the one it runs
+_AHEAD = 8  # calls that a worker is given beyond the one it runs
 _BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
 
 

@@ -16,7 +16,7 @@ from flask_executor.messages import Kind, Message
 _DONT_WAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
 _HEAD = struct.Struct("!QIQ")  # of a call: its number, its attempt, its length
 #: Bytes of a call or a result that count as small: copied when that saves a system call, sent in one packet.
-_SMALL = 16 * 1024
+_SMALL = 8 * 1024
 _KEEP = 4 * 1024 * 1024  # bytes of a buffer that is kept for the next; making one anew costs more than filling it
 
 

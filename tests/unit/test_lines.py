@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from flask_executor.dispatch import _AHEAD
 from flask_executor.jobs import JobStatus
 from flask_executor.lines import Calls, IncomingCalls, Wire, is_small, pickle_parts
 from flask_executor.messages import Kind, Leave, Ready
@@ -26,7 +27,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 def test_frames_arrive_whole_whatever_their_size(pair: tuple[socket.socket, socket.socket]) -> None:
     out, into = Wire(pair[0]), Wire(pair[1])
     chance = random.Random(3)
-    bodies = [chance.randbytes(chance.choice((0, 1, 100, 16_383, 16_384, 65_536, 300_000))) for _ in range(60)]
+    bodies = [chance.randbytes(chance.choice((0, 1, 100, 16_383, 8_192, 65_536, 300_000))) for _ in range(60)]
 
     def send() -> None:
         for body in bodies:
@@ -103,7 +104,7 @@ def line(request: pytest.FixtureRequest) -> Iterator[Line]:
     line.close()
 
 
-SIZES = [0, 1, 16_000, 16_384, 17_000, 66_000, 300_000, 2_000_000]
+SIZES = [0, 1, 16_000, 8_192, 17_000, 66_000, 300_000, 2_000_000]
 
 
 def test_calls_of_every_size(line: Line) -> None:
@@ -116,8 +117,8 @@ def test_calls_of_every_size(line: Line) -> None:
 
 
 def test_small_is_what_goes_into_a_packet() -> None:
-    assert is_small([b"x" * 16_384])
-    assert not is_small([b"x" * 16_385])
+    assert is_small([b"x" * 8_192])
+    assert not is_small([b"x" * 8_193])
     assert not is_small([b"x", b"y"])
 
 
@@ -145,5 +146,14 @@ def test_nothing_can_be_taken_back_without_packets() -> None:
         line.give(1)
         assert line.calls.take_back() == set()
         assert line.take() == 1
+    finally:
+        line.close()
+
+
+def test_what_a_worker_is_given_at_most_fits_into_the_line() -> None:
+    line = Line(packets=True)
+    try:
+        for _ in range(1 + _AHEAD):
+            line.calls.give(1, 1, [b"x" * 8_192])
     finally:
         line.close()
