@@ -69,8 +69,8 @@ class PreparedCall(Protocol):
     def run(self, *unused: object) -> None:
         """Run it here and now, in its contexts, and settle its future. Never raises."""
 
-    def leave(self, reason: JobStatus) -> None:
-        """Have it leave at its next checkpoint, where :meth:`run` runs it."""
+    def wake(self) -> None:
+        """It may have to leave: where :meth:`run` runs it, wake it from its sleep."""
 
     def interrupt(self, attempt: int) -> None:
         """Raise the exception that leaves the job in the thread where :meth:`run` runs it, if it is this attempt."""
@@ -134,9 +134,9 @@ class Backend(concurrent.futures.Executor):
         """
         return True
 
-    def leave(self, call: PreparedCall, reason: JobStatus) -> None:
-        """Have a running call leave at its next checkpoint: STOPPED or TIMED_OUT."""
-        call.leave(reason)
+    def leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> None:
+        """Tell this attempt of a running call that it has to leave, as its job says: STOPPED or TIMED_OUT."""
+        call.wake()
 
     def kill(self, call: PreparedCall, attempt: int) -> None:
         """End this attempt of a running call by force, and nothing else; without ``supports_kill`` if that goes."""

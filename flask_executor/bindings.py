@@ -296,7 +296,7 @@ class Binding(JobChannel):
         future = getattr(call, "future", None)  # a call that has failed lets go of it
         if future is None or call.backend is None or not future.ask_to_leave(reason, attempt):
             return False
-        call.backend.leave(call, reason)
+        call.backend.leave(call, attempt, reason)
         return True
 
     def _force_after(self, grace: float, call: PreparedCall, attempt: int) -> None:

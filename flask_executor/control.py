@@ -130,7 +130,7 @@ class RunningJob:
         woken = self._woken
         if woken is None:
             woken = self._woken = threading.Event()
-        self.checkpoint()  # leave() looks for the event after it has set what is looked at here
+        self.checkpoint()  # whoever wakes it has set before what is looked at here
         woken.wait(seconds)
         self.checkpoint()
 
@@ -150,6 +150,10 @@ class RunningJob:
         """Ask the job to leave: STOPPED, or TIMED_OUT, which does not take the place of the other."""
         if self._job.leave is not JobStatus.STOPPED:
             self._job.leave = reason
+        self.wake()
+
+    def wake(self) -> None:
+        """End its sleep, to look whether it has to leave."""
         woken = self._woken
         if woken is not None:
             woken.set()

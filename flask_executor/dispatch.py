@@ -84,11 +84,11 @@ class Dispatcher:
             self._hand_out()
             return True
 
-    def leave(self, id: str, reason: JobStatus) -> None:
-        """Tell a running job to leave."""
+    def leave(self, id: str, attempt: int, reason: JobStatus) -> None:
+        """Tell this attempt of a running job to leave."""
         with self._lock:
             task = self._tasks.get(id)
-            if task is not None and task.worker is not None:
+            if task is not None and task.worker is not None and task.call.job.attempt == attempt:
                 task.worker.leave(task, reason)
 
     def kill(self, id: str, attempt: int) -> None:

@@ -131,11 +131,11 @@ class Call(Generic[F]):
         else:
             self.future.set_result(result)
 
-    def leave(self, reason: JobStatus) -> None:
-        """Have it leave at its next checkpoint."""
+    def wake(self) -> None:
+        """It may have to leave: wake it from its sleep."""
         running = self._running
         if running is not None:
-            running.leave(reason)
+            running.wake()
 
     def interrupt(self, attempt: int) -> None:
         """Raise the exception that leaves the job in its thread, in this attempt."""
@@ -278,8 +278,8 @@ class PlainCall:
         """Never called: backends that run calls in this process have a way of their own for plain ones."""
         raise NotImplementedError
 
-    def leave(self, reason: JobStatus) -> None:
-        """Nobody can ask it to."""
+    def wake(self) -> None:
+        """Nobody can ask it to leave."""
 
     def interrupt(self, attempt: int) -> None:
         """Nobody can ask it to."""

@@ -101,8 +101,8 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def withdraw(self, call: PreparedCall) -> bool:
         return self._dispatcher.withdraw(call.job.id)
 
-    def leave(self, call: PreparedCall, reason: JobStatus) -> None:
-        self._dispatcher.leave(call.job.id, reason)
+    def leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> None:
+        self._dispatcher.leave(call.job.id, attempt, reason)
 
     def kill(self, call: PreparedCall, attempt: int) -> None:
         self._dispatcher.kill(call.job.id, attempt)

@@ -146,3 +146,14 @@ class TestInterrupt:
             assert error is None or (isinstance(error, JobStopped) and future in stopped)
             assert future.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED, JobStatus.KILLED)
         assert executor.submit(job, 0).result(10) == 0
+
+
+def test_being_woken_is_not_being_asked_to_leave() -> None:
+    """What wakes an attempt may come late, when the next one runs already."""
+    running = RunningJob(LiveJob("waits"))
+    running.wake()
+    running.sleep(0)
+    assert not running.stop_requested
+    running.leave(JobStatus.TIMED_OUT)
+    with pytest.raises(JobExit):
+        running.sleep(60)
