@@ -15,10 +15,12 @@ from typing import Any
 from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.handles import Task, WorkerHandle
 from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.logs import logger
 from flask_executor.queues import PriorityQueue
 
 _AHEAD = 8  # calls that a worker is given beyond the one it runs
 _BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
+_START_LIMIT = 60.0  # seconds that a worker may take to get ready, until its initializers run
 
 
 class Dispatcher:
@@ -149,7 +151,9 @@ class Dispatcher:
         """Seconds until :meth:`tend` has to be called unasked; None while there is no need."""
         with self._lock:
             self._unhurried = all(len(worker.tasks) < 2 for worker in self._workers)
-            return None if self._unhurried else _BRIEF
+            if not self._unhurried:
+                return _BRIEF
+            return _START_LIMIT / 4 if any(not worker.is_up for worker in self._workers) else None
 
     def tend(self) -> tuple[int, list[WorkerHandle], list[Task]]:
         """Do what is due.
@@ -161,6 +165,9 @@ class Dispatcher:
             for worker in self._workers:
                 if len(worker.tasks) > 1 and worker.since < late:
                     self._take_back(worker)
+                if not worker.is_up and worker.since < late - _START_LIMIT:
+                    logger.error("Worker process %s is killed: it hung while it was starting.", worker.process.pid)
+                    worker.kill()
             self._hand_out()
             if self.closing and not self._tasks:
                 for worker in self._workers:

@@ -75,12 +75,13 @@ class WorkerHandle:
             self._death = os.pidfd_open(self.process.pid)
         self.sentinel: int = self.process.sentinel if self._death is None else self._death
         self.tasks: deque[Task] = deque()
-        self.ready = False
+        #: Whether it has its app, and whether its initializers have run as well.
+        self.is_up = self.ready = False
         #: Whether it gets no more calls.
         self.retired = False
-        #: How many calls it was given so far, and when it began with the one it runs (seconds, monotonic).
+        #: How many calls it was given so far, and when it began with the one it runs, or was started (monotonic).
         self.given = 0
-        self.since = 0.0
+        self.since = time.monotonic()
         self._number = 0  # of the call that it was given last
         #: Whether it will send nothing more.
         self.silent = False

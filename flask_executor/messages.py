@@ -42,6 +42,11 @@ class Leave(Message):
 
 
 @dataclass(slots=True)
+class Up(Message):
+    """The worker has its app, and its initializers run next, for as long as they take."""
+
+
+@dataclass(slots=True)
 class Ready(Message):
     """The worker has its app, its initializers have run, and it waits for calls."""
 

@@ -34,7 +34,7 @@ from flask_executor.inherited import die_with, let_go, let_go_of_engines, own_pr
 from flask_executor.jobs import LiveJob
 from flask_executor.lines import IncomingCalls, Wire, pickle_parts
 from flask_executor.logs import know_jobs
-from flask_executor.messages import Dropped, Kind, Leave, Logged, Message, NotReady, Progressed, Ready
+from flask_executor.messages import Dropped, Kind, Leave, Logged, Message, NotReady, Progressed, Ready, Up
 from flask_executor.runner import pack_error, run_packed
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ class Worker:
         else:
             app = import_app(settings.app_import, settings.app_config_key)
             forward_logs(self._outbox)  # again: the app may have set up its own
+        self._outbox.say(Up())
         for initialize in settings.initializers:
             with app.app_context():
                 initialize()

@@ -59,7 +59,7 @@ from flask_executor.helpers import describe_error
 from flask_executor.inherited import not_for_children
 from flask_executor.jobs import JobStatus
 from flask_executor.logs import line_of, logger
-from flask_executor.messages import Dropped, Kind, Logged, Message, NotReady, Progressed, Ready
+from flask_executor.messages import Dropped, Kind, Logged, Message, NotReady, Progressed, Ready, Up
 from flask_executor.runner import PlainCall, pack_call, settle_packed, unpack_error
 from flask_executor.serial import SerialThread
 from flask_executor.worker import WorkerSettings, log_levels
@@ -333,6 +333,8 @@ class Supervisor:
         elif isinstance(message, NotReady):
             worker.retired = True
             self._fail_oldest(unpack_error(message.error))
+        elif isinstance(message, Up):
+            worker.is_up = True
         elif isinstance(message, Ready):
             self._failed_starts = 0
             self.dispatcher.ready(worker)

@@ -243,3 +243,20 @@ def test_a_neighbour_of_a_killed_large_call_is_unharmed(make_executor: MakeExecu
     (tmp_path / "go").touch()
     assert neighbour.result(10) is None
     assert executor.submit(tasks.length, b"x" * 500_000).result(10) == 500_000
+
+
+def test_a_worker_that_hangs_while_it_starts(
+    make_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = tmp_path / "first"
+
+    def hang_once() -> None:  # in the first worker, as if it had been forked with a lock held
+        with contextlib.suppress(FileExistsError):
+            first.touch(exist_ok=False)
+            threading.Event().wait()
+
+    monkeypatch.setattr("flask_executor.worker.let_go", hang_once)
+    monkeypatch.setattr("flask_executor.dispatch._START_LIMIT", 0.2)
+    executor = make_executor(type="process", max_workers=1, start_method="fork")
+    assert executor.submit(add, 1, 1).result(20) == 2
+    assert "it hung while it was starting" in caplog.text
