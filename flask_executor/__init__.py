@@ -14,9 +14,14 @@ from flask_executor.exceptions import (
     NotPicklable,
     QueueFull,
     RemoteTraceback,
+    ResultExpired,
+    ResultTooLarge,
+    StoreUnavailable,
+    UntrustedResult,
     WorkerLost,
 )
 from flask_executor.executor import Executor, ExecutorJob
+from flask_executor.flow import Flow
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.jobs import Job, JobStatus, LogLine
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
@@ -28,6 +33,7 @@ __all__ = [
     "ExecutorError",
     "ExecutorJob",
     "ExecutorShutdown",
+    "Flow",
     "FutureCollection",
     "FutureProxy",
     "Job",
@@ -41,6 +47,10 @@ __all__ = [
     "NotPicklable",
     "QueueFull",
     "RemoteTraceback",
+    "ResultExpired",
+    "ResultTooLarge",
+    "StoreUnavailable",
+    "UntrustedResult",
     "WorkerLost",
     "checkpoint",
     "current_job",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import weakref
 
     from flask import Flask
+
+    from flask_executor.control import RunningJob
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,14 +83,17 @@ class PreparedCall(Protocol):
     def begin(self) -> bool:
         """Claim it for a worker elsewhere; False when it was cancelled. Quick, and runs no code of the user's."""
 
+    def progressed(self) -> None:
+        """Its job has something new to report. Quick, and runs no code of the user's."""
+
     def put_back(self) -> bool:
         """The worker that it was claimed for never began: it is queued again.
 
         False when it was asked to leave meanwhile: it stays claimed, and has :meth:`left`.
         """
 
-    def succeed(self, result: Any) -> None:
-        """Settle it with a result."""
+    def succeed(self, result: Any, packed: bytes | None = None) -> None:
+        """Settle it with a result, which came packed like this from a worker process."""
 
     def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
         """Settle it with an error, or have it run again after a while."""
@@ -169,7 +174,12 @@ class Backend(concurrent.futures.Executor):
 
 
 class JobRecords(abc.ABC):
-    """The records of an app's jobs, to be read; ``executor.jobs``."""
+    """The records of an app's jobs, to be read; ``executor.jobs``.
+
+    A record leaves a while after its job has ended (``EXECUTOR_RESULT_TTL``), or before when there are many
+    (``EXECUTOR_STORE_MAX_RECORDS``; those that ended first leave first). That of a job that has not ended stays.
+    With a shared store each of these may raise :exc:`~flask_executor.StoreUnavailable`.
+    """
 
     @abc.abstractmethod
     def get(self, id: str) -> Job | None:
@@ -178,6 +188,13 @@ class JobRecords(abc.ABC):
     @abc.abstractmethod
     def find(self, key: Hashable) -> Job | None:
         """The youngest job under this key; None when there is none (any more)."""
+
+    @abc.abstractmethod
+    def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
+        """Whether there was a job with this id, or under this key, whose record has left.
+
+        That is remembered for a while: as long again as a record is kept, at least an hour.
+        """
 
     @abc.abstractmethod
     def log(self, id: str) -> Sequence[LogLine]:
@@ -199,33 +216,169 @@ class JobRecords(abc.ABC):
         """
 
 
-class JobStore(JobRecords):
-    """Where the records live. Safe to call from any thread.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreOptions:
+    """What a shared store is made from."""
 
-    What is handed in is the live job; an adapter that keeps values rather than the object takes its
-    :meth:`~flask_executor.jobs.LiveJob.record`. Jobs that have ended are bounded, the oldest leave first;
-    a job that has not ended is never dropped.
+    #: Where it is: ``sqlite:////var/lib/shop/jobs.sqlite``, ``redis://localhost:6379/0``.
+    url: str
+    #: Whose records these are; others may be in the same place.
+    space: str
+    #: Seconds that a record is kept after its job has ended.
+    result_ttl: float
+    #: Most records of ended jobs.
+    max_records: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """What is new about a job, to be written down."""
+
+    job: Job
+    #: The process that has the job, see :mod:`flask_executor.holders`.
+    holder: str
+    #: What came of it, packed; None when nothing has yet.
+    outcome: bytes | None = None
+    #: Lines of its log that were not written yet.
+    log: Sequence[LogLine] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRequest:
+    """Somebody wants a job to be stopped that another process has."""
+
+    id: str
+    #: Seconds until force is used; None for the default.
+    grace: float | None = None
+    #: Whether it is to be cancelled if it has not started, and let alone otherwise.
+    only_queued: bool = False
+
+
+class JobStore(JobRecords):
+    """Records that all processes of an app see. Safe to call from any thread; may wait, a few seconds at most.
+
+    A process that has jobs is a *holder*, and has a lease that it renews. Whoever reads the record of a job that has
+    not ended, and finds that its holder is dead, writes down that the job is ``lost``. What a holder writes about its
+    own job is true, also after that.
+
+    A key belongs to one job at a time: from :meth:`claim` until :meth:`release`, or until its record leaves.
+
+    Its constructor takes one :class:`StoreOptions`, opens nothing, and raises :exc:`ValueError` for a url that it
+    cannot use. Everything else may raise :exc:`~flask_executor.StoreUnavailable`, and has had no effect then.
     """
 
-    @abc.abstractmethod
-    def add(self, job: LiveJob) -> None:
-        """Take up a job that is about to be queued."""
+    #: Where it is, for messages: no passwords.
+    where: str
 
     @abc.abstractmethod
-    def update(self, job: LiveJob) -> None:
-        """The job has taken a step."""
+    def __init__(self, options: StoreOptions) -> None:
+        pass
+
+    @abc.abstractmethod
+    def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
+        """Take the key of a new job, write its record, and give its holder a lease, all or nothing.
+
+        However many ask at once, one gets the key.
+
+        :param again: whether to take the key from a job that has ended other than by success.
+        :return: None; the job that has the key, when it is taken.
+        """
+
+    @abc.abstractmethod
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Write down what is new. A record that has left comes back. A job that has no key here takes its key, if it
+        has not ended and nobody else has the key."""
+
+    @abc.abstractmethod
+    def held(self, key: Hashable) -> Job | None:
+        """The job that has this key."""
+
+    @abc.abstractmethod
+    def release(self, key: Hashable, id: str) -> bool:
+        """Free a key, if this job has it, and tell whether it had. The record stays, and does not take it again."""
+
+    @abc.abstractmethod
+    def keys(self, within: tuple[Hashable, ...] = ()) -> Sequence[Hashable]:
+        """The keys that are taken, oldest first.
+
+        :param within: only those that are longer tuples which begin with this.
+        """
+
+    @abc.abstractmethod
+    def outcome(self, id: str) -> bytes | None:
+        """What came of a job; None when there is nothing."""
 
     @abc.abstractmethod
     def remove(self, id: str) -> None:
         """Forget a job, as if it had never been."""
 
     @abc.abstractmethod
-    def after_fork(self) -> None:
-        """In the child of a fork: replace what the parent's threads may have held, reopen what is not shared."""
+    def purge(self, ended_before: float) -> int:
+        """Have records leave whose jobs have ended before then (seconds since the epoch); how many did."""
 
     @abc.abstractmethod
-    def reachable(self) -> bool:
-        """Whether the store answers."""
+    def sweep(self) -> None:
+        """Find the jobs that are lost, and have the records leave whose time has come."""
+
+    @abc.abstractmethod
+    def ask_to_stop(self, request: StopRequest) -> None:
+        """Leave a request for the holder of a job."""
+
+    @abc.abstractmethod
+    def take_requests(self, holder: str) -> Sequence[StopRequest]:
+        """The requests for the jobs of this holder; each is given once."""
+
+    @abc.abstractmethod
+    def renew(self, holder: str) -> bool:
+        """Renew a lease; False when it had run out, and others may have taken this holder for dead."""
+
+    @abc.abstractmethod
+    def leave(self, holder: str) -> None:
+        """This holder has no jobs any more."""
+
+    @abc.abstractmethod
+    def watch(self) -> Watch:
+        """Something to wait with until others have written."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise what is wrong with the store, if anything is.
+
+        :raises StoreUnavailable: saying it.
+        """
+
+    @property
+    @abc.abstractmethod
+    def private(self) -> bool:
+        """Whether nobody but the user that this process runs as can write to it."""
+
+    @abc.abstractmethod
+    def after_fork(self) -> None:
+        """In the child of a fork: leave to the parent what is the parent's, and open anew what is needed."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close what is open. What is called after that opens it again."""
+
+
+class Watch(abc.ABC):
+    """Waits for what others write; for one thread, but for :meth:`wake`."""
+
+    @abc.abstractmethod
+    def begin(self, ids: Collection[str]) -> None:
+        """Watch these jobs from now on: what is read after this and changes later ends the next :meth:`wait`."""
+
+    @abc.abstractmethod
+    def wait(self, timeout: float) -> None:
+        """Wait until one of the jobs may have changed, or :meth:`wake` is called; at most so many seconds."""
+
+    @abc.abstractmethod
+    def wake(self) -> None:
+        """End the wait now, or the next one. Never raises."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close what is open."""
 
 
 class JobChannel(abc.ABC):
@@ -236,7 +389,24 @@ class JobChannel(abc.ABC):
         """A worker has taken the job; called in the job's contexts."""
 
     @abc.abstractmethod
-    def ended(self, job: LiveJob) -> None:
+    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+        """What is to be told when a job that runs here has something new to report; None for nobody."""
+
+    @abc.abstractmethod
+    def progressed(self, job: LiveJob) -> None:
+        """A job that runs elsewhere has reported something new."""
+
+    @abc.abstractmethod
+    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+        """The job has returned, and will have succeeded unless this raises; quick.
+
+        :param packed: the result as it came from a worker process, pickled.
+        :raises NotPicklable: for a result that has to be stored and cannot.
+        :raises ResultTooLarge: for one that is too large for that.
+        """
+
+    @abc.abstractmethod
+    def ended(self, job: LiveJob, error: BaseException | None) -> None:
         """The job has its final status; its future is not settled yet."""
 
     @abc.abstractmethod
@@ -283,7 +453,7 @@ class Health:
     waiting: int
     #: Seconds that the oldest of those has waited; 0.0 with none.
     oldest_wait: float
-    #: Whether the store answers.
+    #: Whether the store answers; that of one process always does.
     store_reachable: bool
     #: Whether jobs are accepted: not shut down.
     accepting: bool

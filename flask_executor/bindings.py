@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
-from flask_executor.abc import Backend, Health, JobChannel, JobStore, PreparedCall
-from flask_executor.context import CapturedContext, call_to_end, current_app_or_none
-from flask_executor.control import running_job
-from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull
-from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
+from flask_executor.abc import Backend, Health, JobChannel, JobStore, PreparedCall, StoreOptions
+from flask_executor.config import STORES
+from flask_executor.context import IN_PLACE, CapturedContext, call_to_end, current_app_or_none, is_one_of_many
+from flask_executor.control import RunningJob, running_job
+from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
+from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name
 from flask_executor.inherited import forking
 from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
+from flask_executor.ledger import Ledger, SharedLedger
 from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.pending import Retries, Unfinished
 from flask_executor.runner import Call, Chunk
@@ -55,14 +59,15 @@ class Binding(JobChannel):
         default_callbacks: Sequence[Callback],
         initializers: Sequence[Callable[[], object]],
     ) -> None:
-        self.futures: FutureCollection[FutureProxy[Any]] = FutureCollection(config.futures_max_length)
-        self.store: JobStore = import_string(config.store)(config.store_max_records)
+        self.ledger: Ledger = _open_ledger(config, app, self)
         self.unfinished = Unfinished()
         self._executor = executor
         self._app = weakref.ref(app)
         self._default_callbacks = default_callbacks
         self._backend: Backend | None = None
         self._lock = threading.RLock()
+        self._key_lock = threading.RLock()  # who has it may wait for the store
+        self._warned = False
         self._retries = Retries()
         self.initializers = initializers
         self._set_config(config)
@@ -71,7 +76,7 @@ class Binding(JobChannel):
     def _set_config(self, config: Config) -> None:
         self._backend_class = _backend_class(config)
         self.config = config
-        self.futures.max_length = config.futures_max_length
+        self.ledger.futures.max_length = config.futures_max_length
         self._own_callbacks: Sequence[Callback] = (
             (propagate_exceptions_callback,) if config.propagate_exceptions else ()
         )
@@ -132,8 +137,8 @@ class Binding(JobChannel):
         :raises ExecutorShutdown: after :meth:`shutdown`.
         """
         if options.key is None:
-            return self._start(self._prepare(context, options, fn, args, kwargs))
-        _, call = self._take_key(context, options, fn, args, kwargs)
+            return self._start(self._prepare(context, options, fn, args, kwargs, self._limit()))
+        _, call = self._take_key(options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit()))
         if call is None:
             raise KeyExists(options.key)
         return self._start(call)
@@ -142,23 +147,52 @@ class Binding(JobChannel):
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> FutureProxy[Any]:
         """The job under the key in the options, started if there is none."""
-        there, call = self._take_key(context, options, fn, args, kwargs)
+        there, call = self._take_key(options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit()))
         return there if call is None else self._start(call)
 
+    def run_once(self, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs) -> FutureProxy[Any]:
+        """The job under the key in the options; if there is none it is run here and now, in the caller's contexts."""
+        there, call = self._take_key(options, lambda: self._prepare(IN_PLACE, options, fn, args, kwargs, None))
+        if call is not None:
+            _leave_in_order(self)
+            self.ledger.add(call)
+            with there.looked_at():  # by whoever has called this, and gets what it raises
+                call.run()
+        return there
+
+    def find(self, key: Hashable, *, again: bool) -> FutureProxy[Any] | None:
+        """The job under this key; None when one would be started now."""
+        return self.ledger.find(key, again=again)
+
     def _take_key(
-        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+        self, options: JobOptions, prepare: Callable[[], Call[FutureProxy[Any]]]
     ) -> tuple[FutureProxy[Any], Call[FutureProxy[Any]] | None]:
         """The handle under the key in the options; and the call to start, if it was not there already."""
-        with self._lock:  # of many who ask at once only one takes a place in the queue
-            there = self.futures.get(options.key)
+        self._warn_of_memory()
+        with self._key_lock:  # of many who ask at once only one takes a place in the queue
+            there = self.ledger.find(options.key, again=options.again)
             if there is not None:
                 return there, None
-            call = self._prepare(context, options, fn, args, kwargs)
-            there = self.futures.setdefault(options.key, call.future)
-            if there is not call.future:  # somebody has added it to the collection by hand just now
+            call = prepare()
+            try:
+                there = self.ledger.take(call)
+            except BaseException:
+                self.unfinished.discard(call.future)
+                raise
+            if there is not None:
                 self.unfinished.discard(call.future)
                 return there, None
-            return there, call
+            return call.future, call
+
+    def _warn_of_memory(self) -> None:
+        if self.ledger.shared or self._warned or not is_one_of_many():
+            return
+        self._warned = True
+        logger.warning(
+            "This server has several processes, and each keeps its jobs to itself: the next request may reach one that "
+            "does not know this job. Set %s to 'sqlite' (or 'redis://...'), and every process sees every stored job.",
+            self.config.key("EXECUTOR_STORE"),
+        )
 
     def map(
         self,
@@ -188,7 +222,13 @@ class Binding(JobChannel):
         return futures
 
     def _prepare(
-        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+        self,
+        context: Any,
+        options: JobOptions,
+        fn: Callable[..., Any],
+        args: Args,
+        kwargs: Kwargs,
+        limit: int | None,
     ) -> Call[FutureProxy[Any]]:
         if self._closed:
             raise ExecutorShutdown(
@@ -201,7 +241,7 @@ class Binding(JobChannel):
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
-        if not self.unfinished.add(call, self._limit()):
+        if not self.unfinished.add(call, limit):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
 
@@ -214,7 +254,7 @@ class Binding(JobChannel):
     def _start(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any]:
         future = call.future
         try:
-            self.store.add(call.job)
+            self.ledger.add(call)
             if self._own_callbacks or self._default_callbacks:
                 for callback in (*self._own_callbacks, *self._default_callbacks):
                     future.add_done_callback(callback)
@@ -233,20 +273,27 @@ class Binding(JobChannel):
             if isinstance(error, Exception):
                 return
             raise error
-        if future.key is not None:
-            self.futures.pop(future.key)
-        self.store.remove(future.job_id)
+        self.ledger.remove(future)
         raise error
 
     # ---- the channel ----
 
     def started(self, job: LiveJob) -> None:
-        self.store.update(job)
+        self.ledger.stepped(job)
         if job_started.receivers:
             self._tell(job_started, job)
 
-    def ended(self, job: LiveJob) -> None:
-        self.store.update(job)
+    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+        return self.ledger.reporter(job)
+
+    def progressed(self, job: LiveJob) -> None:
+        self.ledger.stepped(job)
+
+    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+        self.ledger.returned(job, result, packed)
+
+    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+        self.ledger.ended(job, error)
         if job.error is not None and job_failed.receivers:
             self._tell(job_failed, job)
         if job_finished.receivers:
@@ -312,7 +359,7 @@ class Binding(JobChannel):
     def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
         if call.future.done():  # cancelled in the instant in which it was queued again
             return
-        self.store.update(call.job)
+        self.ledger.stepped(call.job)
         if self._closed:
             call.give_up(error)
         elif self._backend is None or self._backend.capacity is None:
@@ -369,9 +416,17 @@ class Binding(JobChannel):
             busy=sum(job.status == JobStatus.RUNNING for job in jobs),
             waiting=len(waiting),
             oldest_wait=max((time.time() - job.queued_at for job in waiting), default=0.0),
-            store_reachable=self.store.reachable(),
+            store_reachable=self._store_is_reachable(),
             accepting=not self._closed,
         )
+
+    def _store_is_reachable(self) -> bool:
+        try:
+            self.ledger.check()
+        except StoreUnavailable as error:
+            logger.info("%s", error)
+            return False
+        return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
@@ -382,6 +437,7 @@ class Binding(JobChannel):
             call.give_up(error)
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
+        self.ledger.close(wait=wait)
 
     def leave(self, deadline: float) -> None:
         """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), stop them, then force them."""
@@ -393,6 +449,7 @@ class Binding(JobChannel):
                 self._cut_off()
         if self._backend is not None:
             self._backend.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
+        self.ledger.give_up(self.config.stop_grace)
 
     def _cut_off(self) -> None:
         left = [future for future in self.unfinished.all() if not future.done()]
@@ -421,11 +478,36 @@ class Binding(JobChannel):
         self._backend = None
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
             self.unfinished = Unfinished()
-        self.futures.after_fork()
-        self.store.after_fork()
+        self._key_lock = threading.RLock()
+        self.ledger.after_fork()
         inherited, self.unfinished = self.unfinished.all(), Unfinished()
         for future in inherited:
-            self.store.update(future.abandon())
+            self.ledger.abandoned(future.abandon())
+
+
+def _open_ledger(config: Config, app: Flask, channel: JobChannel) -> Ledger:
+    """What an executor with this configuration writes to.
+
+    :raises ConfigError: for a store that cannot be used.
+    :raises MissingExtra: for one whose library is not installed.
+    """
+    if config.store == "memory":
+        return Ledger(config)
+    url = config.store
+    if url == "sqlite":
+        url = f"sqlite:///{config.prefix.lower()}executor.sqlite"
+    scheme, _, place = url.partition("://")
+    if scheme == "sqlite":
+        url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
+    module, _, name = STORES[scheme].partition(":")
+    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
+    space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
+    options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
+    try:
+        store = store_class(options)
+    except ValueError as error:
+        raise ConfigError(config.key("EXECUTOR_STORE"), config.store, f"a url that can be used: {error}") from error
+    return SharedLedger(config, store, weakref.ref(app), channel)
 
 
 def _names(futures: Sequence[FutureProxy[Any]]) -> str:

@@ -23,8 +23,13 @@ BACKENDS = {
     "process": "flask_executor.backends.process:ProcessBackend",
     "immediate": "flask_executor.backends.immediate:ImmediateBackend",
 }
-#: The names that ``EXECUTOR_STORE`` knows, and where the stores are.
-STORES = {"memory": "flask_executor.stores.memory:MemoryStore"}
+#: What the url in ``EXECUTOR_STORE`` may begin with, and where the stores are.
+STORES = {
+    "sqlite": "flask_executor.stores.sqlite:SQLiteStore",
+    "redis": "flask_executor.stores.redis:RedisStore",
+    "rediss": "flask_executor.stores.redis:RedisStore",
+    "unix": "flask_executor.stores.redis:RedisStore",
+}
 
 _IMPORT_STRING = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
 _TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
@@ -46,9 +51,18 @@ def _type(value: object) -> str:
 
 
 def _store(value: object) -> str:
-    if isinstance(value, str) and value.strip() in STORES:
-        return STORES[value.strip()]
-    raise _RefusedError(_one_of(STORES))
+    if isinstance(value, str):
+        text = value.strip()
+        scheme, _, place = text.partition("://")
+        if text in ("memory", "sqlite") or (scheme in STORES and place.strip("/")):
+            return text
+    raise _RefusedError("'memory', 'sqlite' (a file in the instance folder), 'sqlite:///path' or 'redis://host:6379/0'")
+
+
+def _track(value: object) -> str:
+    if isinstance(value, str) and value.strip() in ("stored", "all"):
+        return value.strip()
+    raise _RefusedError("'stored' (jobs with a key) or 'all'")
 
 
 def _flag(value: object) -> bool:
@@ -104,12 +118,20 @@ def _timeout(value: object) -> float | None:
     if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
         return None
     try:
+        return _lifetime(value)
+    except _RefusedError as refused:
+        raise _RefusedError(f"{refused}, or None") from None
+
+
+def _lifetime(value: object) -> float:
+    """Seconds, more than 0, as a number or a string."""
+    try:
         seconds = _seconds(value)
     except _RefusedError:
         seconds = 0.0
     if seconds > 0:
         return seconds
-    raise _RefusedError("a number of seconds greater than 0, or None")
+    raise _RefusedError("a number of seconds greater than 0")
 
 
 def _start_method(value: object) -> str | None:
@@ -171,10 +193,16 @@ class Config:
     app: str | None = _key("EXECUTOR_APP", None, _text_or_none)
     #: Jobs after which a worker process is replaced; None for never.
     max_tasks_per_child: int | None = _key("EXECUTOR_MAX_TASKS_PER_CHILD", None, _count_or_none)
-    #: Import string of the store's class.
+    #: ``memory``, ``sqlite``, or the url of the store.
     store: str = _key("EXECUTOR_STORE", "memory", _store)
-    #: Most records of ended jobs that the store keeps.
-    store_max_records: int = _key("EXECUTOR_STORE_MAX_RECORDS", 1000, _count)
+    #: Which jobs a shared store records: ``stored`` or ``all``.
+    track: str = _key("EXECUTOR_TRACK", "stored", _track)
+    #: Seconds that a record and its result are kept after its job has ended.
+    result_ttl: float = _key("EXECUTOR_RESULT_TTL", 3600, _lifetime)
+    #: Most bytes of a pickled result that a shared store keeps.
+    result_max_bytes: int = _key("EXECUTOR_RESULT_MAX_BYTES", 16 * 2**20, _count)
+    #: Most records of ended jobs that are kept.
+    store_max_records: int = _key("EXECUTOR_STORE_MAX_RECORDS", 10_000, _count)
 
     @classmethod
     def read(cls, values: dict[str, Any], executor_name: str = "") -> Config:

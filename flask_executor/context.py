@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from types import CoroutineType
 from typing import Any, TypeVar
 
-from flask import Flask, Request
+from flask import Flask, Request, has_request_context, request
 from flask.ctx import AppContext
 from flask.globals import _cv_app
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
@@ -223,6 +223,22 @@ class _NoContext:
 
 
 NO_CONTEXT = _NoContext()
+
+
+class _InPlace(_NoContext):
+    """Stands for captured contexts where a call is run in those of its caller."""
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> Any:
+        # ``g``, the request and the session are the same in the copy; only that it is a job must not stay known.
+        return contextvars.copy_context().run(fn, *args)
+
+
+IN_PLACE = _InPlace()
+
+
+def is_one_of_many() -> bool:
+    """Whether the request that is handled here is handled by one of several processes, as the server says."""
+    return has_request_context() and bool(request.environ.get("wsgi.multiprocess"))
 
 
 def _with_own_flashes(items: dict[str, Any]) -> dict[str, Any]:

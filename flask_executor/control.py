@@ -37,17 +37,21 @@ class RunningJob:
     """The job as it sees itself; ``current_job``.
 
     :param job: its record in the making.
-    :param report: is told when there is something new in it, for jobs whose record is elsewhere.
+    :param report: is told when there is something new in it.
+    :param is_remote: whether this is a worker process, and the job's record is elsewhere.
     """
 
     # Who writes what: the job itself its progress, message and meta; whoever stops it `leave` of the record, once.
     # For _thread and _interrupted see interrupt().
 
-    __slots__ = ("_interrupted", "_job", "_report", "_thread", "_woken", "reported")
+    __slots__ = ("_interrupted", "_is_remote", "_job", "_report", "_thread", "_woken", "reported")
 
-    def __init__(self, job: LiveJob, report: Callable[[RunningJob], None] | None = None) -> None:
+    def __init__(
+        self, job: LiveJob, report: Callable[[RunningJob], None] | None = None, *, is_remote: bool = False
+    ) -> None:
         self._job = job
         self._report = report
+        self._is_remote = is_remote
         #: Whether those who are told know already that there is something new; they set it back when they have read it.
         self.reported = False
         self._woken: threading.Event | None = None
@@ -108,10 +112,12 @@ class RunningJob:
                 job.meta = meta
             else:
                 job.meta.update(meta)
-        report = self._report
-        if report is not None and not self.reported:
-            self.reported = True
-            report(self)
+        if self._report is not None and not self.reported:
+            self._tell(self._report)
+
+    def _tell(self, report: Callable[[RunningJob], None]) -> None:
+        self.reported = True
+        report(self)
 
     def checkpoint(self) -> None:
         """Leave the job if it was asked to stop or is out of time.
@@ -143,8 +149,10 @@ class RunningJob:
 
     def logged(self, record: logging.LogRecord) -> None:
         """A log record was made in this job."""
-        if self._report is None:  # or it is kept where the job's record is
+        if not self._is_remote:  # or it is kept where the job's record is
             self._job.add_log(line_of(record))
+            if self._report is not None and not self.reported:
+                self._tell(self._report)
 
     def leave(self, reason: JobStatus) -> None:
         """Ask the job to leave: STOPPED, or TIMED_OUT, which does not take the place of the other."""

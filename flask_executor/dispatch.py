@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from flask_executor.abc import PreparedCall
 from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.handles import Task, WorkerHandle
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.jobs import JobStatus
 from flask_executor.logs import logger
 from flask_executor.queues import PriorityQueue
 
@@ -135,10 +136,10 @@ class Dispatcher:
         with self._lock:
             return {worker.process.pid: worker.process for worker in self._workers}
 
-    def job(self, id: str) -> LiveJob | None:
-        """The job with this id, if it is queued or with a worker."""
+    def call(self, id: str) -> PreparedCall | None:
+        """The call of the job with this id, if it is queued or with a worker."""
         task = self._tasks.get(id)
-        return None if task is None else task.call.job
+        return None if task is None else task.call
 
     # ---- the supervisor ----
 

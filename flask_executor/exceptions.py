@@ -10,6 +10,10 @@
     ├── QueueFull
     ├── MissingExtra       (also an ImportError)
     ├── NotPicklable       (also a TypeError)
+    ├── ResultTooLarge     (also a ValueError)
+    ├── ResultExpired      (also a LookupError)
+    ├── UntrustedResult
+    ├── StoreUnavailable   (also a ConnectionError)
     ├── JobStopped         (also a concurrent.futures.CancelledError)
     ├── JobTimeout         (also a TimeoutError)
     ├── RemoteTraceback    (only as the cause of another error)
@@ -111,6 +115,66 @@ class MissingExtra(ExecutorError, ImportError):
 
 class NotPicklable(ExecutorError, TypeError):
     """A function, an argument or a result cannot be sent to another process."""
+
+
+class ResultTooLarge(ExecutorError, ValueError):
+    """A result is larger than the store takes.
+
+    :param name: what the job is called.
+    :param size: bytes of the pickled result.
+    :param limit: bytes allowed.
+    :param key: the config key that sets the limit.
+    """
+
+    def __init__(self, name: str, size: int, limit: int, key: str) -> None:
+        super().__init__(name, size, limit, key)
+        self.name = name
+        self.size = size
+        self.limit = limit
+        self.key = key
+
+    def __str__(self) -> str:
+        return (
+            f"The result of job {self.name} has {self.size} bytes and {self.key} allows {self.limit}. Write it to a "
+            "file or a database and return where it is, or raise the limit."
+        )
+
+
+class ResultExpired(ExecutorError, LookupError):
+    """The record of a job is gone from the store, and its result with it.
+
+    :param job_id: the id of the job.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return (
+            f"Job {self.job_id} is not in the store any more. Records leave it EXECUTOR_RESULT_TTL seconds after the "
+            "job has ended, or before, when there are more than EXECUTOR_STORE_MAX_RECORDS."
+        )
+
+
+class UntrustedResult(ExecutorError):
+    """What the store has as a job's result was not signed with this app's ``SECRET_KEY``, and is not unpickled."""
+
+
+class StoreUnavailable(ExecutorError, ConnectionError):
+    """The store cannot be read or written now. Jobs go on, and what they do is written when it is back.
+
+    :param where: the store, without passwords.
+    :param why: what is wrong, as a sentence.
+    """
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(where, why)
+        self.where = where
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"The job store {self.where} is not available: {self.why}"
 
 
 class RemoteTraceback(ExecutorError):

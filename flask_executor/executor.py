@@ -21,6 +21,7 @@ from flask_executor.bindings import Binding
 from flask_executor.config import Config
 from flask_executor.context import CapturedContext, current_app_or_none
 from flask_executor.exceptions import AppNotFound, NotPicklable
+from flask_executor.flow import Flow
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import InstanceProxy, callable_name
 from flask_executor.jobs import JobOptions
@@ -49,6 +50,7 @@ class OptionValues(TypedDict, total=False):
     retry_on: Errors | None
     no_retry_on: Errors | None
     priority: int | None
+    again: bool | None
 
 
 _BINDINGS = "flask_executor_bindings"  # in app.extensions: what each executor has there
@@ -134,7 +136,9 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     def submit_once(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """The job under this key, started now if there is none.
 
-        However often and from however many threads this is called, ``fn`` runs once, until the key is popped.
+        However often and from however many threads this is called, ``fn`` runs once, until the key is popped or the
+        record has expired; with a shared store from however many processes. Also a job that has failed is found;
+        ``options(again=True).submit_once(...)`` starts it anew.
         """
         return self._submit(replace(self._defaults, key=_checked_key(key)), fn, args, kwargs, once=True)
 
@@ -164,6 +168,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         retry_on: Errors | None = None,
         no_retry_on: Errors | None = None,
         priority: int | None = None,
+        again: bool | None = None,
     ) -> ExecutorWithOptions:
         """The same executor with options for the jobs submitted through it.
 
@@ -183,6 +188,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         :param retry_on: the exceptions after which it is run again; all by default.
         :param no_retry_on: those of them after which it is not.
         :param priority: higher ones start first, those alike in the order of submission; 0 by default.
+        :param again: whether a job under the same key that has failed, was stopped or is lost makes room for this one.
         :raises ValueError: for a number that cannot be used.
         """
         return ExecutorWithOptions(
@@ -198,6 +204,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
                 retry_on=retry_on,
                 no_retry_on=no_retry_on,
                 priority=priority,
+                again=again,
             ),
         )
 
@@ -257,6 +264,19 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         self._worker_initializers.append(fn)
         return fn
 
+    def flow(self, key: Hashable) -> Flow:
+        """The steps that were done under this key, to be remembered from one request to the next.
+
+        .. code-block:: python
+
+            flow = executor.flow(f"order {id}")
+            order = flow.step(load, id)      # runs at the first request, and is recalled at later ones
+            flow.step(reserve, order)
+            flow.reset()                     # forgets, so that all runs again
+
+        """
+        return Flow(self._binding()[1], _checked_key(key))
+
     def add_default_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         """Add a callback to every future made from now on, as ``future.add_done_callback(fn)`` does.
 
@@ -276,12 +296,12 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     @property
     def futures(self) -> FutureCollection[FutureProxy[Any]]:
         """The handles of stored jobs, by key."""
-        return self._binding()[1].futures
+        return self._binding()[1].ledger.futures
 
     @property
     def jobs(self) -> JobRecords:
         """The records of the app's jobs, also of those that have ended."""
-        return self._binding()[1].store
+        return self._binding()[1].ledger.records
 
     def health(self) -> Health:
         """How the executor is doing in this process: workers, jobs running and waiting."""
@@ -369,6 +389,10 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     ) -> FutureProxy[Any]:
         _check_callable(fn)
         app, binding = self._binding()
+        if once:
+            there = binding.find(options.key, again=options.again)
+            if there is not None:
+                return there
         context = CapturedContext(app, binding.config.push_app_context)
         submit = binding.submit_once if once else binding.submit
         return submit(context, options, fn, args, kwargs)

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, PENDING, RUNNING
 from functools import partial
@@ -28,6 +28,15 @@ def propagate_exceptions_callback(future: Future[Any]) -> None:
     error = future.exception()
     if error is not None:
         raise error
+
+
+def checked_grace(grace: float | None) -> None:
+    """Refuse a grace that cannot be used.
+
+    :raises ValueError: saying what can.
+    """
+    if grace is not None and not grace >= 0:
+        raise ValueError(f"grace is {grace!r}; it must be a number of seconds, 0 or more")
 
 
 class FutureProxy(Future[T]):
@@ -101,8 +110,7 @@ class FutureProxy(Future[T]):
         :return: False when the job had ended already.
         :raises ValueError: for a negative number.
         """
-        if grace is not None and not grace >= 0:
-            raise ValueError(f"grace is {grace!r}; it must be a number of seconds, 0 or more")
+        checked_grace(grace)
         return self._channel.stop(self, grace)
 
     def cancel(self) -> bool:
@@ -122,7 +130,7 @@ class FutureProxy(Future[T]):
             for waiter in self._waiters:
                 waiter.add_cancelled(self)
             self._condition.notify_all()
-        self._channel.ended(self._job)
+        self._channel.ended(self._job, None)
         self._invoke_callbacks()
         return True
 
@@ -263,6 +271,15 @@ class FutureProxy(Future[T]):
             except BaseException:  # also SystemExit, which the standard library lets end a worker for good
                 LOGGER.exception("exception calling callback for %r", self)
 
+    @contextlib.contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """Somebody will see the error, if there is one: it need not be reported."""
+        self._look(1)
+        try:
+            yield
+        finally:
+            self._look(-1)
+
     def _look(self, change: int) -> None:
         with self._condition:
             self._lookers += change
@@ -286,6 +303,10 @@ class _Unseen:
 
     def __del__(self) -> None:
         self.tell()
+
+
+def _is_within(key: Hashable, within: tuple[Hashable, ...]) -> bool:
+    return isinstance(key, tuple) and len(key) > len(within) and key[: len(within)] == within
 
 
 class FutureCollection(Generic[F]):
@@ -340,10 +361,14 @@ class FutureCollection(Generic[F]):
             self._release(future)
             return future
 
-    def keys(self) -> list[Hashable]:
-        """The keys of the futures held, oldest first."""
+    def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
+        """The keys of the futures held, oldest first.
+
+        :param within: only those that are longer tuples which begin with this.
+        """
         with self._lock:
-            return list(self._futures)
+            keys = list(self._futures)
+        return [key for key in keys if _is_within(key, within)] if within else keys
 
     def __contains__(self, item: object) -> bool:
         """Whether a future is held, or a key."""

@@ -69,6 +69,8 @@ class JobOptions:
     retry: Retry | None = None
     #: Higher ones start first; those alike in the order of submission.
     priority: int = 0
+    #: Whether ``submit_once`` starts anew what has failed.
+    again: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +182,16 @@ class LiveJob:
         if log is None:
             log = self.log = deque(maxlen=LOG_LINES)
         log.append(line)
+
+    def log_after(self, last: LogLine | None) -> list[LogLine]:
+        """The lines of its log that came after ``last``; all that are kept, when that is not among them."""
+        new: list[LogLine] = []
+        for line in reversed(tuple(self.log or ())):
+            if line is last:
+                break
+            new.append(line)
+        new.reverse()
+        return new
 
     def record(self) -> Job:
         """The job as it stands now."""

@@ -120,7 +120,7 @@ class Call(Generic[F]):
             return
         if self.options.timeout is not None:
             self._watch()
-        self._running = RunningJob(self.job)
+        self._running = RunningJob(self.job, self.channel.reporter(self.job))
         try:
             result = self.context.run(self._report_and_call)
         except BaseException as error:
@@ -148,6 +148,7 @@ class Call(Generic[F]):
         running: RunningJob = self._running  # type: ignore[assignment]
         try:
             result = running.call(call_to_end, self.fn, self.args, self.kwargs)
+            self.channel.returned(self.job, result, None)
         except BaseException as error:
             running.uninterruptible()
             self._conclude(error, forced=running.interrupted)
@@ -166,6 +167,10 @@ class Call(Generic[F]):
         self.channel.started(self.job)
         return True
 
+    def progressed(self) -> None:
+        """Its job has something new to report."""
+        self.channel.progressed(self.job)
+
     def put_back(self) -> bool:
         """The worker that it was claimed for never began: it is queued again, unless it was asked to leave."""
         if not self.future.queue_again():
@@ -173,8 +178,13 @@ class Call(Generic[F]):
         self._call_off()
         return True
 
-    def succeed(self, result: Any) -> None:
-        """Settle the call with its result."""
+    def succeed(self, result: Any, packed: bytes | None = None) -> None:
+        """Settle the call with its result, which came packed like this from a worker process."""
+        try:
+            self.channel.returned(self.job, result, packed)
+        except Exception as error:  # it cannot be kept
+            self.fail(error)
+            return
         self._end(JobStatus.SUCCEEDED)
         self.future.set_result(result)
 
@@ -235,7 +245,7 @@ class Call(Generic[F]):
         self.job.end(status, error)
         if self._appointments is not None:
             self._call_off()
-        self.channel.ended(self.job)
+        self.channel.ended(self.job, error)
 
     def _watch(self) -> None:
         attempt = self.job.attempt
@@ -293,11 +303,14 @@ class PlainCall:
             self._claimed = self.future.set_running_or_notify_cancel()
         return self._claimed
 
+    def progressed(self) -> None:
+        """Nobody looks."""
+
     def put_back(self) -> bool:
         """It stays claimed, as a plain future cannot go back, and can be begun again."""
         return True
 
-    def succeed(self, result: Any) -> None:
+    def succeed(self, result: Any, packed: bytes | None = None) -> None:
         """Settle it."""
         self.future.set_result(result)
 
@@ -339,17 +352,18 @@ def _in_job(job: RunningJob | None, fn: Callable[..., T], args: tuple[Any, ...])
 # ---- calls that travel ----
 
 
-def pickled(value: object, what: str) -> list[bytes]:
+def pickled(value: object, what: str, cannot: str = "be sent to a worker process") -> list[bytes]:
     """``value`` as bytes, in parts.
 
     :param what: what the value is, to begin an error message with.
+    :param cannot: what it is pickled for.
     :raises NotPicklable: saying why not and what to do.
     """
     try:
         return pickle_parts(value)
     except Exception as error:  # pickle raises PicklingError, TypeError, AttributeError, RecursionError, ...
         raise NotPicklable(
-            f"{what} cannot be sent to a worker process: {error}. Functions must be importable (defined at the top "
+            f"{what} cannot {cannot}: {error}. Functions must be importable (defined at the top "
             "of a module), arguments and results plain data."
         ) from error
 
@@ -445,24 +459,30 @@ def settle_packed(call: PreparedCall, kind: int, payload: bytes) -> None:
     """Settle the call with what came back from the worker process."""
     if kind == Kind.RESULT:
         try:
-            result = pickle.loads(payload)
-        except BaseException as error:  # whatever a foreign __reduce__ leads to
-            call.fail(_not_rebuilt(call, "result", error))
+            result = unpack_result(payload, call.job.name)
+        except NotPicklable as refused:
+            call.fail(refused)
         else:
-            call.succeed(result)
+            call.succeed(result, payload)
     elif kind == Kind.LEFT:
         call.left()
     else:
         call.fail(unpack_error(payload))
 
 
-def _not_rebuilt(call: PreparedCall, what: str, error: BaseException) -> NotPicklable:
-    refused = NotPicklable(
-        f"The {what} of job {call.job.name} was sent back from its worker process, but cannot be rebuilt here: "
-        f"{describe_error(error)}"
-    )
-    refused.__cause__ = error
-    return refused
+def unpack_result(payload: bytes, name: str) -> Any:
+    """The result of a job again.
+
+    :param name: what the job is called.
+    :raises NotPicklable: when it cannot be rebuilt here.
+    """
+    try:
+        return pickle.loads(payload)
+    except BaseException as error:  # whatever a foreign __reduce__ leads to
+        raise NotPicklable(
+            f"The result of job {name} was sent here from another process, but cannot be rebuilt here: "
+            f"{describe_error(error)}"
+        ) from error
 
 
 def pack_error(error: BaseException) -> bytes:

@@ -144,7 +144,7 @@ class Worker:
             del body
 
     def _adopt(self, job: LiveJob) -> RunningJob:
-        running = RunningJob(job, self._outbox.report)
+        running = RunningJob(job, self._outbox.report, is_remote=True)
         with self._lock:
             self._running = running
             early = self._early

@@ -321,11 +321,12 @@ class Supervisor:
 
     def _hear(self, worker: WorkerHandle, message: Message) -> None:
         if isinstance(message, Progressed):
-            job = self.dispatcher.job(message.id)
-            if job is not None:
-                job.progress, job.message = message.progress, message.message
+            call = self.dispatcher.call(message.id)
+            if call is not None:
+                call.job.progress, call.job.message = message.progress, message.message
                 if message.meta is not None:
-                    job.meta = _unpickled_meta(message.meta)
+                    call.job.meta = _unpickled_meta(message.meta)
+                call.progressed()
         elif isinstance(message, Logged):
             self._logged(message)
         elif isinstance(message, Dropped):
@@ -350,11 +351,12 @@ class Supervisor:
                 task.call.fail(error)
 
     def _logged(self, message: Logged) -> None:
-        job = None if message.id is None else self.dispatcher.job(message.id)
+        call = None if message.id is None else self.dispatcher.call(message.id)
         record = _rebuilt(message)
-        if job is not None:
-            record.__dict__.update(job_id=job.id, job_key=job.key)
-            job.add_log(line_of(record))
+        if call is not None:
+            record.__dict__.update(job_id=call.job.id, job_key=call.job.key)
+            call.job.add_log(line_of(record))
+            call.progressed()
         if len(self.callbacks) < _LOG_BACKLOG:
             self.callbacks.run(lambda: _handle(record))
 

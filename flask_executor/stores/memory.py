@@ -2,53 +2,94 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from itertools import islice
 
-from flask_executor.abc import JobStore
+from flask_executor.abc import JobRecords
 from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
 
 
-class MemoryStore(JobStore):
+class MemoryStore(JobRecords):
     """Keeps the live jobs themselves; a step needs no writing down.
 
     Needs no lock: each operation on a dict or a deque is atomic, and what a reader sees between two of
     them is a job more or less, never a broken one.
 
     :param max_records: most jobs that have ended to keep.
+    :param ttl: seconds for which they are kept.
     """
 
-    def __init__(self, max_records: int) -> None:
+    def __init__(self, max_records: int, ttl: float) -> None:
         self._max_records = max_records
+        self._ttl = ttl
+        self._gone: dict[str | tuple[Hashable], float] = {}  # ids, and keys in a tuple: when they left, in that order
         self._jobs: dict[str, LiveJob] = {}
         self._ended: deque[LiveJob] = deque()  # in the order in which they ended
         self._by_key: dict[Hashable, LiveJob] = {}
 
     def add(self, job: LiveJob) -> None:
+        """Take up a job that is about to be queued."""
         self._jobs[job.id] = job
         if job.key is not None:
             self._by_key[job.key] = job
 
-    def update(self, job: LiveJob) -> None:
-        if job.ended_at is None:
-            return
+    def end(self, job: LiveJob) -> None:
+        """The job has ended."""
         self._ended.append(job)
-        if len(self._ended) > self._max_records:
-            self._forget(self._ended.popleft())
+        self._clean()
+
+    def _clean(self) -> None:
+        """Have those leave whose time has come, or which are too many."""
+        ended, now = self._ended, time.time()
+        while ended and (len(ended) > self._max_records or (ended[0].ended_at or now) <= now - self._ttl):
+            try:
+                job = ended.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._forget(job)
+            self._remember(job, now)
+
+    def _remember(self, job: LiveJob, now: float) -> None:
+        self._gone[job.id] = now
+        if job.key is not None:
+            self._gone[(job.key,)] = now
+        while len(self._gone) > 2 * self._max_records:
+            with suppress(StopIteration, RuntimeError, KeyError):  # another thread was faster
+                del self._gone[next(iter(self._gone))]
+
+    def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
+        self._clean()
+        if key is not None:
+            return key not in self._by_key and self._is_remembered((key,))
+        return id is not None and id not in self._jobs and self._is_remembered(id)
+
+    def _is_remembered(self, name: str | tuple[Hashable]) -> bool:
+        left = self._gone.get(name)
+        return left is not None and time.time() - left < max(self._ttl, 3600.0)
 
     def remove(self, id: str) -> None:
+        """Forget a job, as if it had never been."""
         job = self._jobs.get(id)
         if job is not None:
             self._forget(job)
             if job.ended_at is not None:
                 self._ended.remove(job)
 
+    def clear(self) -> None:
+        """Forget all."""
+        for records in (self._jobs, self._by_key, self._ended, self._gone):
+            records.clear()
+
     def get(self, id: str) -> Job | None:
+        self._clean()
         job = self._jobs.get(id)
         return None if job is None else job.record()
 
     def find(self, key: Hashable) -> Job | None:
+        self._clean()
         job = self._by_key.get(key)
         return None if job is None else job.record()
 
@@ -67,6 +108,7 @@ class MemoryStore(JobStore):
         if limit is not None and limit < 0:
             raise ValueError(f"limit is {limit}; it must be 0 or more, or None")
         status = None if status is None else JobStatus(status)
+        self._clean()
         jobs = list(self._jobs.values())
         jobs.reverse()
         matching = (
@@ -77,12 +119,6 @@ class MemoryStore(JobStore):
             and (owner is None or job.owner == owner)
         )
         return [*islice(matching, limit)]
-
-    def after_fork(self) -> None:
-        pass  # no lock that a thread of the parent could have held
-
-    def reachable(self) -> bool:
-        return True
 
     def _forget(self, job: LiveJob) -> None:
         self._jobs.pop(job.id, None)

@@ -23,7 +23,7 @@ def test_defaults() -> None:
     assert config.push_app_context is True
     assert config.propagate_exceptions is False
     assert config.immediate_pickle is False
-    assert config.store_max_records == 1000
+    assert config.store_max_records == 10_000
     assert (config.timeout, config.stop_grace, config.shutdown_timeout) == (None, 5.0, 30.0)
     assert (config.start_method, config.app, config.max_tasks_per_child) == (None, None, None)
 

@@ -1,0 +1,367 @@
+"""What an executor knows of its jobs: their handles by key, and their records.
+
+In the memory of one process (:class:`Ledger`), or also in a store that other processes see (:class:`SharedLedger`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest
+from flask_executor.control import RunningJob
+from flask_executor.exceptions import ConfigError, ResultTooLarge, StoreUnavailable
+from flask_executor.follower import Followed, Follower
+from flask_executor.futures import FutureCollection, FutureProxy
+from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.logs import logger
+from flask_executor.messages import Kind
+from flask_executor.recorder import Recorder
+from flask_executor.runner import pack_error, pickled, unpack_error, unpack_result
+from flask_executor.seals import Sealer
+from flask_executor.serial import SerialThread
+from flask_executor.stored import SharedFutures, StoredFuture, error_of
+from flask_executor.stores.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from flask_executor.config import Config
+    from flask_executor.runner import Call
+
+#: What the key of a step of a flow begins with.
+FLOW = "flask_executor.flow"
+
+
+def is_step(key: Hashable) -> bool:
+    """Whether this is the key of a step of a flow."""
+    return isinstance(key, tuple) and key[:1] == (FLOW,)
+
+
+class Ledger:
+    """Handles and records of the jobs of this process, in its memory."""
+
+    #: Whether other processes see them.
+    shared = False
+
+    def __init__(self, config: Config) -> None:
+        self._memory = MemoryStore(config.store_max_records, config.result_ttl)
+        self.records: JobRecords = self._memory
+        self.futures: FutureCollection[FutureProxy[Any]] = FutureCollection(config.futures_max_length)
+        #: Those of the steps of flows, which the other bound would be too small for.
+        self.steps: FutureCollection[FutureProxy[Any]] = FutureCollection(config.store_max_records)
+
+    def under(self, key: Hashable) -> FutureCollection[FutureProxy[Any]]:
+        """Where the handle with this key belongs."""
+        return self.steps if is_step(key) else self.futures
+
+    def find(self, key: Hashable, *, again: bool) -> FutureProxy[Any] | None:
+        """The handle of the job that has this key, unless it is free, or is to be used again as the job has failed."""
+        there = self.under(key).get(key)
+        return None if there is None or (again and has_failed(there)) else there
+
+    def take(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
+        """Give its key to a call; the handle of the job that has the key, when it is taken.
+
+        For one thread at a time.
+        """
+        futures, key = self.under(call.job.key), call.job.key
+        there = futures.get(key)
+        if there is not None and call.options.again and has_failed(there):
+            futures.pop(key)
+        there = futures.setdefault(key, call.future)
+        return None if there is call.future else there  # somebody may have added it by hand just now
+
+    def add(self, call: Call[FutureProxy[Any]]) -> None:
+        """Take up a job that is about to be queued, and has its key if it is to have one."""
+        self._memory.add(call.job)
+
+    def remove(self, future: FutureProxy[Any]) -> None:
+        """The job was not accepted."""
+        if future.key is not None:
+            self.under(future.key).pop(future.key)
+        self._memory.remove(future.job_id)
+
+    def stepped(self, job: LiveJob) -> None:
+        """The job has started, is queued again, or has something new to report."""
+
+    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+        """What is to be told when the job has something new to report."""
+        return None
+
+    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+        """The job has returned."""
+
+    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+        """The job has ended."""
+        self._memory.end(job)
+
+    def check(self) -> None:
+        """Raise what is wrong with the store.
+
+        :raises StoreUnavailable: saying it.
+        """
+
+    def after_fork(self) -> None:
+        """In the child of a fork: leave to the parent what is the parent's."""
+        self.futures.after_fork()
+        self.steps.after_fork()
+
+    def abandoned(self, job: LiveJob) -> None:
+        """In the child of a fork: this job is the parent's."""
+        self._memory.end(job)
+
+    def give_up(self, timeout: float) -> None:
+        """The process ends; jobs that have not ended are lost."""
+
+    def close(self, *, wait: bool) -> None:
+        """There will be no more jobs. Can be used on, to look at those that there are."""
+
+
+def has_failed(future: Any) -> bool:
+    """Whether this is the handle of a job that has ended, and not by success."""
+    status = getattr(future, "status", JobStatus.SUCCEEDED)  # it may be a plain future that was added by hand
+    return bool(status.ended) and status is not JobStatus.SUCCEEDED
+
+
+class SharedLedger(Ledger):
+    """Handles and records of the jobs of all processes of an app.
+
+    This process answers from memory about the jobs that it has itself, and from the store about others.
+    """
+
+    shared = True
+
+    def __init__(self, config: Config, store: JobStore, app: weakref.ref[Flask], channel: JobChannel) -> None:
+        super().__init__(config)
+        self.store = store
+        self._config = config
+        self._app = app
+        self._channel = weakref.ref(channel)
+        self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
+        self._sealer: Sealer | None = None
+        self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
+        self._callbacks = SerialThread("flask-executor-shared")
+        self._follower = Follower(store)
+        self._recorder = Recorder(store, _weakly(self._requested))
+        self.records = SharedRecords(self._memory, store)
+        length = config.futures_max_length
+        self.futures = SharedFutures(length, store, self.handle, lambda key: not is_step(key))
+        self.steps = SharedFutures(config.store_max_records, store, self.handle, is_step)
+        self._parts = [self._follower, self._recorder, self._callbacks]
+        weakref.finalize(self, _dispose, self._parts, store)
+
+    # ---- jobs of this process ----
+
+    def take(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
+        self._seal()  # or the result could not be kept
+        job, futures = call.job, self.under(call.job.key)
+        here = FutureCollection.get(futures, job.key)
+        if here is not None and getattr(here, "key", None) != job.key:  # added by hand
+            return here
+        self._recorder.add(job, claimed=True)
+        try:
+            there = self.store.claim(Entry(job=job.record(), holder=self._recorder.holder), again=call.options.again)
+        except BaseException:
+            self._recorder.forget(job.id)
+            raise
+        if there is not None:
+            self._recorder.forget(job.id)
+            return self.handle(there)
+        self._handles[job.id] = call.future
+        futures.hold(job.key, call.future)
+        return None
+
+    def add(self, call: Call[FutureProxy[Any]]) -> None:
+        self._memory.add(call.job)
+        if self._config.track == "all" and call.job.key is None:
+            self._seal()
+            self._handles[call.job.id] = call.future
+            self._recorder.add(call.job, claimed=False)
+
+    def remove(self, future: FutureProxy[Any]) -> None:
+        self._recorder.forget(future.job_id)
+        self._memory.remove(future.job_id)
+        if future.key is not None:
+            FutureCollection.pop(self.under(future.key), future.key)
+            try:
+                self.store.remove(future.job_id)
+            except StoreUnavailable as error:
+                logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
+
+    def stepped(self, job: LiveJob) -> None:
+        self._recorder.stepped(job)
+
+    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+        return self._recorder.report if self._recorder.tracks(job) else None
+
+    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+        if not self._recorder.tracks(job):
+            return
+        if packed is None:
+            packed = b"".join(pickled(result, f"The result of job {job.name}", "be kept in the store"))
+        limit = self._config.result_max_bytes
+        if len(packed) > limit:
+            raise ResultTooLarge(job.name, len(packed), limit, self._config.key("EXECUTOR_RESULT_MAX_BYTES"))
+        self._outcomes[job.id] = self._seal().seal(job.id, Kind.RESULT, packed)
+
+    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+        self._memory.end(job)
+        if self._recorder.tracks(job):
+            outcome = self._outcomes.pop(job.id, None)
+            if error is not None:
+                outcome = self._seal().seal(job.id, Kind.ERROR, pack_error(error))
+            self._recorder.ended(job, outcome)
+
+    def _requested(self, request: StopRequest) -> None:
+        """Another process wants one of our jobs to be stopped."""
+        future = self._handles.get(request.id)
+        if future is not None:
+            self.aside(future.cancel if request.only_queued else lambda: future.stop(request.grace))
+
+    # ---- jobs of other processes ----
+
+    @property
+    def channel(self) -> JobChannel:
+        """What handles report to."""
+        channel = self._channel()
+        if channel is None:
+            raise RuntimeError("the app of this job is gone")
+        return channel
+
+    def handle(self, job: Job) -> FutureProxy[Any]:
+        """The handle of a job of which the store has this record."""
+        return self._handles.get(job.id) or StoredFuture(job, self)
+
+    def open(self, job: Job) -> Any:
+        """The result of a job that has ended; raises what it has raised."""
+        sealed = self.store.outcome(job.id)
+        if sealed is None:
+            raise error_of(job)
+        kind, payload = self._seal().open(job.id, sealed)
+        if kind is Kind.RESULT:
+            return unpack_result(payload, job.name)
+        raise unpack_error(payload)
+
+    def follow(self, future: Followed) -> None:
+        """Have a handle settled when its job has ended."""
+        self._follower.add(future)
+
+    def aside(self, fn: Callable[[], object]) -> None:
+        """Run code of the user's where it holds up nobody."""
+        self._callbacks.run(fn)
+
+    def _seal(self) -> Sealer:
+        """What signs and checks results.
+
+        :raises ConfigError: for a store that others can write to, in an app without a secret key.
+        """
+        if self._sealer is None:
+            app = self._app()
+            config = {} if app is None else app.config
+            keys = [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]
+            if not keys and not self.store.private:
+                raise ConfigError(
+                    "SECRET_KEY",
+                    None,
+                    f"set, and the same in all processes: others can write to {self.store.where}, and what is unpickled "
+                    "from there has to be signed",
+                )
+            self._sealer = Sealer(keys)
+        return self._sealer
+
+    # ---- life ----
+
+    def check(self) -> None:
+        self.store.check()
+
+    def after_fork(self) -> None:
+        # What is of this process starts anew; the handles of the parent's jobs are found through the store from now on.
+        self.store.after_fork()
+        self._memory.clear()
+        self._handles = weakref.WeakValueDictionary()
+        self._outcomes = {}
+        self._callbacks = SerialThread("flask-executor-shared")
+        self._follower = Follower(self.store)
+        self._recorder = Recorder(self.store, _weakly(self._requested))
+        self._parts[:] = [self._follower, self._recorder, self._callbacks]
+        for futures in (self.futures, self.steps):
+            futures.after_fork()
+            futures.clear()
+
+    def abandoned(self, job: LiveJob) -> None:
+        pass  # the store knows what becomes of it
+
+    def give_up(self, timeout: float) -> None:
+        self._recorder.give_up(timeout)
+
+    def close(self, *, wait: bool) -> None:
+        self._recorder.close(wait=wait)
+        self._follower.close(wait=wait)
+        self._callbacks.close(wait=wait)
+
+
+class SharedRecords(JobRecords):
+    """The records of the jobs of this process, in its memory, and of all others that are in the store."""
+
+    def __init__(self, memory: MemoryStore, store: JobStore) -> None:
+        self._memory = memory
+        self._store = store
+
+    def get(self, id: str) -> Job | None:
+        return self._memory.get(id) or self._store.get(id)
+
+    def find(self, key: Hashable) -> Job | None:
+        try:
+            stored = self._store.find(key)
+        except StoreUnavailable:
+            here = self._memory.find(key)
+            if here is None:
+                raise
+            return here
+        return None if stored is None else self._memory.get(stored.id) or stored
+
+    def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
+        if id is not None and self._memory.get(id) is not None:
+            return False
+        return self._store.expired(id, key=key)
+
+    def log(self, id: str) -> Sequence[LogLine]:
+        return self._store.log(id) if self._memory.get(id) is None else self._memory.log(id)
+
+    def list(
+        self,
+        *,
+        status: JobStatus | str | None = None,
+        name: str | None = None,
+        owner: str | None = None,
+        limit: int | None = None,
+    ) -> Sequence[Job]:
+        here = self._memory.list(status=status, name=name, owner=owner, limit=limit)
+        stored = self._store.list(status=status, name=name, owner=owner, limit=limit)
+        # What memory knows is newer; a job that it knows and has not listed does not match any more.
+        others = [job for job in stored if self._memory.get(job.id) is None]
+        jobs = sorted([*here, *others], key=lambda job: job.queued_at, reverse=True)
+        return jobs if limit is None else jobs[:limit]
+
+
+def _weakly(method: Callable[[StopRequest], None]) -> Callable[[StopRequest], None]:
+    """A method, without keeping its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(request: StopRequest) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(request)
+
+    return call
+
+
+def _dispose(parts: Sequence[Any], store: JobStore) -> None:
+    """The app is gone."""
+    for part in parts:
+        part.close(wait=False)
+    with suppress(StoreUnavailable):
+        store.close()

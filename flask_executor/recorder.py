@@ -1,0 +1,298 @@
+"""Writes down, in a shared store, what the jobs of this process do.
+
+One thread, so that no job waits for a disk or a network. **Who owns what:** everything below is changed under
+``_changed``, which is never held while the store is asked. **Invariants:** a job is in ``_tracked`` from before anybody
+can find it in the store until its end is written. What is new about it is in ``_now`` or ``_later``, or in the hands of
+the thread, which puts it back when it cannot be written. So nothing is lost while the process lives.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from flask_executor.abc import Entry, JobStore, StopRequest
+from flask_executor.control import RunningJob
+from flask_executor.exceptions import StoreUnavailable
+from flask_executor.holders import BEAT, this_holder
+from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.logs import logger
+
+_INTERVAL = 0.1  # seconds between two writes of a job's progress
+_BRIEF = 0.01  # seconds for which the start of a job is not written: many have ended by then
+_LOOK = 0.2  # seconds between two looks for requests to stop
+_AGAIN = 0.5  # seconds until a store that was not available is tried again
+_MOST, _MOST_BYTES = 200, 32 << 20  # jobs and bytes that are written in one go
+
+
+class _Tracked:
+    """A job, and what of it is written."""
+
+    __slots__ = ("job", "last", "outcome", "running")
+
+    def __init__(self, job: LiveJob) -> None:
+        self.job = job
+        self.outcome: bytes | None = None  # to be written
+        self.last: LogLine | None = None  # written last
+        self.running: RunningJob | None = None  # has something to report
+
+
+class Recorder:
+    """The thread and what it has to do.
+
+    :param requested: called, in the thread, with requests for jobs of this process; must be quick.
+    """
+
+    def __init__(self, store: JobStore, requested: Callable[[StopRequest], None]) -> None:
+        #: This process, as it is known in the store.
+        self.holder = this_holder()
+        self._store = store
+        self._requested = requested
+        self._changed = threading.Condition()  # a finalizer may come here in the middle
+        self._tracked: dict[str, _Tracked] = {}
+        self._now: dict[str, _Tracked] = {}
+        self._later: dict[str, _Tracked] = {}
+        self._due = 0.0  # when _later is due (all times monotonic)
+        self._written = 0.0  # when it was written last
+        self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
+        self._writing = False
+        self._trouble: StoreUnavailable | None = None
+        self._closing = False
+        self._cut_off = False  # whether what has not ended never will
+        self._thread: threading.Thread | None = None
+
+    # ---- any thread ----
+
+    def add(self, job: LiveJob, *, claimed: bool) -> None:
+        """Track a job until it has ended.
+
+        :param claimed: whether its record is in the store already.
+        """
+        tracked = _Tracked(job)
+        with self._changed:
+            if not self._tracked:
+                self._look = time.monotonic() + _LOOK
+                self._beat = time.monotonic() + (BEAT if claimed else 0.0)
+            self._tracked[job.id] = tracked
+            if not claimed:
+                self._put_later(tracked)
+            self._start()
+
+    def tracks(self, job: LiveJob) -> bool:
+        """Whether this job is tracked."""
+        return job.id in self._tracked
+
+    def stepped(self, job: LiveJob) -> None:
+        """The job has started, or waits for its next attempt."""
+        tracked = self._tracked.get(job.id)
+        if tracked is not None:
+            with self._changed:
+                self._put_later(tracked)
+
+    def report(self, running: RunningJob) -> None:
+        """A job that runs here has something new to report; called again when that was read."""
+        tracked = self._tracked.get(running.id)
+        if tracked is not None:
+            with self._changed:
+                tracked.running = running
+                self._put_later(tracked)
+
+    def ended(self, job: LiveJob, outcome: bytes | None) -> None:
+        """The job has ended, and this came of it."""
+        tracked = self._tracked.get(job.id)
+        if tracked is not None:
+            with self._changed:
+                tracked.outcome = outcome
+                self._later.pop(job.id, None)
+                self._now[job.id] = tracked
+                self._changed.notify_all()
+
+    def forget(self, id: str) -> None:
+        """The job was not accepted: do not write any more of it."""
+        with self._changed:
+            for where in (self._tracked, self._now, self._later):
+                where.pop(id, None)
+
+    def flush(self, timeout: float) -> bool:
+        """Have all written that is new; whether that was done within so many seconds."""
+        with self._changed:
+            self._now.update(self._later)
+            self._later.clear()
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: not (self._now or self._later or self._writing), timeout)
+
+    def give_up(self, timeout: float) -> None:
+        """The process ends: what has not ended by now is lost; have that written, if it takes no longer than this."""
+        with self._changed:
+            self._now.update(self._tracked)
+            self._closing = True
+            self._cut_off = True
+            left = bool(self._tracked)
+        if not self.flush(timeout if left else 0.0) and left:
+            logger.warning("The process ends, and the end of %d jobs could not be written.", len(self._tracked))
+
+    def close(self, *, wait: bool) -> None:
+        """End the thread when all jobs have ended and everything is written.
+
+        :param wait: whether to wait for that, a few seconds at most.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            thread = self._thread
+        if wait and thread is not None and thread is not threading.current_thread():
+            thread.join(5.0)
+
+    # ---- under _changed ----
+
+    def _put_later(self, tracked: _Tracked) -> None:
+        if tracked.job.id in self._now:
+            return
+        if not self._later:
+            self._due = max(time.monotonic() + _BRIEF, self._written + _INTERVAL)
+            self._changed.notify_all()
+        self._later[tracked.job.id] = tracked
+
+    def _start(self) -> None:
+        self._closing = False
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="flask-executor-recorder", daemon=True)
+            thread.start()
+            self._thread = thread
+
+    def _patience(self) -> float | None:
+        """Seconds until there is something to do; None for nothing."""
+        now = time.monotonic()
+        if self._trouble is not None:
+            return max(0.0, self._look - now)
+        if self._now:
+            return 0.0
+        times = [self._due] if self._later else []
+        if self._tracked:
+            times += [self._look, self._beat]
+        return max(0.0, min(times) - now) if times else None
+
+    def _take(self) -> list[_Tracked]:
+        """What is to be written, and is in the hands of the thread from now on."""
+        now = time.monotonic()
+        if self._later and now >= self._due:
+            self._now.update(self._later)
+            self._later.clear()
+            self._written = now
+        taken: list[_Tracked] = []
+        size = 0
+        for tracked in list(self._now.values()):
+            size += len(tracked.outcome or b"")
+            if taken and (len(taken) == _MOST or size > _MOST_BYTES):
+                break
+            taken.append(tracked)
+            del self._now[tracked.job.id]
+        self._writing = bool(taken)
+        return taken
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while (patience := self._patience()) != 0.0:
+                    if self._closing and not self._tracked:
+                        self._thread = None
+                        break
+                    self._changed.wait(patience)
+                if self._thread is None:
+                    break
+                taken = self._take()
+            try:
+                self._work(taken)
+            except StoreUnavailable as error:
+                self._put_back(taken, error)
+        self._leave()
+
+    def _work(self, taken: list[_Tracked]) -> None:
+        """Do what is due."""
+        self._write(taken)
+        now = time.monotonic()
+        if now >= self._look:
+            self._look = now + _LOOK
+            for request in self._store.take_requests(self.holder):
+                self._requested(request)
+        if now >= self._beat or self._trouble is not None:
+            self._beat = now + BEAT
+            held = self._store.renew(self.holder)
+            self._store.sweep()
+            self._is_well(held=held)
+
+    def _write(self, taken: list[_Tracked]) -> None:
+        pairs = [(tracked, self._entry(tracked)) for tracked in taken]
+        if pairs:
+            try:
+                self._store.write([entry for _, entry in pairs])
+            except StoreUnavailable:
+                raise
+            except Exception:  # something in one of them that the store does not take
+                for _, entry in pairs:
+                    self._write_alone(entry)
+        with self._changed:
+            self._writing = False
+            for tracked, entry in pairs:
+                tracked.last = entry.log[-1] if entry.log else tracked.last
+                if entry.job.status.ended:
+                    tracked.outcome = None
+                    if entry.job.id not in self._now:
+                        self._tracked.pop(entry.job.id, None)
+            if not self._now and not self._later:
+                self._changed.notify_all()
+
+    def _write_alone(self, entry: Entry) -> None:
+        try:
+            self._store.write([entry])
+        except StoreUnavailable:
+            raise
+        except Exception:
+            logger.exception("What is new about job %s (%s) cannot be written.", entry.job.name, entry.job.id)
+
+    def _entry(self, tracked: _Tracked) -> Entry:
+        if tracked.running is not None:
+            tracked.running.reported = False  # first: what comes from here on is told again
+        job = tracked.job.record()
+        if self._cut_off and not job.status.ended:
+            job = _cut_off(job)
+        log = tracked.job.log_after(tracked.last)
+        return Entry(job=job, holder=self.holder, outcome=tracked.outcome if job.status.ended else None, log=log)
+
+    def _put_back(self, taken: list[_Tracked], error: StoreUnavailable) -> None:
+        with self._changed:
+            self._writing = False
+            for tracked in taken:
+                if tracked.job.id in self._tracked:
+                    self._now.setdefault(tracked.job.id, tracked)
+            first, self._trouble = self._trouble is None, error
+            self._look = time.monotonic() + _AGAIN
+        if first:
+            logger.warning("%s. Jobs go on, and what they do is written when it is back.", error)
+
+    def _is_well(self, *, held: bool) -> None:
+        with self._changed:
+            was, self._trouble = self._trouble, None
+            if not held:  # others may have written that our jobs are lost; or the store has forgotten them
+                self._now.update(self._tracked)
+        if was is not None:
+            logger.warning("The job store %s is back.", was.where)
+
+    def _leave(self) -> None:
+        try:
+            self._store.leave(self.holder)
+        except StoreUnavailable as error:  # the lease runs out by itself
+            logger.info("%s", error)
+
+
+def _cut_off(job: Job) -> Job:
+    return replace(
+        job,
+        status=JobStatus.LOST,
+        ended_at=time.time(),
+        error="WorkerLost: the process ended before the job did",
+    )

@@ -1,0 +1,87 @@
+"""Keys and records as text, for stores that keep text."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Hashable
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any
+
+from flask_executor.helpers import safe_repr
+from flask_executor.jobs import Job, JobStatus, LogLine
+
+
+def encode_key(key: Hashable) -> str:
+    """A key as text, different for different keys: a string as it is, anything else as ``=`` and its literal.
+
+    :raises TypeError: for a key that is no string, number, bytes, or tuple of such.
+    """
+    if type(key) is str and not key.startswith("="):
+        return key
+    text = repr(key)
+    try:
+        same = ast.literal_eval(text) == key
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        same = False
+    if not same:
+        raise TypeError(
+            f"the key {safe_repr(key)} cannot be stored: with a shared EXECUTOR_STORE a key is a string, a number, "
+            f"bytes, or a tuple of such; use str(key)"
+        )
+    return f"={text}"
+
+
+def decode_key(text: str) -> Any:
+    """The key that :func:`encode_key` made ``text`` of."""
+    return ast.literal_eval(text[1:]) if text.startswith("=") else text
+
+
+def encode_prefix(within: tuple[Hashable, ...]) -> str:
+    """What the text of each longer tuple begins with that begins with the elements of ``within``."""
+    return encode_key((*within, 0))[:-2]
+
+
+def encode_meta(job: Job) -> str | None:
+    """The meta of a job as JSON; a value that JSON does not have is its ``repr``."""
+    if not job.meta:
+        return None
+    meta = dict(job.meta)
+    try:
+        return json.dumps(meta, default=safe_repr)
+    except (ValueError, RecursionError):  # it contains itself
+        return json.dumps({name: safe_repr(value) for name, value in meta.items()})
+
+
+def decode_meta(text: str | None) -> MappingProxyType[str, Any]:
+    """The meta that :func:`encode_meta` made ``text`` of."""
+    return MappingProxyType({} if text is None else json.loads(text))
+
+
+def encode_job(job: Job, **more: Any) -> str:
+    """A record as JSON, and what else belongs to it."""
+    fields = {name: getattr(job, name) for name in job.__dataclass_fields__}
+    fields["key"] = None if job.key is None else encode_key(job.key)
+    fields["meta"] = encode_meta(job)
+    return json.dumps({**fields, **more})
+
+
+def decode_job(text: str | bytes) -> tuple[Job, dict[str, Any]]:
+    """The record that :func:`encode_job` made ``text`` of, and what else was there."""
+    fields = json.loads(text)
+    more = {name: fields.pop(name) for name in fields.keys() - Job.__dataclass_fields__.keys()}
+    fields["key"] = None if fields["key"] is None else decode_key(fields["key"])
+    fields["status"] = JobStatus(fields["status"])
+    fields["meta"] = decode_meta(fields["meta"])
+    return Job(**fields), more
+
+
+def encode_line(line: LogLine) -> str:
+    """A line of a log as JSON."""
+    return json.dumps(asdict(line))
+
+
+def decode_line(text: str | bytes) -> LogLine:
+    """The line that :func:`encode_line` made ``text`` of."""
+    return LogLine(**json.loads(text))

@@ -1,0 +1,61 @@
+"""What came of a job, as bytes that a store can keep: signed, as whoever can write there could make us run code."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from itsdangerous import Signer
+
+from flask_executor.exceptions import UntrustedResult
+from flask_executor.messages import Kind
+
+_SALT = "flask-executor.outcome"
+_SIGNED, _UNSIGNED = b"S", b"U"
+_SIGNATURE = 43  # bytes, of SHA-256 in base 64 without padding
+
+
+class Sealer:
+    """Seals what came of a job under its id, so that it cannot be passed off as that of another.
+
+    .. code-block:: text
+
+        "S", kind (a digit), signature (43 bytes), payload        or        "U", kind, payload
+
+    :param keys: the app's secret keys, the current one last; none for an app that has no key and a store that nobody
+        else can write to.
+    """
+
+    def __init__(self, keys: Sequence[str | bytes]) -> None:
+        secret = [key.encode() if isinstance(key, str) else key for key in keys]
+        self._signer = Signer(secret, salt=_SALT, digest_method=hashlib.sha256) if secret else None
+
+    def seal(self, id: str, kind: Kind, payload: bytes) -> bytes:
+        """The payload, sealed."""
+        mark = str(int(kind)).encode()
+        if self._signer is None:
+            return _UNSIGNED + mark + payload
+        return _SIGNED + mark + self._signer.get_signature(_bound(id, mark, payload)) + payload
+
+    def open(self, id: str, sealed: bytes) -> tuple[Kind, bytes]:
+        """Kind and payload of what was sealed.
+
+        :raises UntrustedResult: when it was not sealed with one of our keys.
+        """
+        signed, mark = sealed[:1], sealed[1:2]
+        begin = 2 if self._signer is None else 2 + _SIGNATURE
+        payload = sealed[begin:]
+        if self._signer is None:
+            good = signed == _UNSIGNED
+        else:
+            good = signed == _SIGNED and self._signer.verify_signature(_bound(id, mark, payload), sealed[2:begin])
+        if not good:
+            raise UntrustedResult(
+                f"What the store has as the result of job {id} was not signed with this app's SECRET_KEY, and is not "
+                "unpickled. All processes of an app need the same key; a former one goes into SECRET_KEY_FALLBACKS."
+            )
+        return Kind(int(mark)), payload
+
+
+def _bound(id: str, mark: bytes, payload: bytes) -> bytes:
+    return b"%s:%s:%s" % (id.encode(), mark, payload)

@@ -1,0 +1,301 @@
+"""Handles of jobs that other processes have, and the collection that finds the jobs of all processes by key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Hashable
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from flask_executor.abc import JobChannel, JobStore, StopRequest
+from flask_executor.exceptions import (
+    ExecutorError,
+    JobStopped,
+    JobTimeout,
+    KeyExists,
+    ResultExpired,
+    StoreUnavailable,
+    WorkerLost,
+)
+from flask_executor.follower import Followed
+from flask_executor.futures import FutureCollection, FutureProxy, checked_grace
+from flask_executor.jobs import Job, JobStatus, LogLine
+
+T = TypeVar("T")
+
+_PATIENCE = 2.0  # seconds that another process has for cancelling a job
+_STATES = {JobStatus.QUEUED: PENDING, JobStatus.RUNNING: RUNNING, JobStatus.CANCELLED: CANCELLED}
+
+
+class Elsewhere(Protocol):
+    """What a handle needs to know of a job that another process has."""
+
+    store: JobStore
+
+    @property
+    def channel(self) -> JobChannel:
+        """What handles report to."""
+
+    def open(self, job: Job) -> Any:
+        """The result of a job that has ended; raises what it has raised."""
+
+    def follow(self, future: Followed) -> None:
+        """Have the handle settled when its job has ended."""
+
+    def aside(self, fn: Callable[[], object]) -> None:
+        """Run code of the user's where it holds up nobody."""
+
+
+class StoredFuture(FutureProxy[T]):
+    """The handle of a job that another process has: what it says is read from the store.
+
+    It is used like any :class:`~flask_executor.FutureProxy`. What it reads may raise
+    :exc:`~flask_executor.StoreUnavailable`, or :exc:`~flask_executor.ResultExpired` when the record has left the store.
+    """
+
+    # The state that the base has is that of this handle: it is settled once, by the follower or by whoever wants the
+    # result of a job that has ended, in whichever thread is first.
+
+    def __init__(self, record: Job, elsewhere: Elsewhere) -> None:
+        self._seen = record
+        super().__init__(None, elsewhere.channel)  # type: ignore[arg-type]  # see _job
+        self._elsewhere = elsewhere
+        self._waiters: list[Any] = _Waiters(partial(elsewhere.follow, self))
+        self._state = PENDING if record.status is JobStatus.QUEUED else RUNNING
+
+    @property
+    def _job(self) -> Any:
+        """Its record, as it stands now; the base looks there for whatever is asked."""
+        if not self._seen.status.ended:
+            job = self._elsewhere.store.get(self._seen.id)
+            if job is None:
+                raise ResultExpired(self._seen.id)
+            self._seen = job
+        return self._seen
+
+    @_job.setter
+    def _job(self, job: object) -> None:
+        """The base sets what it was given."""
+
+    @property
+    def job_id(self) -> str:
+        return self._seen.id
+
+    @property
+    def key(self) -> Hashable | None:
+        return self._seen.key
+
+    @property
+    def stop_requested(self) -> bool:
+        return bool(self._job.stop_requested)
+
+    def log(self) -> list[LogLine]:
+        return list(self._elsewhere.store.log(self.job_id))
+
+    def record(self) -> Job:
+        job: Job = self._job
+        return job
+
+    def done(self) -> bool:
+        return super().done() or self.status.ended
+
+    def running(self) -> bool:
+        return not super().done() and self.status is JobStatus.RUNNING
+
+    def cancelled(self) -> bool:
+        return super().cancelled() or (not super().done() and self.status is JobStatus.CANCELLED)
+
+    def stop(self, grace: float | None = None) -> bool:
+        checked_grace(grace)
+        if self.done():
+            return False
+        self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
+        return True
+
+    def cancel(self) -> bool:
+        """Cancel the job if it has not started; waits for the answer of its process, 2 seconds at most."""
+        if self.status is JobStatus.QUEUED:
+            self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, only_queued=True))
+            deadline = time.monotonic() + _PATIENCE
+            while self.status is JobStatus.QUEUED and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return self.status is JobStatus.CANCELLED
+
+    def result(self, timeout: float | None = None) -> T:
+        self._expect()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._expect()
+        return super().exception(timeout)
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        self._expect()
+        super().add_done_callback(fn)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        self._expect()
+        return (yield from super().__await__())
+
+    def _expect(self) -> None:
+        """Somebody waits for it from now on."""
+        if not super().done() and not self.settle():
+            self._elsewhere.follow(self)
+
+    def settle(self) -> bool:
+        """Settle this handle if the job has ended, and tell whether it is settled."""
+        try:
+            if not self._job.status.ended:
+                return False
+            result = self._elsewhere.open(self._seen)
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            if isinstance(error, ResultExpired) or self._seen.status is not JobStatus.CANCELLED:
+                self._settle(partial(Future.set_exception, self, error))
+                return True
+            self._settle_cancelled()
+            return True
+        self._settle(partial(self.set_result, result))
+        return True
+
+    def _settle(self, settle: Callable[[], object]) -> None:
+        try:
+            settle()
+        except InvalidStateError:  # another thread was faster
+            return
+
+    def _settle_cancelled(self) -> None:
+        with self._condition:
+            if self._state in (CANCELLED_AND_NOTIFIED, FINISHED):
+                return
+            self._state = CANCELLED_AND_NOTIFIED
+            for waiter in self._waiters:
+                waiter.add_cancelled(self)
+            self._condition.notify_all()
+        self._invoke_callbacks()
+
+    def _invoke_callbacks(self) -> None:
+        callbacks, self._done_callbacks = self._done_callbacks, []
+        if callbacks:
+            self._elsewhere.aside(partial(self._call_back, callbacks))
+
+
+class _Waiters(list[Any]):
+    """Those who wait with :func:`concurrent.futures.wait`, which does not ask the future to expect anything."""
+
+    def __init__(self, follow: Callable[[], None]) -> None:
+        super().__init__()
+        self._follow = follow
+
+    def append(self, waiter: Any) -> None:
+        super().append(waiter)
+        self._follow()
+
+
+def error_of(job: Job) -> ExecutorError:
+    """Why a job has no result, of which nothing but the record is there."""
+    what = (job.error or "").partition(": ")[2]
+    if job.status is JobStatus.LOST:
+        return WorkerLost(f"Job {job.name} is lost: {what or 'its process is gone'}.")
+    if job.status is JobStatus.TIMED_OUT:
+        return JobTimeout(what or f"Job {job.name} ran longer than its timeout.")
+    if job.status is JobStatus.STOPPED or job.status is JobStatus.KILLED:
+        verb = "stopped" if job.status is JobStatus.STOPPED else "killed"
+        return JobStopped(f"Job {job.name} was {verb}, as it was asked to stop.")
+    return ResultExpired(job.id) if job.error is None else ExecutorError(job.error)
+
+
+class SharedFutures(FutureCollection[FutureProxy[Any]]):
+    """``executor.futures`` with a shared store: the handles of the jobs of all processes.
+
+    The base holds those of this process, and what was added by hand, which stays in this process.
+
+    :param handle: makes the handle of a job of which the store has this record.
+    :param is_ours: whether a key belongs here.
+    """
+
+    def __init__(
+        self,
+        max_length: int | None,
+        store: JobStore,
+        handle: Callable[[Job], FutureProxy[Any]],
+        is_ours: Callable[[Hashable], bool],
+    ) -> None:
+        super().__init__(max_length)
+        self._store = store
+        self._handle = handle
+        self._is_ours = is_ours
+
+    def get(self, future_key: Hashable) -> FutureProxy[Any] | None:
+        here = super().get(future_key)
+        if here is not None and _is_by_hand(future_key, here):
+            return here
+        try:
+            job = self._store.held(future_key)
+        except StoreUnavailable:
+            if here is None:
+                raise
+            return here
+        if here is not None and (job is None or job.id != here.job_id):  # another process has popped it
+            super().pop(future_key)
+            here = None
+        return self._handle(job) if here is None and job is not None else here
+
+    def hold(self, future_key: Hashable, future: FutureProxy[Any]) -> None:
+        """Hold the handle of a job of this process, which has the key."""
+        with self._lock:
+            super().pop(future_key)
+            self._put(future_key, future)
+
+    def add(self, future_key: Hashable, future: FutureProxy[Any]) -> None:
+        if self.get(future_key) is not None:
+            raise KeyExists(future_key)
+        super().add(future_key, future)
+
+    def _state(self, future_key: Hashable) -> str | None:
+        """The state as :mod:`concurrent.futures` calls it; polling routes written for 1.0 show it."""
+        future = self.get(future_key)
+        if isinstance(future, StoredFuture):
+            return _STATES.get(future.status, FINISHED)
+        return None if future is None else future._state
+
+    def pop(self, future_key: Hashable) -> FutureProxy[Any] | None:
+        future = self.get(future_key)
+        if future is None or _is_by_hand(future_key, future):
+            return super().pop(future_key)
+        if not self._store.release(future_key, future.job_id):  # another process was faster
+            return None
+        super().pop(future_key)
+        return future
+
+    def clear(self) -> None:
+        """Let go of the handles of this process."""
+        with self._lock:
+            for key in list(self._futures):
+                super().pop(key)
+            self._left_unfinished.clear()
+
+    def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
+        stored = [key for key in self._store.keys(within) if self._is_ours(key)]
+        by_hand = [key for key, future in list(self._futures.items()) if _is_by_hand(key, future)]
+        return [*by_hand, *stored]
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(item, Future):
+            return super().__contains__(item) or (isinstance(item, StoredFuture) and self._has(item))
+        return self.get(item) is not None
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def _has(self, future: StoredFuture[Any]) -> bool:
+        job = self._store.held(future.key)
+        return job is not None and job.id == future.job_id
+
+
+def _is_by_hand(key: Hashable, future: Any) -> bool:
+    """Whether somebody has added this handle under this key, and not the executor."""
+    return getattr(future, "key", None) != key or not hasattr(future, "job_id")

@@ -1,0 +1,465 @@
+"""Records in Redis: processes on any number of machines.
+
+All names begin with ``flask-executor:{space}:``, the braces so that a cluster keeps them on one node:
+
+.. code-block:: text
+
+    job:<id>      the record as JSON            jobs        ids by the time of submission
+    result:<id>   what came of it               ended       "id key" of ended jobs by the time of their end
+    log:<id>      lines as JSON                 keys        the keys that are taken, by the time
+    key:<key>     the id of who has it          holders     holders that had a job
+    last:<key>    the youngest id under it      open:<h>    ids of the jobs that holder h has
+    gone:<id>     there is or was such a job    lease:<h>   there while the lease of h holds
+    gone-key:<k>  there is or was such a key    stop:<h>    requests for holder h
+
+Redis itself lets records expire. Whoever waits for a job subscribes to the channel ``job:<id>``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
+from flask_executor.exceptions import MissingExtra, StoreUnavailable
+from flask_executor.holders import LEASE
+from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine, new_id
+from flask_executor.records import (
+    decode_job,
+    decode_key,
+    decode_line,
+    encode_job,
+    encode_key,
+    encode_line,
+    encode_prefix,
+)
+from flask_executor.stores.shared import SharedStore, Stored, loss
+
+try:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+except ImportError as error:
+    raise MissingExtra("redis", "redis") from error
+
+_PATIENCE = 3.0  # seconds to wait for an answer
+_AT_ONCE = 200  # records that are read in one go
+
+# What changes more than one name is a script, so that it happens in one piece. In mode "claim" it answers with the
+# record that is in the way, if one is; in mode "lose" with the record that is there, if the job has ended.
+_PUT = """
+local p, mode, id, record, ended, key, holder = unpack(ARGV, 1, 7)
+local ttl, memory, now, outcome, instead, lease = unpack(ARGV, 8, 13)
+if mode == 'claim' then
+    local there = redis.call('GET', p .. 'key:' .. key)
+    if there and there ~= instead and there ~= id then
+        local other = redis.call('GET', p .. 'job:' .. there)
+        if other then return other end
+    end
+    redis.call('SET', p .. 'key:' .. key, id)
+    redis.call('ZADD', p .. 'keys', now, key)
+    redis.call('SET', p .. 'lease:' .. holder, '', 'PX', lease)
+elseif mode == 'lose' and redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 0 then
+    return redis.call('GET', p .. 'job:' .. id)
+end
+local new = redis.call('EXISTS', p .. 'job:' .. id) == 0
+redis.call('SET', p .. 'job:' .. id, record)
+if new then
+    redis.call('ZADD', p .. 'jobs', now, id)
+    if key ~= '' then
+        redis.call('SET', p .. 'last:' .. key, id)
+        if ended == '' and redis.call('SET', p .. 'key:' .. key, id, 'NX') then
+            redis.call('ZADD', p .. 'keys', now, key)
+        end
+    end
+end
+if outcome ~= '' then redis.call('SET', p .. 'result:' .. id, outcome) end
+for n = 14, #ARGV do redis.call('RPUSH', p .. 'log:' .. id, ARGV[n]) end
+if #ARGV > 13 then redis.call('LTRIM', p .. 'log:' .. id, -LOG_LINES, -1) end
+local own = {'job:' .. id, 'result:' .. id, 'log:' .. id}
+for _, name in ipairs({'key:', 'last:'}) do
+    if key ~= '' and redis.call('GET', p .. name .. key) == id then table.insert(own, name .. key) end
+end
+if ended == '' then
+    redis.call('SADD', p .. 'holders', holder)
+    redis.call('SADD', p .. 'open:' .. holder, id)
+    redis.call('ZREM', p .. 'ended', id .. ' ' .. key)
+    for _, name in ipairs(own) do redis.call('PERSIST', p .. name) end
+else
+    redis.call('SREM', p .. 'open:' .. holder, id)
+    redis.call('ZADD', p .. 'ended', ended, id .. ' ' .. key)
+    for _, name in ipairs(own) do redis.call('PEXPIRE', p .. name, ttl) end
+    redis.call('SET', p .. 'gone:' .. id, '', 'PX', memory)
+    if key ~= '' then redis.call('SET', p .. 'gone-key:' .. key, '', 'PX', memory) end
+end
+redis.call('PUBLISH', p .. 'job:' .. id, '')
+return false
+""".replace("LOG_LINES", str(LOG_LINES))
+
+# ARGV: prefix, id, key, whether also the memory of it.
+_FORGET = """
+local p, id, key = unpack(ARGV, 1, 3)
+for _, name in ipairs({'key:', 'last:'}) do
+    if key ~= '' and redis.call('GET', p .. name .. key) == id then redis.call('DEL', p .. name .. key) end
+end
+if key ~= '' and redis.call('EXISTS', p .. 'key:' .. key) == 0 then redis.call('ZREM', p .. 'keys', key) end
+redis.call('DEL', p .. 'job:' .. id, p .. 'result:' .. id, p .. 'log:' .. id)
+redis.call('ZREM', p .. 'jobs', id)
+redis.call('ZREM', p .. 'ended', id .. ' ' .. key)
+if ARGV[4] ~= '' then redis.call('DEL', p .. 'gone:' .. id) end
+redis.call('PUBLISH', p .. 'job:' .. id, '')
+"""
+
+# ARGV: prefix, key, id.
+_RELEASE = """
+local p, key, id = unpack(ARGV, 1, 3)
+if redis.call('GET', p .. 'key:' .. key) == id then
+    redis.call('DEL', p .. 'key:' .. key)
+    redis.call('ZREM', p .. 'keys', key)
+    return 1
+end
+return 0
+"""
+
+#: What this module reads and writes; see the table above.
+VERSION = 1
+
+
+class RedisStore(SharedStore):
+    """One pool of connections, that of redis-py, which knows about threads and forks."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        super().__init__(options)
+        self._url = options.url
+        self._prefix = f"flask-executor:{{{options.space}}}:"
+        self._connect()
+        address = urlsplit(options.url)
+        self.where = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
+
+    def _connect(self) -> None:
+        self._redis: Any = redis.Redis.from_url(
+            self._url,
+            socket_timeout=_PATIENCE,
+            socket_connect_timeout=_PATIENCE,
+            health_check_interval=30,
+            retry=Retry(NoBackoff(), 1),  # a connection that was open when Redis was restarted
+        )
+        self._put = self._redis.register_script(_PUT)
+        self._forget = self._redis.register_script(_FORGET)
+        self._release = self._redis.register_script(_RELEASE)
+        self._known = False
+
+    # ---- one job ----
+
+    def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
+        instead = ""
+        while True:
+            with self._reaching():
+                there = self._put(args=self._arguments("claim", entry, instead))
+                job = self._truth(_stored(there))
+            if job is None:
+                return None
+            if not again or not job.status.ended or job.status is JobStatus.SUCCEEDED or job.id == instead:
+                return job
+            instead = job.id
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        with self._reaching(), self._redis.pipeline(transaction=False) as pipeline:
+            for entry in entries:
+                self._put(args=self._arguments("write", entry), client=pipeline)
+            pipeline.execute()
+
+    def _lose(self, stored: Stored) -> Job:
+        lost = loss(stored)
+        there = _stored(self._put(args=self._arguments("lose", Entry(job=lost, holder=stored.holder))))
+        return lost if there is None else there.job
+
+    def _arguments(self, mode: str, entry: Entry, instead: str = "") -> list[Any]:
+        job, ttl = entry.job, self.options.result_ttl
+        return [
+            self._prefix,
+            mode,
+            job.id,
+            encode_job(job, holder=entry.holder),
+            "" if job.ended_at is None else repr(job.ended_at),
+            "" if job.key is None else encode_key(job.key),
+            entry.holder,
+            _milliseconds(ttl),
+            _milliseconds(ttl + self.memory),
+            repr(time.time()),
+            entry.outcome or "",
+            instead,
+            _milliseconds(LEASE),
+            *map(encode_line, entry.log),
+        ]
+
+    def outcome(self, id: str) -> bytes | None:
+        with self._reaching():
+            found: bytes | None = self._redis.get(f"{self._prefix}result:{id}")
+        return found
+
+    def log(self, id: str) -> Sequence[LogLine]:
+        with self._reaching():
+            return [decode_line(text) for text in self._redis.lrange(f"{self._prefix}log:{id}", 0, -1)]
+
+    def remove(self, id: str) -> None:
+        with self._reaching():
+            stored = self._read(id)
+            if stored is not None:
+                key = stored.job.key
+                self._redis.srem(f"{self._prefix}open:{stored.holder}", id)
+                self._forget(args=[self._prefix, id, "" if key is None else encode_key(key), "1"])
+
+    # ---- looking ----
+
+    def find(self, key: Hashable) -> Job | None:
+        with self._reaching():
+            return self._truth(self._by_name(f"last:{encode_key(key)}"))
+
+    def held(self, key: Hashable) -> Job | None:
+        with self._reaching():
+            return self._truth(self._by_name(f"key:{encode_key(key)}"))
+
+    def _by_name(self, name: str) -> Stored | None:
+        id = self._redis.get(self._prefix + name)
+        return None if id is None else self._read(id.decode())
+
+    def _read(self, id: str) -> Stored | None:
+        return _stored(self._redis.get(f"{self._prefix}job:{id}"))
+
+    def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
+        gone, there = ("gone:", "job:") if key is None else ("gone-key:", "last:")
+        name = id if key is None else encode_key(key)
+        with self._reaching(), self._redis.pipeline() as pipeline:
+            pipeline.exists(f"{self._prefix}{gone}{name}").exists(f"{self._prefix}{there}{name}")
+            was, is_there = pipeline.execute()
+        return bool(was and not is_there)
+
+    def keys(self, within: tuple[Hashable, ...] = ()) -> Sequence[Hashable]:
+        with self._reaching():
+            if within:
+                pattern = _escaped(encode_prefix(within)) + "*"
+                scored = sorted(self._redis.zscan_iter(f"{self._prefix}keys", pattern, 1000), key=lambda pair: pair[1])
+                names = [name for name, _ in scored]
+            else:
+                names = self._redis.zrange(f"{self._prefix}keys", 0, -1)
+            there = self._redis.mget([f"{self._prefix}key:".encode() + name for name in names]) if names else []
+        return [decode_key(name.decode()) for name, id in zip(names, there, strict=True) if id is not None]
+
+    def _select(
+        self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None
+    ) -> Iterable[Stored]:
+        mark = b"" if status is None else f'"status": "{status}"'.encode()  # to save the work of decoding
+        found = 0
+        for text in self._newest(limit):
+            if limit is not None and found >= limit:
+                return
+            stored = _stored(text) if mark in text else None
+            if (
+                stored is not None
+                and (status is None or stored.job.status is status)
+                and (name is None or stored.job.name == name)
+                and (owner is None or stored.job.owner == owner)
+            ):
+                found += 1
+                yield stored
+
+    def _newest(self, limit: int | None) -> Iterator[bytes]:
+        """The records, youngest first, read some at a time."""
+        begin = 0
+        size = _AT_ONCE if limit is None else max(1, min(limit, _AT_ONCE))
+        while ids := self._redis.zrevrange(f"{self._prefix}jobs", begin, begin + size - 1):
+            texts = self._redis.mget([f"{self._prefix}job:".encode() + id for id in ids])
+            yield from (text for text in texts if text is not None)
+            begin += size
+            size = _AT_ONCE
+
+    # ---- keys, requests, leases ----
+
+    def release(self, key: Hashable, id: str) -> bool:
+        with self._reaching():
+            return bool(self._release(args=[self._prefix, encode_key(key), id]))
+
+    def ask_to_stop(self, request: StopRequest) -> None:
+        with self._reaching():
+            stored = self._read(request.id)
+            if stored is not None:
+                name = f"{self._prefix}stop:{stored.holder}"
+                self._redis.hset(name, request.id, json.dumps([request.grace, request.only_queued]))
+                self._redis.expire(name, 3600)  # a dead holder does not come for them
+
+    def take_requests(self, holder: str) -> Sequence[StopRequest]:
+        name = f"{self._prefix}stop:{holder}"
+        with self._reaching(), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hgetall(name).delete(name)
+            requests, _ = pipeline.execute()
+        asked = [(id.decode(), *json.loads(text)) for id, text in requests.items()]
+        return [StopRequest(id=id, grace=grace, only_queued=only_queued) for id, grace, only_queued in asked]
+
+    def renew(self, holder: str) -> bool:
+        name = f"{self._prefix}lease:{holder}"
+        with self._reaching(), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.exists(name).set(name, "", px=_milliseconds(LEASE))
+            had_it, _ = pipeline.execute()
+        return bool(had_it)
+
+    def leave(self, holder: str) -> None:
+        with self._reaching():
+            self._redis.delete(f"{self._prefix}lease:{holder}")
+
+    def _has_lease(self, holder: str) -> bool:
+        return bool(self._redis.exists(f"{self._prefix}lease:{holder}"))
+
+    # ---- cleaning ----
+
+    def purge(self, ended_before: float) -> int:
+        with self._reaching():
+            return self._purge(self._redis.zrangebyscore(f"{self._prefix}ended", "-inf", f"({ended_before!r}"))
+
+    def _purge(self, members: Sequence[bytes]) -> int:
+        """Have records leave, given as they stand in ``ended``."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for member in members:
+                id, _, key = member.decode().partition(" ")
+                self._forget(args=[self._prefix, id, key, ""], client=pipeline)
+            pipeline.execute()
+        return len(members)
+
+    def sweep(self) -> None:
+        with self._reaching():
+            for dead in self._dead(holder.decode() for holder in self._redis.smembers(f"{self._prefix}holders")):
+                for id in self._redis.smembers(f"{self._prefix}open:{dead}"):
+                    if self._truth(self._read(id.decode())) is None:
+                        self._redis.srem(f"{self._prefix}open:{dead}", id)
+                self._redis.srem(f"{self._prefix}holders", dead)
+            self.purge(time.time() - self.options.result_ttl)  # what stands in lists of those that have expired
+            too_many = self._redis.zcard(f"{self._prefix}ended") - self.options.max_records
+            if too_many > 0:
+                self._purge(self._redis.zrange(f"{self._prefix}ended", 0, too_many - 1))
+
+    # ---- the server ----
+
+    def watch(self) -> Watch:
+        return _Subscription(self)
+
+    def check(self) -> None:
+        with self._reaching():
+            self._redis.set(f"{self._prefix}check", "", px=1000)
+
+    @property
+    def private(self) -> bool:
+        return False
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._connect()
+
+    def close(self) -> None:
+        with suppress(redis.RedisError, OSError):
+            self._redis.close()
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        with self.reaching():
+            if not self._known:
+                self._learn_version()
+            yield
+
+    def _learn_version(self) -> None:
+        name = f"{self._prefix}version"
+        self._redis.set(name, VERSION, nx=True)
+        version = int(self._redis.get(name))
+        if version != VERSION:
+            raise StoreUnavailable(
+                self.where,
+                f"another version of Flask-Executor has written it (its schema is {version}, this knows {VERSION}). "
+                f"Use that version, or another database (redis://host/1), or delete all names {self._prefix}*",
+            )
+        self._known = True
+
+    def _reasons(self) -> tuple[type[Exception], ...]:
+        return (redis.RedisError, OSError)
+
+    def _explain(self, error: Exception) -> str:
+        return f"{error or type(error).__name__}; see that Redis runs there and accepts what the url says"
+
+
+class _Subscription(Watch):
+    """Subscribes to the channels of jobs, and to one of its own to be woken."""
+
+    def __init__(self, store: RedisStore) -> None:
+        self._store = store
+        self._wakes = f"{store._prefix}wake:{new_id()}"
+        self._pubsub: Any = None
+        self._channels: set[str] = set()
+        self._pending = False  # something has come that nobody has waited for yet
+
+    def begin(self, ids: Collection[str]) -> None:
+        wanted = {self._wakes, *(f"{self._store._prefix}job:{id}" for id in ids)}
+        with self._connected():
+            gone, new = self._channels - wanted, wanted - self._channels
+            if gone:
+                self._pubsub.unsubscribe(*gone)
+            if new:
+                self._pubsub.subscribe(*new)
+            self._channels = wanted
+            while new:  # what changes from here on must be heard of
+                message = self._pubsub.get_message(timeout=_PATIENCE)
+                if message is None:
+                    raise redis.TimeoutError(f"no answer in {_PATIENCE:g} s")
+                self._hear(message)
+                if message["type"] == "subscribe":
+                    new.discard(message["channel"].decode())
+
+    def wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        with self._connected():
+            while not self._pending and (left := deadline - time.monotonic()) > 0:
+                self._hear(self._pubsub.get_message(timeout=left))
+            while (message := self._pubsub.get_message(timeout=0)) is not None:
+                self._hear(message)
+            self._pending = False
+
+    def _hear(self, message: dict[str, Any] | None) -> None:
+        self._pending |= message is not None and message["type"] == "message"
+
+    def wake(self) -> None:
+        with suppress(redis.RedisError, OSError):  # whoever waits there will hear of that by itself
+            self._store._redis.publish(self._wakes, "")
+
+    def close(self) -> None:
+        pubsub, self._pubsub, self._channels = self._pubsub, None, set()
+        if pubsub is not None:
+            with suppress(redis.RedisError, OSError):
+                pubsub.close()
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            with self._store._reaching():
+                if self._pubsub is None:
+                    self._pubsub = self._store._redis.pubsub()
+                yield
+        except StoreUnavailable:
+            self.close()
+            raise
+
+
+def _stored(text: bytes | None) -> Stored | None:
+    if text is None:
+        return None
+    job, more = decode_job(text)
+    return Stored(job, more["holder"])
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _escaped(text: str) -> str:
+    """A pattern of Redis that matches just this text."""
+    return "".join(f"\\{sign}" if sign in "*?[]\\" else sign for sign in text)

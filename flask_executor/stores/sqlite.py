@@ -1,0 +1,613 @@
+"""Records in a SQLite file: several processes of one machine, and no server.
+
+The file is in write-ahead mode: those who read do not wait for those who write, who wait for each other. It does not
+work on network file systems, where that mode has no shared memory (https://sqlite.org/wal.html).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
+from flask_executor.exceptions import StoreUnavailable
+from flask_executor.holders import LEASE
+from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine
+from flask_executor.records import decode_key, decode_meta, encode_key, encode_meta, encode_prefix
+from flask_executor.stores.shared import SharedStore, Stored, loss
+
+_BUSY = 10.0  # seconds to wait for others who write
+_AT_ONCE = 500  # records that leave in one transaction, so that it is short
+_SHORTEST, _LONGEST = 0.002, 0.025  # seconds between two looks whether somebody has written
+
+_COLUMNS = (
+    "id, key, name, owner, status, queued_at, started_at, ended_at, error, attempt, progress, message, meta, "
+    "stop_requested, holder"
+)
+_FIELDS = _COLUMNS.split(", ")
+
+_SCHEMA = (
+    # What has not ended has no ended_at.
+    """CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, space TEXT NOT NULL, key TEXT, name TEXT NOT NULL,
+        owner TEXT, status TEXT NOT NULL, queued_at REAL NOT NULL, started_at REAL, ended_at REAL, error TEXT,
+        attempt INTEGER NOT NULL, progress REAL, message TEXT, meta TEXT, stop_requested INTEGER NOT NULL,
+        holder TEXT NOT NULL)""",
+    "CREATE INDEX jobs_by_space ON jobs (space)",
+    "CREATE INDEX jobs_by_key ON jobs (space, key) WHERE key IS NOT NULL",
+    "CREATE INDEX jobs_by_name ON jobs (space, name)",
+    "CREATE INDEX jobs_by_owner ON jobs (space, owner) WHERE owner IS NOT NULL",
+    "CREATE INDEX jobs_by_status ON jobs (space, status)",
+    "CREATE INDEX jobs_by_end ON jobs (space, ended_at) WHERE ended_at IS NOT NULL",
+    "CREATE INDEX jobs_by_holder ON jobs (holder) WHERE ended_at IS NULL",
+    """CREATE TABLE keys (
+        number INTEGER PRIMARY KEY, space TEXT NOT NULL, key TEXT NOT NULL,
+        job TEXT NOT NULL UNIQUE REFERENCES jobs (id) ON DELETE CASCADE, UNIQUE (space, key))""",
+    "CREATE TABLE outcomes (job TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE, data BLOB NOT NULL)",
+    """CREATE TABLE log (
+        number INTEGER PRIMARY KEY, job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, time REAL NOT NULL,
+        level TEXT NOT NULL, logger TEXT NOT NULL, text TEXT NOT NULL)""",
+    "CREATE INDEX log_by_job ON log (job)",
+    """CREATE TABLE requests (
+        job TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE, grace REAL, only_queued INTEGER NOT NULL)""",
+    "CREATE TABLE holders (holder TEXT PRIMARY KEY, until REAL NOT NULL)",
+    "CREATE TABLE gone (id TEXT PRIMARY KEY, space TEXT NOT NULL, key TEXT, until REAL NOT NULL)",
+    "CREATE INDEX gone_by_key ON gone (space, key) WHERE key IS NOT NULL",
+    "CREATE INDEX gone_by_time ON gone (until)",
+)
+
+#: What brings a file of an older version up to date: the statements that lead from version n to n + 1, at n.
+#: Version 0 is an empty file. The number of entries is the version that this module reads and writes.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA,)
+
+
+class SQLiteStore(SharedStore):
+    """Two connections per process: one reads while the other writes. Each is used under its own lock."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        super().__init__(options)
+        if not options.url.startswith("sqlite:///") or options.url == "sqlite:///":
+            raise ValueError("sqlite:///path")
+        self._path = Path(options.url.removeprefix("sqlite:///"))
+        self.where = str(self._path)
+        self._space = options.space
+        self._reads, self._writes = _Connection(self._path), _Connection(self._path)
+
+    # ---- one job ----
+
+    def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
+        job, now = entry.job, time.time()
+        with self._writing() as connection:
+            there = self._holding_in(connection, encode_key(job.key))
+            if there is not None and not there.job.status.ended and self._dead({there.holder}):
+                there = Stored(self._lose_in(connection, there), there.holder)
+            if there is not None:
+                if not again or not there.job.status.ended or there.job.status is JobStatus.SUCCEEDED:
+                    return there.job
+                connection.execute("DELETE FROM keys WHERE job = ?", (there.job.id,))
+            self._insert(connection, entry)
+            self._renew(connection, entry.holder, now)
+        return None
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        with self._writing() as connection:
+            for entry in entries:
+                values = _values(entry)
+                changed = connection.execute(
+                    "UPDATE jobs SET status = ?, queued_at = ?, started_at = ?, ended_at = ?, error = ?, attempt = ?, "
+                    "progress = ?, message = ?, meta = ?, stop_requested = ?, holder = ? WHERE id = ?",
+                    (*values[4:], entry.job.id),
+                )
+                if not changed.rowcount:
+                    self._insert(connection, entry)
+                if entry.outcome is not None:
+                    connection.execute(
+                        "INSERT OR REPLACE INTO outcomes (job, data) VALUES (?, ?)", (entry.job.id, entry.outcome)
+                    )
+                if entry.log:
+                    _write_log(connection, entry.job.id, entry.log)
+
+    def _insert(self, connection: sqlite3.Connection, entry: Entry) -> None:
+        """Write a new record, and let the job have its key if that is free."""
+        values = _values(entry)
+        connection.execute(
+            f"INSERT INTO jobs (space, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self._space, *values),
+        )
+        key = values[1]
+        if key is not None and not entry.job.status.ended:
+            connection.execute(
+                "INSERT OR IGNORE INTO keys (space, key, job) VALUES (?, ?, ?)", (self._space, key, entry.job.id)
+            )
+
+    def outcome(self, id: str) -> bytes | None:
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT data FROM outcomes JOIN jobs ON jobs.id = outcomes.job WHERE job = ? AND " + _CURRENT,
+                (id, self._oldest()),
+            ).fetchone()
+        return None if row is None else row[0]
+
+    def log(self, id: str) -> Sequence[LogLine]:
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT time, level, logger, text FROM log WHERE job = ? ORDER BY number", (id,)
+            ).fetchall()
+        return [LogLine(time=time, level=level, logger=logger, text=text) for time, level, logger, text in rows]
+
+    def remove(self, id: str) -> None:
+        with self._writing() as connection:
+            connection.execute("DELETE FROM jobs WHERE id = ?", (id,))
+
+    def _lose(self, stored: Stored) -> Job:
+        with self._writing() as connection:
+            return self._lose_in(connection, stored)
+
+    def _lose_in(self, connection: sqlite3.Connection, stored: Stored) -> Job:
+        lost = loss(stored)
+        connection.execute(
+            "UPDATE jobs SET status = ?, ended_at = ?, error = ? WHERE id = ? AND holder = ? AND ended_at IS NULL",
+            (lost.status.value, lost.ended_at, lost.error, lost.id, stored.holder),
+        )
+        found = self._one(connection, "id = ?", lost.id)
+        return lost if found is None else found.job
+
+    # ---- looking ----
+
+    def find(self, key: Hashable) -> Job | None:
+        with self.reaching():
+            return self._truth(self._youngest(encode_key(key)))
+
+    def held(self, key: Hashable) -> Job | None:
+        with self.reaching():
+            return self._truth(self._holding(encode_key(key)))
+
+    def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
+        column, value = ("id", id) if key is None else ("key", encode_key(key))
+        now = time.time()
+        with self._reading() as connection:
+            if self._one(connection, f"space = ? AND {column} = ?", self._space, value) is not None:
+                return False
+            row = connection.execute(
+                f"SELECT 1 FROM gone WHERE space = ? AND {column} = ? AND until > ? UNION ALL "
+                f"SELECT 1 FROM jobs WHERE space = ? AND {column} = ? LIMIT 1",
+                (self._space, value, now, self._space, value),
+            ).fetchone()
+        return row is not None
+
+    def keys(self, within: tuple[Hashable, ...] = ()) -> Sequence[Hashable]:
+        condition, values = "", [self._space, self._oldest()]
+        if within:
+            prefix = encode_prefix(within)
+            condition, values = " AND keys.key >= ? AND keys.key < ?", [*values, prefix, prefix + "\U0010ffff"]
+        with self._reading() as connection:
+            rows = connection.execute(
+                f"SELECT keys.key FROM keys JOIN jobs ON jobs.id = keys.job WHERE keys.space = ? AND {_CURRENT}"
+                f"{condition} ORDER BY keys.number",
+                values,
+            ).fetchall()
+        return [decode_key(text) for (text,) in rows]
+
+    def _read(self, id: str) -> Stored | None:
+        with self._reading() as connection:
+            return self._one(connection, "id = ? AND space = ?", id, self._space)
+
+    def _youngest(self, key: str) -> Stored | None:
+        with self._reading() as connection:
+            return self._one(connection, "space = ? AND key = ?", self._space, key)
+
+    def _holding(self, key: str) -> Stored | None:
+        with self._reading() as connection:
+            return self._holding_in(connection, key)
+
+    def _holding_in(self, connection: sqlite3.Connection, key: str) -> Stored | None:
+        holding = "id = (SELECT job FROM keys WHERE space = ? AND key = ?)"
+        return self._one(connection, holding, self._space, key)
+
+    def _one(self, connection: sqlite3.Connection, condition: str, *values: object) -> Stored | None:
+        """The youngest record that a condition holds for."""
+        query = f"SELECT {_COLUMNS} FROM jobs WHERE {condition} AND {_CURRENT} ORDER BY number DESC LIMIT 1"
+        row = connection.execute(query, (*values, self._oldest())).fetchone()
+        return None if row is None else _stored(row)
+
+    def _select(
+        self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None
+    ) -> Iterable[Stored]:
+        wanted = {"space": self._space, "status": status and status.value, "name": name, "owner": owner}
+        given = {column: value for column, value in wanted.items() if value is not None}
+        condition = " AND ".join(f"{column} = ?" for column in given)
+        with self._reading() as connection:
+            rows = connection.execute(
+                f"SELECT {_COLUMNS} FROM jobs WHERE {condition} AND {_CURRENT} ORDER BY number DESC LIMIT ?",
+                (*given.values(), self._oldest(), -1 if limit is None else limit),
+            ).fetchall()
+        return map(_stored, rows)
+
+    # ---- keys, requests, leases ----
+
+    def release(self, key: Hashable, id: str) -> bool:
+        with self._writing() as connection:
+            deleted = connection.execute(
+                "DELETE FROM keys WHERE space = ? AND key = ? AND job = ?", (self._space, encode_key(key), id)
+            )
+        return deleted.rowcount > 0
+
+    def ask_to_stop(self, request: StopRequest) -> None:
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO requests (job, grace, only_queued) SELECT id, ?, ? FROM jobs WHERE id = ?",
+                (request.grace, request.only_queued, request.id),
+            )
+
+    def take_requests(self, holder: str) -> Sequence[StopRequest]:
+        if not self._requests(self._reading, holder):  # as always but once in a while
+            return []
+        with self._writing() as connection:
+            rows = self._requests(lambda: _same(connection), holder)
+            connection.executemany("DELETE FROM requests WHERE job = ?", [row[:1] for row in rows])
+        return [StopRequest(id=row[0], grace=row[1], only_queued=bool(row[2])) for row in rows]
+
+    def _requests(self, access: Callable[[], Any], holder: str) -> list[Any]:
+        with access() as connection:
+            rows: list[Any] = connection.execute(
+                "SELECT job, grace, only_queued FROM requests JOIN jobs ON jobs.id = requests.job WHERE holder = ?",
+                (holder,),
+            ).fetchall()
+        return rows
+
+    def renew(self, holder: str) -> bool:
+        self._look_for_the_file()
+        with self._writing() as connection:
+            return self._renew(connection, holder, time.time())
+
+    def _renew(self, connection: sqlite3.Connection, holder: str, now: float) -> bool:
+        row = connection.execute("SELECT until FROM holders WHERE holder = ?", (holder,)).fetchone()
+        connection.execute("INSERT OR REPLACE INTO holders (holder, until) VALUES (?, ?)", (holder, now + LEASE))
+        return row is not None and row[0] >= now
+
+    def leave(self, holder: str) -> None:
+        with self._writing() as connection:
+            connection.execute("DELETE FROM holders WHERE holder = ?", (holder,))
+
+    def _has_lease(self, holder: str) -> bool:
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT 1 FROM holders WHERE holder = ? AND until >= ?", (holder, time.time())
+            ).fetchone()
+        return row is not None
+
+    # ---- cleaning ----
+
+    def purge(self, ended_before: float) -> int:
+        return self._purge(
+            "space = ? AND ended_at IS NOT NULL AND ended_at < ?", (self._space, ended_before), ended_before
+        )
+
+    def _purge(self, condition: str, values: tuple[object, ...], limit: float) -> int:
+        total, until = 0, time.time() + self.memory
+        chosen = f"SELECT id FROM jobs WHERE {condition} ORDER BY ended_at LIMIT {_AT_ONCE}"
+        while True:
+            with self._writing() as connection:
+                connection.execute(
+                    f"INSERT OR REPLACE INTO gone (id, space, key, until) SELECT id, space, key, ? FROM jobs "
+                    f"WHERE id IN ({chosen})",
+                    (until, *values),
+                )
+                deleted = connection.execute(f"DELETE FROM jobs WHERE id IN ({chosen})", values).rowcount
+            total += deleted
+            if deleted < _AT_ONCE:
+                return total
+
+    def sweep(self) -> None:
+        now = time.time()
+        with self._reading() as connection:
+            holders = {row[0] for row in connection.execute("SELECT DISTINCT holder FROM jobs WHERE ended_at IS NULL")}
+        dead = self._dead(holders)
+        if dead:
+            self.list(status=JobStatus.RUNNING)  # looks at each
+            self.list(status=JobStatus.QUEUED)
+        self.purge(self._oldest())
+        self._bound()
+        with self._writing() as connection:
+            connection.execute("DELETE FROM gone WHERE until < ?", (now,))
+            connection.executemany("DELETE FROM holders WHERE holder = ?", [(holder,) for holder in dead])
+            connection.execute("PRAGMA incremental_vacuum(1000)").fetchall()
+
+    def _bound(self) -> None:
+        """Have the oldest leave of those that have ended, when there are too many."""
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT ended_at FROM jobs WHERE space = ? AND ended_at IS NOT NULL ORDER BY ended_at DESC "
+                "LIMIT 1 OFFSET ?",
+                (self._space, self.options.max_records),
+            ).fetchone()
+        if row is not None:
+            self._purge("space = ? AND ended_at IS NOT NULL AND ended_at <= ?", (self._space, row[0]), row[0])
+
+    def _oldest(self) -> float:
+        """When the jobs have ended at the latest whose records are to leave."""
+        return time.time() - self.options.result_ttl
+
+    # ---- the file ----
+
+    def watch(self) -> Watch:
+        return _FileWatch(self)
+
+    def check(self) -> None:
+        with self._writing() as connection:
+            connection.execute("UPDATE holders SET until = until WHERE holder = ''")
+            broken = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if broken != "ok":
+            raise StoreUnavailable(self.where, _CORRUPT.format(broken))
+
+    @property
+    def private(self) -> bool:
+        with self._reading():  # makes the file, if there is none
+            status = self._path.stat()
+        if not hasattr(os, "geteuid"):  # Windows, where the folder decides
+            return True
+        return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        for connection in (self._reads, self._writes):
+            connection.after_fork()
+
+    def close(self) -> None:
+        for connection in (self._reads, self._writes):
+            with connection.lock:
+                connection.close()
+
+    def _look_for_the_file(self) -> None:
+        """Open the file anew if somebody has deleted or replaced it: what is written now would be seen by nobody."""
+        for connection in (self._reads, self._writes):
+            with connection.lock:
+                if connection.is_elsewhere():
+                    connection.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self.reaching(), self._reads as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction."""
+        with self.reaching(), self._writes as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def _reasons(self) -> tuple[type[Exception], ...]:
+        return (sqlite3.Error, OSError)
+
+    def _is_slow(self, error: Exception) -> bool:
+        return _is_locked(error)
+
+    def _explain(self, error: Exception) -> str:
+        if _is_locked(error):
+            return f"another process has written to it for more than {_BUSY:g} s"
+        if isinstance(error, sqlite3.OperationalError) or not isinstance(error, sqlite3.DatabaseError):
+            return f"{error}; see that {self._path.parent} exists, is writable, and has space left"
+        return _CORRUPT.format(error)
+
+
+_CORRUPT = "it is no SQLite database, or a broken one ({}). It is left as it is: move it away, and a new one is made"
+_CURRENT = "(ended_at IS NULL OR ended_at > ?)"
+
+
+class _Connection:
+    """A connection that is opened when it is needed. ``with`` gives it, under its lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.lock = threading.RLock()  # a finalizer may come here in the middle
+        self._open: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+
+    def __enter__(self) -> sqlite3.Connection:
+        self.lock.acquire()
+        try:
+            if self._open is None:
+                self._open = _connect(self._path)
+                self._file = self._identity()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self._open
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, sqlite3.DatabaseError) and not _is_locked(error):
+                self.close()  # what is wrong may be mended when it is opened again
+        finally:
+            self.lock.release()
+
+    def is_elsewhere(self) -> bool:
+        """Whether the file that is open is not the one that is at its path."""
+        return self._open is not None and self._file != self._identity()
+
+    def close(self) -> None:
+        connection, self._open = self._open, None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                connection.close()
+
+    def after_fork(self) -> None:
+        # A connection must not even be closed in another process than the one that has opened it
+        # (https://sqlite.org/howtocorrupt.html, "Carrying an open database connection across a fork").
+        if self._open is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._open))
+        self._open = None
+        self.lock = threading.RLock()
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    connection = sqlite3.connect(path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA journal_size_limit = 67108864")
+        _prepare(connection, str(path))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, where: str) -> None:
+    """Make the tables, or bring them up to date.
+
+    :raises StoreUnavailable: for a file of a newer version.
+    """
+    version = _version_of(connection)
+    if version < len(MIGRATIONS):
+        if version == 0:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            _until_unlocked(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
+        connection.execute("BEGIN IMMEDIATE")
+        for statements in MIGRATIONS[_version_of(connection) :]:  # somebody may have been faster
+            for statement in statements:
+                connection.execute(statement)
+        if _version_of(connection) < len(MIGRATIONS):
+            connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        connection.execute("COMMIT")
+    elif version > len(MIGRATIONS):
+        raise StoreUnavailable(
+            where,
+            f"a newer version of Flask-Executor has written it (its schema is {version}, this one knows "
+            f"{len(MIGRATIONS)}). Update this one, or give it another file",
+        )
+
+
+def _version_of(connection: sqlite3.Connection) -> int:
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    return version
+
+
+def _until_unlocked(step: Callable[[], object]) -> None:
+    """Several processes may make the same file at once, and SQLite does not wait for this step of the others."""
+    deadline = time.monotonic() + _BUSY
+    while True:
+        try:
+            step()
+            return
+        except sqlite3.OperationalError as error:
+            if not _is_locked(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _is_locked(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+@contextmanager
+def _same(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    yield connection
+
+
+def _values(entry: Entry) -> list[Any]:
+    """What is written of a job, in the order of the columns."""
+    job = entry.job
+    return [
+        job.id,
+        None if job.key is None else encode_key(job.key),
+        _text(job.name),
+        _text(job.owner),
+        job.status.value,
+        job.queued_at,
+        job.started_at,
+        job.ended_at,
+        _text(job.error),
+        job.attempt,
+        job.progress,
+        _text(job.message),
+        encode_meta(job),
+        job.stop_requested,
+        entry.holder,
+    ]
+
+
+def _text(text: str | None) -> str | None:
+    """``text``, as it can be encoded: half of a surrogate pair may stand in the name of a file, and so in a message."""
+    return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _stored(row: tuple[Any, ...]) -> Stored:
+    fields = dict(zip(_FIELDS, row, strict=True))
+    holder = fields.pop("holder")
+    fields["key"] = None if fields["key"] is None else decode_key(fields["key"])
+    fields["status"] = JobStatus(fields["status"])
+    fields["meta"] = decode_meta(fields["meta"])
+    fields["stop_requested"] = bool(fields["stop_requested"])
+    return Stored(Job(**fields), holder)
+
+
+def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]) -> None:
+    connection.executemany(
+        "INSERT INTO log (job, time, level, logger, text) VALUES (?, ?, ?, ?, ?)",
+        [(id, line.time, line.level, line.logger, _text(line.text)) for line in lines],
+    )
+    connection.execute(
+        "DELETE FROM log WHERE number <= (SELECT number FROM log WHERE job = ? ORDER BY number DESC LIMIT 1 OFFSET ?) "
+        "AND job = ?",
+        (id, LOG_LINES, id),
+    )
+
+
+class _FileWatch(Watch):
+    """Asks SQLite whether somebody has written anything, which costs a few microseconds; less and less often."""
+
+    def __init__(self, store: SQLiteStore) -> None:
+        self._store = store
+        self._connection = _Connection(store._path)
+        self._woken = threading.Event()
+        self._version = 0
+
+    def begin(self, ids: Collection[str]) -> None:
+        self._version = self._data_version()
+
+    def wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        pause = _SHORTEST
+        while not self._woken.wait(max(0.0, min(pause, deadline - time.monotonic()))):
+            if self._data_version() != self._version or time.monotonic() >= deadline:
+                return
+            pause = min(pause * 1.5, _LONGEST)
+        self._woken.clear()
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def close(self) -> None:
+        with self._connection.lock:
+            self._connection.close()
+
+    def _data_version(self) -> int:
+        with self._store.reaching(), self._connection as connection:
+            version: int = connection.execute("PRAGMA data_version").fetchone()[0]
+        return version
