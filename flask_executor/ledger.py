@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 #: What the key of a step of a flow begins with.
 FLOW = "flask_executor.flow"
 
+_PATIENCE = 5.0  # seconds to wait until something is written
+
 
 def is_step(key: Hashable) -> bool:
     """Whether this is the key of a step of a flow."""
@@ -121,8 +123,8 @@ class Ledger:
 
 
 def has_failed(future: Any) -> bool:
-    """Whether this is the handle of a job that has ended, and not by success."""
-    status = getattr(future, "status", JobStatus.SUCCEEDED)  # it may be a plain future that was added by hand
+    """Whether this is a handle, and of a job that has ended other than by success."""
+    status = getattr(future, "status", JobStatus.SUCCEEDED)  # it may be none, or a plain future added by hand
     return bool(status.ended) and status is not JobStatus.SUCCEEDED
 
 
@@ -161,18 +163,20 @@ class SharedLedger(Ledger):
         here = FutureCollection.get(futures, job.key)
         if here is not None and getattr(here, "key", None) != job.key:  # added by hand
             return here
-        self._recorder.add(job, claimed=True)
-        try:
-            there = self.store.claim(Entry(job=job.record(), holder=self._recorder.holder), again=call.options.again)
-        except BaseException:
-            self._recorder.forget(job.id)
-            raise
-        if there is not None:
-            self._recorder.forget(job.id)
-            return self.handle(there)
-        self._handles[job.id] = call.future
-        futures.hold(job.key, call.future)
-        return None
+        self._handles[job.id] = call.future  # first: who finds the record may ask for it to be stopped
+        there = self._claim(job, again=call.options.again)
+        if there is None:
+            self._recorder.add(job, claimed=True)
+            futures.hold(job.key, call.future)
+        return there
+
+    def _claim(self, job: LiveJob, *, again: bool) -> FutureProxy[Any] | None:
+        entry = Entry(job=job.record(), holder=self._recorder.holder)
+        there = self.store.claim(entry, again=again)
+        if there is not None and again and has_failed(self._handles.get(there.id)):
+            self._recorder.flush(_PATIENCE)  # one of ours has failed just now, and the store does not know it yet
+            there = self.store.claim(entry, again=again)
+        return None if there is None else self.handle(there)
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
         self._memory.add(call.job)
@@ -266,8 +270,8 @@ class SharedLedger(Ledger):
                 raise ConfigError(
                     "SECRET_KEY",
                     None,
-                    f"set, and the same in all processes: others can write to {self.store.where}, and what is unpickled "
-                    "from there has to be signed",
+                    f"set, and the same in all processes: others can write to {self.store.where}, and what is "
+                    "unpickled from there has to be signed",
                 )
             self._sealer = Sealer(keys)
         return self._sealer

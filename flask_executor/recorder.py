@@ -1,8 +1,8 @@
 """Writes down, in a shared store, what the jobs of this process do.
 
 One thread, so that no job waits for a disk or a network. **Who owns what:** everything below is changed under
-``_changed``, which is never held while the store is asked. **Invariants:** a job is in ``_tracked`` from before anybody
-can find it in the store until its end is written. What is new about it is in ``_now`` or ``_later``, or in the hands of
+``_changed``, which is never held while the store is asked. **Invariants:** a job is in ``_tracked`` from before it can
+start until its end is written. What is new about it is in ``_now`` or ``_later``, or in the hands of
 the thread, which puts it back when it cannot be written. So nothing is lost while the process lives.
 """
 

@@ -14,11 +14,13 @@ from flask_executor.jobs import Job, JobStatus, LogLine
 
 
 def encode_key(key: Hashable) -> str:
-    """A key as text, different for different keys: a string as it is, anything else as ``=`` and its literal.
+    """A key as text, different for different keys, and never empty.
+
+    A string is what it is (unless it is empty or begins with ``=``), anything else is ``=`` and its literal.
 
     :raises TypeError: for a key that is no string, number, bytes, or tuple of such.
     """
-    if type(key) is str and not key.startswith("="):
+    if type(key) is str and key and not key.startswith("="):
         return key
     text = repr(key)
     try:

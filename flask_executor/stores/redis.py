@@ -158,7 +158,7 @@ class RedisStore(SharedStore):
     def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
         instead = ""
         while True:
-            with self._reaching():
+            with self.reaching():
                 there = self._put(args=self._arguments("claim", entry, instead))
                 job = self._truth(_stored(there))
             if job is None:
@@ -168,7 +168,7 @@ class RedisStore(SharedStore):
             instead = job.id
 
     def write(self, entries: Sequence[Entry]) -> None:
-        with self._reaching(), self._redis.pipeline(transaction=False) as pipeline:
+        with self.reaching(), self._redis.pipeline(transaction=False) as pipeline:
             for entry in entries:
                 self._put(args=self._arguments("write", entry), client=pipeline)
             pipeline.execute()
@@ -198,16 +198,16 @@ class RedisStore(SharedStore):
         ]
 
     def outcome(self, id: str) -> bytes | None:
-        with self._reaching():
+        with self.reaching():
             found: bytes | None = self._redis.get(f"{self._prefix}result:{id}")
         return found
 
     def log(self, id: str) -> Sequence[LogLine]:
-        with self._reaching():
+        with self.reaching():
             return [decode_line(text) for text in self._redis.lrange(f"{self._prefix}log:{id}", 0, -1)]
 
     def remove(self, id: str) -> None:
-        with self._reaching():
+        with self.reaching():
             stored = self._read(id)
             if stored is not None:
                 key = stored.job.key
@@ -216,13 +216,11 @@ class RedisStore(SharedStore):
 
     # ---- looking ----
 
-    def find(self, key: Hashable) -> Job | None:
-        with self._reaching():
-            return self._truth(self._by_name(f"last:{encode_key(key)}"))
+    def _youngest(self, key: str) -> Stored | None:
+        return self._by_name(f"last:{key}")
 
-    def held(self, key: Hashable) -> Job | None:
-        with self._reaching():
-            return self._truth(self._by_name(f"key:{encode_key(key)}"))
+    def _holding(self, key: str) -> Stored | None:
+        return self._by_name(f"key:{key}")
 
     def _by_name(self, name: str) -> Stored | None:
         id = self._redis.get(self._prefix + name)
@@ -234,13 +232,13 @@ class RedisStore(SharedStore):
     def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
         gone, there = ("gone:", "job:") if key is None else ("gone-key:", "last:")
         name = id if key is None else encode_key(key)
-        with self._reaching(), self._redis.pipeline() as pipeline:
+        with self.reaching(), self._redis.pipeline() as pipeline:
             pipeline.exists(f"{self._prefix}{gone}{name}").exists(f"{self._prefix}{there}{name}")
             was, is_there = pipeline.execute()
         return bool(was and not is_there)
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> Sequence[Hashable]:
-        with self._reaching():
+        with self.reaching():
             if within:
                 pattern = _escaped(encode_prefix(within)) + "*"
                 scored = sorted(self._redis.zscan_iter(f"{self._prefix}keys", pattern, 1000), key=lambda pair: pair[1])
@@ -281,11 +279,11 @@ class RedisStore(SharedStore):
     # ---- keys, requests, leases ----
 
     def release(self, key: Hashable, id: str) -> bool:
-        with self._reaching():
+        with self.reaching():
             return bool(self._release(args=[self._prefix, encode_key(key), id]))
 
     def ask_to_stop(self, request: StopRequest) -> None:
-        with self._reaching():
+        with self.reaching():
             stored = self._read(request.id)
             if stored is not None:
                 name = f"{self._prefix}stop:{stored.holder}"
@@ -294,7 +292,7 @@ class RedisStore(SharedStore):
 
     def take_requests(self, holder: str) -> Sequence[StopRequest]:
         name = f"{self._prefix}stop:{holder}"
-        with self._reaching(), self._redis.pipeline(transaction=True) as pipeline:
+        with self.reaching(), self._redis.pipeline(transaction=True) as pipeline:
             pipeline.hgetall(name).delete(name)
             requests, _ = pipeline.execute()
         asked = [(id.decode(), *json.loads(text)) for id, text in requests.items()]
@@ -302,13 +300,13 @@ class RedisStore(SharedStore):
 
     def renew(self, holder: str) -> bool:
         name = f"{self._prefix}lease:{holder}"
-        with self._reaching(), self._redis.pipeline(transaction=True) as pipeline:
+        with self.reaching(), self._redis.pipeline(transaction=True) as pipeline:
             pipeline.exists(name).set(name, "", px=_milliseconds(LEASE))
             had_it, _ = pipeline.execute()
         return bool(had_it)
 
     def leave(self, holder: str) -> None:
-        with self._reaching():
+        with self.reaching():
             self._redis.delete(f"{self._prefix}lease:{holder}")
 
     def _has_lease(self, holder: str) -> bool:
@@ -317,7 +315,7 @@ class RedisStore(SharedStore):
     # ---- cleaning ----
 
     def purge(self, ended_before: float) -> int:
-        with self._reaching():
+        with self.reaching():
             return self._purge(self._redis.zrangebyscore(f"{self._prefix}ended", "-inf", f"({ended_before!r}"))
 
     def _purge(self, members: Sequence[bytes]) -> int:
@@ -330,7 +328,7 @@ class RedisStore(SharedStore):
         return len(members)
 
     def sweep(self) -> None:
-        with self._reaching():
+        with self.reaching():
             for dead in self._dead(holder.decode() for holder in self._redis.smembers(f"{self._prefix}holders")):
                 for id in self._redis.smembers(f"{self._prefix}open:{dead}"):
                     if self._truth(self._read(id.decode())) is None:
@@ -347,7 +345,7 @@ class RedisStore(SharedStore):
         return _Subscription(self)
 
     def check(self) -> None:
-        with self._reaching():
+        with self.reaching():
             self._redis.set(f"{self._prefix}check", "", px=1000)
 
     @property
@@ -363,8 +361,8 @@ class RedisStore(SharedStore):
             self._redis.close()
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        with self.reaching():
+    def reaching(self) -> Iterator[None]:
+        with super().reaching():
             if not self._known:
                 self._learn_version()
             yield
@@ -440,7 +438,7 @@ class _Subscription(Watch):
     @contextmanager
     def _connected(self) -> Iterator[None]:
         try:
-            with self._store._reaching():
+            with self._store.reaching():
                 if self._pubsub is None:
                     self._pubsub = self._store._redis.pubsub()
                 yield

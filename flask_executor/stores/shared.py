@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ from flask_executor.abc import JobStore, StoreOptions
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.holders import is_alive, pid_of
 from flask_executor.jobs import Job, JobStatus
+from flask_executor.records import encode_key
 
 #: Seconds for which a store that was not available is not asked again: requests must not queue up before it.
 _PAUSE = 1.0
@@ -82,6 +83,14 @@ class SharedStore(JobStore):
     def get(self, id: str) -> Job | None:
         with self.reaching():
             return self._truth(self._read(id))
+
+    def find(self, key: Hashable) -> Job | None:
+        with self.reaching():
+            return self._truth(self._youngest(encode_key(key)))
+
+    def held(self, key: Hashable) -> Job | None:
+        with self.reaching():
+            return self._truth(self._holding(encode_key(key)))
 
     def list(
         self,

@@ -89,6 +89,8 @@ class SQLiteStore(SharedStore):
             there = self._holding_in(connection, encode_key(job.key))
             if there is not None and not there.job.status.ended and self._dead({there.holder}):
                 there = Stored(self._lose_in(connection, there), there.holder)
+            if there is not None and there.job.id == job.id:  # it has done this before, and its answer was lost
+                return None
             if there is not None:
                 if not again or not there.job.status.ended or there.job.status is JobStatus.SUCCEEDED:
                     return there.job
@@ -161,14 +163,6 @@ class SQLiteStore(SharedStore):
         return lost if found is None else found.job
 
     # ---- looking ----
-
-    def find(self, key: Hashable) -> Job | None:
-        with self.reaching():
-            return self._truth(self._youngest(encode_key(key)))
-
-    def held(self, key: Hashable) -> Job | None:
-        with self.reaching():
-            return self._truth(self._holding(encode_key(key)))
 
     def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
         column, value = ("id", id) if key is None else ("key", encode_key(key))

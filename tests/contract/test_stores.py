@@ -1,128 +1,290 @@
-"""What every store promises. A new one joins by a line in ``STORES``."""
+"""What an executor promises about records and keys, whatever store it has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from flask import Flask, g
+from tasks import add, fail
 
-from conftest import run_in_threads
-from flask_executor.abc import JobStore
-from flask_executor.jobs import Job, JobStatus, LiveJob
-from flask_executor.stores.memory import MemoryStore
+from conftest import MakeExecutor, run_in_threads, wait_until
+from flask_executor import (
+    Executor,
+    FutureProxy,
+    Job,
+    JobStatus,
+    JobStopped,
+    KeyExists,
+    QueueFull,
+    WorkerLost,
+    checkpoint,
+    current_job,
+)
+from flask_executor.testing import drain
 
-STORES: dict[str, Callable[[], JobStore]] = {"memory": lambda: MemoryStore(max_records=10)}
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> JobStore:
-    return STORES[request.param]()
-
-
-def started(store: JobStore, name: str = "render", key: str | None = None, owner: str | None = None) -> LiveJob:
-    job = LiveJob(name, key, owner)
-    store.add(job)
-    job.start()
-    store.update(job)
-    return job
-
-
-def ended(store: JobStore, name: str = "render", key: str | None = None) -> LiveJob:
-    job = started(store, name, key)
-    job.end(JobStatus.SUCCEEDED)
-    store.update(job)
-    return job
+MakeStored = Callable[..., Executor]
 
 
-def test_what_was_written_is_read(store: JobStore) -> None:
-    job = LiveJob("render", "report", "ada")
-    store.add(job)
-    assert store.get(job.id) == store.find("report") == job.record()
-    job.start()
-    store.update(job)
-    assert store.get(job.id) == job.record()
-    job.end(JobStatus.FAILED, ValueError("no paper"))
-    store.update(job)
-    record = store.get(job.id)
-    assert record == job.record()
-    assert record is not None
-    assert record.error == "ValueError: no paper"
+@pytest.fixture
+def make_stored(any_store: str, make_executor: MakeExecutor) -> MakeStored:
+    def make(**config: Any) -> Executor:
+        return make_executor(store=any_store, track="all", **{"max_workers": 4, **config})
+
+    return make
 
 
-def test_records_are_frozen_moments(store: JobStore) -> None:
-    job = LiveJob("render")
-    store.add(job)
-    before = store.get(job.id)
-    job.start()
-    store.update(job)
-    assert isinstance(before, Job)
-    assert before.status == "queued"
+@pytest.fixture
+def executor(make_stored: MakeStored) -> Executor:
+    return make_stored()
 
 
-def test_unknown_ones(store: JobStore) -> None:
-    assert store.get("unknown") is None
-    assert store.find("unknown") is None
-    store.remove("unknown")
-    assert list(store.list()) == []
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    gate = threading.Event()
+    yield gate
+    gate.set()
 
 
-def test_remove(store: JobStore) -> None:
-    job = ended(store, key="report")
-    store.remove(job.id)
-    assert store.get(job.id) is None
-    assert store.find("report") is None
+def test_a_record_follows_its_job(executor: Executor, gate: threading.Event) -> None:
+    future = executor.options(name="render", owner="ada").submit_stored("report", gate.wait, 10)
+    assert wait_until(lambda: future.status == "running")
+    job = executor.jobs.find("report")
+    assert isinstance(job, Job)
+    assert (job.id, job.name, job.key, job.owner) == (future.job_id, "render", "report", "ada")
+    gate.set()
+    assert future.result(10) is True
+    assert job.status == "running", "a record is a moment"
+    after = executor.jobs.get(job.id)
+    assert after is not None
+    assert after.status == "succeeded"
+    assert after.ended_at is not None
 
 
-def test_the_youngest_under_a_key(store: JobStore) -> None:
-    first, second = ended(store, key="report"), started(store, key="report")
-    assert store.find("report") == second.record()
-    store.remove(first.id)
-    assert store.find("report") == second.record()
+def test_unknown_ones(executor: Executor) -> None:
+    assert executor.jobs.get("unknown") is None
+    assert executor.jobs.find("unknown") is None
+    assert not executor.jobs.expired("unknown")
+    assert not executor.jobs.expired(key="unknown")
+    assert list(executor.jobs.list()) == []
+    assert list(executor.jobs.log("unknown")) == []
+    assert executor.futures.done("unknown") is None
+    assert executor.futures.pop("unknown") is None
 
 
-def test_list(store: JobStore) -> None:
-    jobs = [ended(store, "a"), started(store, "b", owner="ada"), ended(store, "a")]
-    assert [job.id for job in store.list()] == [job.id for job in reversed(jobs)]
-    assert [job.id for job in store.list(name="a", limit=1)] == [jobs[2].id]
-    assert [job.id for job in store.list(owner="ada", status="running")] == [jobs[1].id]
-    assert list(store.list(limit=0)) == []
+@pytest.mark.parametrize("key", ["report", "=odd", "", 7, 7.5, True, b"bytes", ("user", 7, ("a", None)), "ключ*?[1]"])
+def test_keys_of_all_kinds(executor: Executor, key: Any) -> None:
+    future = executor.submit_stored(key, add, 1, 2)
+    assert future.result(10) == 3
+    assert executor.futures.keys() == [key]
+    assert key in executor.futures
+    assert executor.futures.result(key) == 3
+    job = executor.jobs.find(key)
+    assert job is not None
+    assert job.key == key
+    assert executor.futures.pop(key) is future
+    assert executor.futures.keys() == []
+
+
+def test_equal_looking_keys_are_different(executor: Executor) -> None:
+    for key in ("1", 1, ("1",), b"1"):
+        executor.submit_stored(key, add, 1, 2)
+    drain(executor)
+    assert executor.futures.keys() == ["1", 1, ("1",), b"1"]
+
+
+def test_the_key_is_taken_until_popped(executor: Executor) -> None:
+    first = executor.submit_stored("report", add, 1, 2)
+    drain(executor)
+    with pytest.raises(KeyExists, match="future_key 'report' already exists"):
+        executor.submit_stored("report", fail, "must not run")
+    assert executor.submit_once("report", fail, "must not run") is first
+    assert executor.futures.pop("report") is first
+    second = executor.submit_stored("report", add, 3, 4)
+    assert second.result(10) == 7
+    found = executor.jobs.find("report")
+    assert found is not None
+    assert found.id == second.job_id, "the youngest"
+    assert executor.jobs.get(first.job_id) is not None, "the record stays"
+
+
+def test_again_replaces_what_has_failed_only(executor: Executor) -> None:
+    again = executor.options(again=True)
+    first = executor.submit_once("report", fail, "no paper")
+    assert isinstance(first.exception(10), ValueError)
+    assert executor.submit_once("report", add, 1, 2) is first
+    second = again.submit_once("report", add, 1, 2)
+    assert second.result(10) == 3
+    assert again.submit_once("report", fail, "must not run") is second
+    assert executor.futures.get("report") is second
+
+
+def test_again_after_a_stop(executor: Executor) -> None:
+    def wait() -> None:
+        current_job.sleep(10)
+
+    first = executor.submit_once("report", wait)
+    assert wait_until(lambda: first.status == "running")
+    assert executor.options(again=True).submit_once("report", wait) is first, "it still runs"
+    executor.futures.stop("report")
+    assert isinstance(first.exception(10), JobStopped)
+    assert executor.options(again=True).submit_once("report", add, 1, 2).result(10) == 3
+
+
+def test_once_from_many_threads(executor: Executor, app: Flask) -> None:
+    runs: list[int] = []
+    ids: list[str] = []
+
+    def run() -> None:
+        runs.append(1)
+
+    def ask() -> None:
+        with app.app_context():
+            ids.append(executor.submit_once("report", run).job_id)
+
+    run_in_threads(24, ask)
+    drain(executor)
+    assert runs == [1]
+    assert len(set(ids)) == 1
+
+
+def test_what_is_refused_leaves_nothing(make_stored: MakeStored, gate: threading.Event) -> None:
+    executor = make_stored(max_workers=1, max_pending=1)
+    executor.submit(gate.wait, 10)
+    executor.submit_stored("second", gate.wait, 10)
+    with pytest.raises(QueueFull):
+        executor.submit_stored("third", add, 1, 2)
+    assert executor.futures.keys() == ["second"]
+    assert executor.jobs.find("third") is None
+    gate.set()
+    drain(executor)
+    assert executor.submit_stored("third", add, 1, 2).result(10) == 3
+
+
+def test_list(executor: Executor) -> None:
+    futures: list[FutureProxy[Any]] = [
+        executor.options(name="a").submit(add, 1, 2),
+        executor.options(name="b", owner="ada").submit_stored("k", add, 1, 2),
+        executor.options(name="a").submit(fail, "no paper"),
+    ]
+    drain(executor)
+    ids = [future.job_id for future in futures]
+    assert [job.id for job in executor.jobs.list()] == ids[::-1]
+    assert [job.id for job in executor.jobs.list(name="a", limit=1)] == ids[2:]
+    assert [job.id for job in executor.jobs.list(owner="ada", status="succeeded")] == ids[1:2]
+    assert [job.id for job in executor.jobs.list(status=JobStatus.FAILED)] == ids[2:]
+    assert list(executor.jobs.list(limit=0)) == []
     with pytest.raises(ValueError, match="limit is -1; it must be 0 or more"):
-        store.list(limit=-1)
+        executor.jobs.list(limit=-1)
     with pytest.raises(ValueError, match="asleep"):
-        store.list(status="asleep")
+        executor.jobs.list(status="asleep")
 
 
-def test_ended_ones_are_bounded_and_open_ones_stay(store: JobStore) -> None:
-    running = [started(store, key=f"r{number}") for number in range(20)]
-    finished = [ended(store, key=f"e{number}") for number in range(25)]
-    assert len(store.list()) == 30
-    assert all(store.find(f"r{number}") for number in range(20))
-    assert [bool(store.get(job.id)) for job in finished] == [False] * 15 + [True] * 10
-    assert store.find("e0") is None
-    for job in running:
-        job.end(JobStatus.SUCCEEDED)
-        store.update(job)
-    assert len(store.list()) == 10
-
-
-def test_many_threads(store: JobStore) -> None:
-    errors: list[BaseException] = []
-
+def test_progress_log_and_meta(executor: Executor, gate: threading.Event, app: Flask) -> None:
     def work() -> None:
+        current_job.update(0.5, "half", pages=4, odd={1})
+        app.logger.warning("something")
+        gate.wait(10)
+        checkpoint()
+
+    future = executor.submit_stored("report", work)
+    assert wait_until(lambda: executor.futures.progress("report") == 0.5)
+    assert executor.futures.message("report") == "half"
+    assert executor.futures.meta("report")["pages"] == 4
+    assert [line.text for line in executor.jobs.log(future.job_id)] == ["something"]
+
+
+def test_records_expire_and_are_remembered(make_stored: MakeStored, gate: threading.Event) -> None:
+    executor = make_stored(result_ttl=0.3)
+    running = executor.submit_stored("running", gate.wait, 10)
+    future = executor.submit_stored("report", add, 1, 2)
+    assert future.result(10) == 3
+    assert executor.jobs.get(future.job_id) is not None
+    assert wait_until(lambda: executor.jobs.get(future.job_id) is None)
+    assert wait_until(lambda: executor.jobs.find("report") is None)
+    assert executor.jobs.expired(future.job_id)
+    assert executor.jobs.expired(key="report")
+    assert executor.jobs.list(status="succeeded") == []
+    assert executor.jobs.get(running.job_id) is not None
+    assert not executor.jobs.expired(running.job_id)
+    assert not executor.jobs.expired(key="running")
+
+
+def test_flow(executor: Executor, app: Flask) -> None:
+    calls: list[str] = []
+
+    def load(name: str) -> str:
+        calls.append(name)
+        g.loaded = name
+        return name.upper()
+
+    def torn() -> None:
+        calls.append("torn")
+        raise ValueError("no paper")
+
+    with app.app_context():
+        flow = executor.flow("order 1")
+        assert [flow.step(load, "a"), flow.step(load, "b")] == ["A", "B"]
+        assert g.loaded == "b", "steps run in the contexts of their caller"
+        with pytest.raises(ValueError, match="no paper"):
+            flow.step(torn)
+        with pytest.raises(RuntimeError, match="current_job is only there inside a job"):
+            _ = current_job.id
+    assert calls == ["a", "b", "torn"]
+    with app.app_context():
+        flow = executor.flow("order 1")
+        assert [flow.step(load, "a"), flow.step(load, "b")] == ["A", "B"]
+        with pytest.raises(ValueError, match="no paper"):
+            flow.step(torn)
+        assert calls == ["a", "b", "torn", "torn"], "what has failed is tried again"
+        other = executor.flow("order 2")
+        assert other.step(load, "c") == "C"
+        assert executor.futures.keys() == [], "steps are no stored jobs of the user's"
+        flow.reset()
+        assert [flow.step(load, "d"), executor.flow("order 2").step(load, "c")] == ["D", "C"]
+    assert calls == ["a", "b", "torn", "torn", "c", "d"]
+
+
+def test_two_requests_at_the_same_step(executor: Executor, app: Flask, gate: threading.Event) -> None:
+    calls: list[int] = []
+
+    def slow() -> int:
+        calls.append(1)
+        gate.wait(10)
+        return 7
+
+    results: list[int] = []
+    timer = threading.Timer(0.1, gate.set)
+    timer.start()
+    run_in_threads(4, lambda: results.append(executor.flow("order").step(slow)))
+    timer.join()
+    assert results == [7] * 4
+    assert calls == [1]
+
+
+def test_lost_after_a_fork_or_not(executor: Executor) -> None:
+    """In the child only the store knows what becomes of the parent's jobs."""
+    import os
+
+    assert executor.submit_stored("report", time.sleep, 0.2).status in ("queued", "running")
+    pid = os.fork()
+    if not pid:
         try:
-            for number in range(200):
-                ended(store, key=str(number))
-                store.list(limit=5)
-                store.find(str(number))
-        except BaseException as error:
-            errors.append(error)
-
-    run_in_threads(6, work)
-    assert errors == []
-    assert len(store.list()) == 10
+            ended = executor.futures.exception("report", timeout=10)
+            os._exit(0 if executor.health().store_reachable and isinstance(ended, (type(None), WorkerLost)) else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    drain(executor)
 
 
-def test_reachable(store: JobStore) -> None:
-    assert store.reachable()
-    store.after_fork()
-    assert store.reachable()
+def test_after_shutdown_records_can_still_be_read(executor: Executor) -> None:
+    future = executor.submit_stored("report", add, 1, 2)
+    executor.shutdown()
+    assert executor.futures.result("report") == 3
+    assert executor.jobs.get(future.job_id) is not None
+    assert executor.health().store_reachable
