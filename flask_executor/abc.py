@@ -341,9 +341,10 @@ class JobStore(JobRecords):
         """Something to wait with until others have written."""
 
     @abc.abstractmethod
-    def check(self) -> None:
+    def check(self, *, thoroughly: bool = False) -> None:
         """Raise what is wrong with the store, if anything is.
 
+        :param thoroughly: whether to look through all of it; otherwise only whether it can be read and written.
         :raises StoreUnavailable: saying it.
         """
 

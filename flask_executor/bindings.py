@@ -343,6 +343,7 @@ class Binding(JobChannel):
         future = getattr(call, "future", None)  # a call that has failed lets go of it
         if future is None or call.backend is None or not future.ask_to_leave(reason, attempt):
             return False
+        self.ledger.stepped(call.job)
         call.backend.leave(call, attempt, reason)
         return True
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import gc
-import os
 import re
 import time
 import weakref
@@ -22,6 +21,7 @@ from flask_executor.config import Config
 from flask_executor.context import CapturedContext, current_app_or_none
 from flask_executor.exceptions import AppNotFound, NotPicklable
 from flask_executor.flow import Flow
+from flask_executor.forks import after_fork_in_child, notice_fork
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import InstanceProxy, callable_name
 from flask_executor.jobs import JobOptions
@@ -353,6 +353,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
         :raises AppNotFound: saying what to do.
         """
+        notice_fork()
         app = current_app_or_none()
         if app is not None:
             binding = self._bound_to(app)
@@ -585,5 +586,4 @@ def _reset_after_fork() -> None:
             binding.after_fork()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)
+after_fork_in_child(_reset_after_fork)

@@ -20,6 +20,8 @@ from typing import Any
 
 from flask import Flask
 
+from flask_executor.forks import after_fork_in_child
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -51,8 +53,7 @@ def _disown() -> None:
     children.difference_update(_processes)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown)
+after_fork_in_child(_disown)
 
 
 def let_go() -> None:

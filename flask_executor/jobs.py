@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from flask_executor.forks import after_fork_in_child
 from flask_executor.helpers import describe_error
 from flask_executor.retries import Retry
 
@@ -232,5 +233,4 @@ def new_id() -> str:
             _ids.extend(digits[i : i + 2 * _ID_BYTES] for i in range(0, len(digits), 2 * _ID_BYTES))
 
 
-if hasattr(os, "register_at_fork"):  # two processes must not hand out the same stock
-    os.register_at_fork(after_in_child=_ids.clear)
+after_fork_in_child(_ids.clear)  # two processes must not hand out the same stock

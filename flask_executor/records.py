@@ -16,13 +16,14 @@ from flask_executor.jobs import Job, JobStatus, LogLine
 def encode_key(key: Hashable) -> str:
     """A key as text, different for different keys, and never empty.
 
-    A string is what it is (unless it is empty or begins with ``=``), anything else is ``=`` and its literal.
+    A string is what it is (unless it is empty, begins with ``=`` or cannot be encoded), anything else is ``=`` and its
+    literal.
 
     :raises TypeError: for a key that is no string, number, bytes, or tuple of such.
     """
-    if type(key) is str and key and not key.startswith("="):
+    if type(key) is str and key and not key.startswith("=") and _can_be_encoded(key):
         return key
-    text = repr(key)
+    text = ascii(key)
     try:
         same = ast.literal_eval(text) == key
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -33,6 +34,15 @@ def encode_key(key: Hashable) -> str:
             f"bytes, or a tuple of such; use str(key)"
         )
     return f"={text}"
+
+
+def _can_be_encoded(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, as the name of a file may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def decode_key(text: str) -> Any:
@@ -49,11 +59,17 @@ def encode_meta(job: Job) -> str | None:
     """The meta of a job as JSON; a value that JSON does not have is its ``repr``."""
     if not job.meta:
         return None
-    meta = dict(job.meta)
+    return json.dumps({name: _plain(value) for name, value in job.meta.items()})
+
+
+def _plain(value: object) -> Any:
+    """A value as JSON has it, or what it looks like."""
+    if value is None or type(value) in (str, int, bool):
+        return value
     try:
-        return json.dumps(meta, default=safe_repr)
-    except (ValueError, RecursionError):  # it contains itself
-        return json.dumps({name: safe_repr(value) for name, value in meta.items()})
+        return json.loads(json.dumps(value, default=safe_repr, allow_nan=False))
+    except (ValueError, RecursionError):  # it contains itself, or is not a number
+        return safe_repr(value)
 
 
 def decode_meta(text: str | None) -> MappingProxyType[str, Any]:

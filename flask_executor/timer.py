@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable
 
+from flask_executor.forks import after_fork_in_child
 from flask_executor.logs import logger
 
 
@@ -103,5 +103,5 @@ class Timer:
 #: The timer of this process.
 timer = Timer()
 
-if hasattr(os, "register_at_fork"):  # the thread is not in the child, and the appointments are the parent's
-    os.register_at_fork(after_in_child=timer.__init__)  # type: ignore[misc]
+# The thread is not in the child, and the appointments are the parent's.
+after_fork_in_child(timer.__init__)  # type: ignore[misc]

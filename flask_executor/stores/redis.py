@@ -344,7 +344,7 @@ class RedisStore(SharedStore):
     def watch(self) -> Watch:
         return _Subscription(self)
 
-    def check(self) -> None:
+    def check(self, *, thoroughly: bool = False) -> None:
         with self.reaching():
             self._redis.set(f"{self._prefix}check", "", px=1000)
 
@@ -383,7 +383,8 @@ class RedisStore(SharedStore):
         return (redis.RedisError, OSError)
 
     def _explain(self, error: Exception) -> str:
-        return f"{error or type(error).__name__}; see that Redis runs there and accepts what the url says"
+        what = str(error).rstrip(".") or type(error).__name__
+        return f"{what}; see that Redis runs there and accepts what the url says"
 
 
 class _Subscription(Watch):

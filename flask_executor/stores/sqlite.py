@@ -335,12 +335,15 @@ class SQLiteStore(SharedStore):
     def watch(self) -> Watch:
         return _FileWatch(self)
 
-    def check(self) -> None:
+    def check(self, *, thoroughly: bool = False) -> None:
+        self._look_for_the_file()
         with self._writing() as connection:
             connection.execute("UPDATE holders SET until = until WHERE holder = ''")
-            broken = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if broken != "ok":
-            raise StoreUnavailable(self.where, _CORRUPT.format(broken))
+        if thoroughly:
+            with self._reading() as connection:
+                broken = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if broken != "ok":
+                raise StoreUnavailable(self.where, _CORRUPT.format(broken))
 
     @property
     def private(self) -> bool:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask, g, request, session
+from servers import family, get, gunicorn
 from werkzeug.serving import make_server
 
 from conftest import MakeExecutor, wait_until
@@ -59,18 +53,6 @@ def start():
 """
 
 
-def get(port: int, path: str, method: str = "GET", **headers: str) -> Any:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    try:
-        connection.request(method, path, headers=headers)
-        response = connection.getresponse()
-        body = response.read()
-        assert response.status == 200, (response.status, body)
-        return json.loads(body) if response.headers["Content-Type"] == "application/json" else body
-    finally:
-        connection.close()
-
-
 def test_300_concurrent_requests_and_map_with_8_threads_never_mix(app: Flask, make_executor: MakeExecutor) -> None:
     executor = make_executor(max_workers=8)
 
@@ -100,43 +82,10 @@ def test_300_concurrent_requests_and_map_with_8_threads_never_mix(app: Flask, ma
         assert seen == [[number] * 5] * 11 + [[number] * 3]
 
 
-@contextmanager
-def gunicorn(folder: Path, backend: str, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    (folder / "served.py").write_text(APP)
-    log = folder / "log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", *options, "served:app"],
-            cwd=folder,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "PYTHONWARNINGS": "ignore", "TYPE": backend},
-        )
-    try:
-
-        def port() -> int | None:
-            for line in log.read_text().splitlines():
-                if "Listening at: http://127.0.0.1:" in line:
-                    return int(line.split("127.0.0.1:")[1].split()[0])
-            return None
-
-        assert wait_until(port, timeout=30), log.read_text()
-        yield server, port() or 0
-    finally:
-        if server.poll() is None:
-            server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-            pytest.fail("gunicorn did not end")
-
-
 @pytest.mark.parametrize("backend", ["thread", "process"])
 @pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "preload"])
 def test_gunicorn_with_several_workers(tmp_path: Path, options: list[str], backend: str) -> None:
-    with gunicorn(tmp_path, backend, "-w", "3", "--threads", "2", *options) as (server, port):
+    with gunicorn(tmp_path, APP, "-w", "3", "--threads", "2", *options, TYPE=backend) as (server, port):
         with ThreadPoolExecutor(8) as clients:
             answers = list(clients.map(lambda n: get(port, f"/?n={n}"), range(60)))
         least = 6 if backend == "process" else 3  # those that serve, and those that work for them
@@ -151,25 +100,10 @@ def test_gunicorn_with_several_workers(tmp_path: Path, options: list[str], backe
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def family(pid: int) -> set[int]:
-    """All processes that descend from one."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found, more = set[int](), {pid}
-    while more:
-        more = {child for child, parent in parents.items() if parent in more}
-        found |= more
-    return found
-
-
 @pytest.mark.parametrize("backend", ["thread", "process"])
 def test_a_server_that_is_told_to_stop_lets_its_jobs_end(tmp_path: Path, backend: str) -> None:
     target = tmp_path / "written"
-    with gunicorn(tmp_path, backend, "-w", "1", "--threads", "2") as (server, port):
+    with gunicorn(tmp_path, APP, "-w", "1", "--threads", "2", TYPE=backend) as (server, port):
         get(port, f"/?path={target}", "POST")
         server.send_signal(signal.SIGTERM)
         server.wait(30)
@@ -179,7 +113,7 @@ def test_a_server_that_is_told_to_stop_lets_its_jobs_end(tmp_path: Path, backend
 @pytest.mark.parametrize("backend", ["thread", "process"])
 def test_a_web_worker_that_is_recycled_lets_its_jobs_end(tmp_path: Path, backend: str) -> None:
     targets = [tmp_path / f"written{number}" for number in range(6)]
-    with gunicorn(tmp_path, backend, "-w", "2", "--max-requests", "1") as (_, port):
+    with gunicorn(tmp_path, APP, "-w", "2", "--max-requests", "1", TYPE=backend) as (_, port):
         for target in targets:
             get(port, f"/?path={target}", "POST")
         assert wait_until(lambda: all(target.exists() and target.read_text() for target in targets), 20)

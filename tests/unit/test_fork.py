@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -160,3 +161,19 @@ def test_ids_differ() -> None:
     os.close(reading)
     os.close(writing)
     assert len({ids[:24], ids[24:], new_id()}) == 3
+
+
+def test_a_fork_that_python_is_not_told_of(executor: Executor) -> None:
+    """As uWSGI forks: no hook is called, and what is found at the first use has to do."""
+    before = executor.submit(add, 1, 2).job_id
+    libc = ctypes.PyDLL(None)  # keeps the lock of the interpreter, as the child has no other thread to take it
+    child = libc.fork()
+    if not child:
+        try:
+            after = executor.submit(add, 1, 2)
+            os._exit(0 if after.result(10) == 3 and after.job_id != before else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert executor.submit(add, 1, 2).result(10) == 3

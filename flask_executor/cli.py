@@ -1,0 +1,558 @@
+"""The commands of ``flask executor``: look at jobs, stop them and wait for them, from any shell on any machine.
+
+They see what is in a shared store. What a command prints for people is not to be relied on; ``--json`` is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import shutil
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from datetime import datetime
+from typing import Any
+
+import click
+from flask import current_app
+from flask.cli import AppGroup, NoAppException
+
+from flask_executor.abc import StopRequest
+from flask_executor.bindings import Binding
+from flask_executor.doctor import Finding, examine
+from flask_executor.exceptions import ExecutorError
+from flask_executor.executor import Executor
+from flask_executor.helpers import safe_repr
+from flask_executor.jobs import Job, JobStatus, LogLine
+from flask_executor.ledger import SharedLedger
+from flask_executor.records import decode_key, encode_key
+
+_LOOK = 1.0  # seconds after which a job is looked at again of which nothing was heard: its process may have died
+_PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped
+_MOST_GRACE = 10.0  # seconds of grace that "stop" waits for
+_MOST = 1000  # jobs that "top" counts
+
+_STYLES: dict[str, dict[str, Any]] = {
+    JobStatus.QUEUED: {"fg": "cyan"},
+    JobStatus.RUNNING: {"fg": "blue", "bold": True},
+    JobStatus.SUCCEEDED: {"fg": "green"},
+    JobStatus.FAILED: {"fg": "red"},
+    JobStatus.STOPPED: {"fg": "yellow"},
+    JobStatus.KILLED: {"fg": "yellow"},
+    JobStatus.TIMED_OUT: {"fg": "magenta"},
+    JobStatus.LOST: {"fg": "red", "bold": True},
+    JobStatus.CANCELLED: {"dim": True},
+    "ok": {"fg": "green"},
+    "note": {"fg": "cyan"},
+    "warning": {"fg": "yellow"},
+    "problem": {"fg": "red", "bold": True},
+}
+_HEADINGS = ("ID", "NAME", "KEY", "STATUS", "DONE", "AGE", "TOOK", "OWNER", "MESSAGE")
+_STATUS = _HEADINGS.index("STATUS")
+
+
+class _Commands(AppGroup):
+    """Commands in the context of the app, in which our own errors are one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ExecutorError as error:
+            raise click.ClickException(str(error)) from error
+        except NoAppException as error:
+            if isinstance(error.__context__, ExecutorError):  # a missing extra, which is an ImportError to Flask
+                raise click.ClickException(str(error.__context__)) from error
+            raise
+
+
+@click.group("executor", cls=_Commands)
+@click.option("--executor", "name", metavar="NAME", help="Which executor; needed when the app has several.")
+def group(name: str | None) -> None:
+    """Look at background jobs, stop them, and wait for them."""
+
+
+_job = click.argument("text", metavar="KEY|ID")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+# ---- commands ----
+
+
+@group.command("list")
+@click.option("--status", type=click.Choice([status.value for status in JobStatus]), help="Only jobs in this state.")
+@click.option("--name", help="Only jobs of this name.")
+@click.option("--owner", help="Only jobs of this owner.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Most jobs to list.")
+@_json
+def list_jobs(status: str | None, name: str | None, owner: str | None, limit: int, as_json: bool) -> None:
+    """List jobs, youngest first."""
+    binding, ledger = _shared()
+    jobs = ledger.records.list(status=status, name=name, owner=owner, limit=limit)
+    if as_json:
+        _print_json([_data(job) for job in jobs])
+    elif jobs:
+        click.echo("\n".join(_table(jobs)))
+    else:
+        hint = ""
+        if binding.config.track == "stored":
+            hint = f" Jobs without a key are recorded only if {binding.config.key('EXECUTOR_TRACK')} is 'all'."
+        click.echo(f"No jobs.{hint}", err=True)
+
+
+@group.command()
+@_job
+@_json
+def show(text: str, as_json: bool) -> None:
+    """Show all that is known of a job, and its log."""
+    binding, ledger = _shared()
+    job = _find(binding, ledger, text)
+    log = ledger.records.log(job.id)
+    if as_json:
+        _print_json({**_data(job), "log": [asdict(line) for line in log]})
+        return
+    for label, value in _details(job):
+        click.echo(f"{label:<10} {value}")
+    if log:
+        click.echo("log")
+        for line in log:
+            click.echo(_log_line(line))
+
+
+@group.command()
+@_job
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Time to leave by itself, before force is used; EXECUTOR_STOP_GRACE by default.",
+)
+@click.option("--wait/--no-wait", default=True, help="Whether to see what becomes of it; for some seconds by default.")
+@_json
+@click.pass_context
+def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_json: bool) -> None:
+    """Stop a job. Exit code 1 when it still runs."""
+    binding, ledger = _shared()
+    job = _find(binding, ledger, text)
+    had_ended = job.status.ended
+    if not had_ended:
+        ledger.store.ask_to_stop(StopRequest(id=job.id, grace=grace))
+        seconds = binding.config.stop_grace if grace is None else grace
+        if wait:
+            job = _follow(binding, ledger, job, min(seconds, _MOST_GRACE) + _PATIENCE)
+    if as_json:
+        _print_json(_data(job))
+    elif had_ended:
+        click.echo(f"{_called(job)} has ended already: {_styled(job.status)}.")
+    elif job.status.ended:
+        click.echo(f"{_called(job)}: {_styled(job.status)}.")
+    elif not wait:
+        click.echo(f"{_called(job)} was asked to stop.")
+    else:
+        click.echo(
+            f"{_called(job)} was asked to stop, and is still {_styled(job.status)}: it has to get to a checkpoint."
+        )
+    context.exit(1 if wait and not job.status.ended else 0)
+
+
+@group.command()
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Only those of jobs that have ended so long ago.",
+)
+@_json
+def purge(older_than: float, as_json: bool) -> None:
+    """Throw away the records of jobs that have ended, and their results."""
+    _, ledger = _shared()
+    ledger.store.sweep()  # finds those that ended with their process
+    count = ledger.store.purge(time.time() - older_than)
+    if as_json:
+        _print_json({"purged": count})
+    else:
+        click.echo(f"{count} {'record' if count == 1 else 'records'} purged.")
+
+
+@group.command()
+@_job
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Most time to wait.")
+@_json
+@click.pass_context
+def wait(context: click.Context, text: str, timeout: float | None, as_json: bool) -> None:
+    """Wait until a job has ended. Exit code 0 when it has succeeded, 1 when not, 2 when it takes longer."""
+    binding, ledger = _shared()
+    job = _find(binding, ledger, text)
+    shown = _show_progress if sys.stderr.isatty() else None
+    try:
+        job = _follow(binding, ledger, job, math.inf if timeout is None else timeout, shown)
+    finally:
+        if shown:
+            click.echo("\r\x1b[2K", nl=False, err=True)
+    if as_json:
+        _print_json(_data(job))
+    elif job.status.ended:
+        click.echo(f"{_called(job)}: {_styled(job.status)}.{f' {_line(job.error)}' if job.error else ''}")
+    else:
+        click.echo(f"{_called(job)} is still {_styled(job.status)} after {timeout:g} s.", err=True)
+    context.exit(2 if not job.status.ended else 0 if job.status is JobStatus.SUCCEEDED else 1)
+
+
+@group.command()
+@click.option("--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, metavar="SECONDS")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Most jobs to show.")
+@click.option("--once", is_flag=True, help="Print it once.")
+@_json
+def top(interval: float, limit: int, once: bool, as_json: bool) -> None:
+    """Watch jobs: what runs, what waits, and what has ended last. Ends with q."""
+    _, ledger = _shared()
+    terminal = sys.stdout.isatty() and not (once or as_json)
+    if terminal:
+        limit = min(limit, max(1, shutil.get_terminal_size().lines - 5))
+    with suppress(KeyboardInterrupt), _screen(terminal) as draw, _keys(terminal) as q_within:
+        while True:
+            counts, jobs = _overview(ledger, limit)
+            if as_json:
+                _print_json({"time": time.time(), **counts, "jobs": [_data(job) for job in jobs]})
+            else:
+                draw(_headline(ledger, counts), jobs)
+            if once or q_within(interval):
+                return
+
+
+@group.command()
+@_json
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Look for what is or could go wrong. Exit code 1 when there is a problem.
+
+    Run it in the folder, and with the environment, of the web server.
+    """
+    executor, binding = _chosen()
+    findings = examine(current_app._get_current_object(), executor, binding)  # type: ignore[attr-defined]
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        _print_findings(findings)
+    context.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
+
+
+# ---- which executor, which job ----
+
+
+def _chosen() -> tuple[Executor, Binding]:
+    """The executor that is meant, and what is bound to the app."""
+    parent = click.get_current_context().parent
+    name = None if parent is None else parent.params.get("name")
+    bound: dict[Executor, Binding] = current_app.extensions.get("flask_executor_bindings", {})
+    named = {executor.name: (executor, binding) for executor, binding in bound.items()}
+    if not named:
+        raise click.ClickException(
+            f"The app {current_app.name!r} has no executor: call Executor(app) or executor.init_app(app)."
+        )
+    if name is None and len(named) == 1:
+        return next(iter(named.values()))
+    if name not in named:
+        names = ", ".join(f"--executor {each or repr('')}" for each in sorted(named))
+        what = "has several executors" if name is None else f"has no executor named {name!r}"
+        raise click.ClickException(f"The app {current_app.name!r} {what}. Say which, before the command: {names}.")
+    return named[name]
+
+
+def _shared() -> tuple[Binding, SharedLedger]:
+    """The executor that is meant, if others can see its jobs."""
+    _, binding = _chosen()
+    if not isinstance(binding.ledger, SharedLedger):
+        key = binding.config.key("EXECUTOR_STORE")
+        raise click.ClickException(
+            f"{key} is 'memory': each process keeps its jobs to itself, and this command is a process of its own. "
+            f"Set {key} to 'sqlite' (or 'redis://...'), and jobs can be seen from everywhere."
+        )
+    return binding, binding.ledger
+
+
+def _find(binding: Binding, ledger: SharedLedger, text: str) -> Job:
+    """The job with this id or key."""
+    text = text.encode("utf-8", "replace").decode()  # arguments that are no text have half of a surrogate pair
+    keys = _keys_of(text)
+    job = ledger.records.get(text)
+    for key in keys:
+        job = job or ledger.records.find(key)
+    if job is not None:
+        return job
+    if ledger.records.expired(text) or any(ledger.records.expired(key=key) for key in keys):
+        raise _expired(binding, text)
+    hint = ""
+    if binding.config.track == "stored":
+        hint = f" Jobs without a key are recorded only if {binding.config.key('EXECUTOR_TRACK')} is 'all'."
+    raise click.ClickException(f"There is no job with the id or key {text!r}, and none is remembered.{hint}")
+
+
+def _expired(binding: Binding, text: str) -> click.ClickException:
+    ttl, most = (binding.config.key(f"EXECUTOR_{name}") for name in ("RESULT_TTL", "STORE_MAX_RECORDS"))
+    return click.ClickException(
+        f"There was a job with the id or key {text!r}, and its record has expired: it was purged, had ended more than "
+        f"{binding.config.result_ttl:g} s before ({ttl}), or more than {binding.config.store_max_records} have ended "
+        f"since ({most})."
+    )
+
+
+def _keys_of(text: str) -> list[Hashable]:
+    """The keys that may be meant: a string, or what is a literal as ``('report', 7)``."""
+    keys: list[Hashable] = [text]
+    with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        key = decode_key(f"={text}")
+        encode_key(key)  # what no job can have
+        keys.append(key)
+    return keys
+
+
+def _follow(
+    binding: Binding, ledger: SharedLedger, job: Job, seconds: float, shown: Callable[[Job], None] | None = None
+) -> Job:
+    """Wait until a job has ended, at most so long; how it stands then."""
+    deadline = time.monotonic() + seconds
+    watch = ledger.store.watch()
+    try:
+        while True:
+            watch.begin([job.id])
+            now = ledger.records.get(job.id)
+            if now is None:
+                raise _expired(binding, job.id)
+            if shown:
+                shown(now)
+            left = deadline - time.monotonic()
+            if now.status.ended or left <= 0:
+                return now
+            watch.wait(min(_LOOK, left))
+    finally:
+        watch.close()
+
+
+def _overview(ledger: SharedLedger, limit: int) -> tuple[dict[str, int], list[Job]]:
+    """How many jobs run and wait, and jobs to show: those first, then the youngest others."""
+    running = ledger.records.list(status=JobStatus.RUNNING, limit=_MOST)
+    queued = ledger.records.list(status=JobStatus.QUEUED, limit=_MOST)
+    jobs = {job.id: job for job in [*running, *reversed(queued), *ledger.records.list(limit=limit)]}
+    return {"running": len(running), "queued": len(queued)}, list(jobs.values())[:limit]
+
+
+# ---- as JSON ----
+
+
+def _data(job: Job) -> dict[str, Any]:
+    data = {field.name: getattr(job, field.name) for field in fields(job)}
+    key = job.key if job.key is None or isinstance(job.key, str) else safe_repr(job.key)
+    return {**data, "status": job.status.value, "key": key, "meta": dict(job.meta)}
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, default=safe_repr))
+
+
+# ---- as text ----
+
+
+def _line(value: object) -> str:
+    """A text as one line, without what would control the terminal."""
+    return "".join(sign if sign.isprintable() else " " for sign in str(value))
+
+
+def _key(job: Job) -> str:
+    return "" if job.key is None else job.key if isinstance(job.key, str) else safe_repr(job.key)
+
+
+def _called(job: Job) -> str:
+    return _line(f"Job {_key(job)} ({job.name}, {job.id})" if job.key is not None else f"Job {job.id} ({job.name})")
+
+
+def _styled(text: str) -> str:
+    """The name of a state, or what begins with one, in its colour."""
+    return click.style(text, **_STYLES[text.split()[0]])
+
+
+def _seconds(seconds: float) -> str:
+    """``0.2s``, ``42s``, ``3m05s``, ``2h10m``, ``4d03h``"""
+    if seconds < 10:
+        return f"{max(0.0, seconds):.1f}s"
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if minutes < 1:
+        return f"{int(seconds)}s"
+    if hours < 1:
+        return f"{int(minutes)}m{int(seconds % 60):02}s"
+    return f"{int(hours)}h{int(minutes % 60):02}m" if days < 1 else f"{int(days)}d{int(hours % 24):02}h"
+
+
+def _row(job: Job, now: float) -> tuple[str, ...]:
+    took = "" if job.started_at is None else _seconds((job.ended_at or now) - job.started_at)
+    asked = " (stopping)" if job.stop_requested and not job.status.ended else ""
+    message = job.error if job.error and job.status.ended else job.message
+    return (
+        job.id,
+        _line(job.name),
+        _line(_key(job)),
+        f"{job.status.value}{asked}",
+        "" if job.progress is None else _percent(job.progress),
+        _seconds(now - job.queued_at),
+        took,
+        _line(job.owner or ""),
+        _line(message or ""),
+    )
+
+
+def _table(jobs: Sequence[Job]) -> Iterator[str]:
+    """The lines of a table; as wide as the terminal, if it is one."""
+    now = time.time()
+    rows = [_HEADINGS, *(_row(job, now) for job in jobs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    for row in rows:
+        cells = [cell.ljust(size) for cell, size in zip(row, widths, strict=True)]
+        before, after = "  ".join(cells[:_STATUS]) + "  ", "  " + "  ".join(cells[_STATUS + 1 :])
+        status, left = cells[_STATUS], width - len(before)
+        if left < len(status):  # a narrow one: the line is cut where it ends
+            yield before[:width]
+            continue
+        styled = click.style(status, bold=True) if row is _HEADINGS else _styled(status)
+        yield before + styled + after[: left - len(status)].rstrip()
+
+
+def _details(job: Job) -> Iterator[tuple[str, str]]:
+    now = time.time()
+    asked = " (asked to stop)" if job.stop_requested and not job.status.ended else ""
+    yield "id", job.id
+    yield "name", _line(job.name)
+    yield "key", _line(_key(job)) or "-"
+    yield "owner", _line(job.owner or "-")
+    yield "status", _styled(job.status) + asked
+    yield "progress", "-" if job.progress is None else _bar(job.progress)
+    yield "message", _line(job.message or "-")
+    yield "error", _line(job.error or "-")
+    yield "attempt", str(job.attempt)
+    for label, moment in (("queued", job.queued_at), ("started", job.started_at), ("ended", job.ended_at)):
+        yield label, "-" if moment is None else f"{_moment(moment)} ({_seconds(now - moment)} ago)"
+    if job.started_at is not None:
+        yield "took", _seconds((job.ended_at or now) - job.started_at)
+    for name, value in job.meta.items():
+        yield "meta", _line(f"{name} = {value!r}")
+
+
+def _bar(progress: float) -> str:
+    done = round(20 * min(1.0, max(0.0, progress)))
+    return f"[{'#' * done}{'.' * (20 - done)}] {_percent(progress)}"
+
+
+def _percent(progress: float) -> str:
+    return f"{int(progress * 100 + 1e-6)}%"  # not rounded: 100% is when all is done
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
+
+
+def _log_line(line: LogLine) -> str:
+    text = "\n    ".join(map(_line, line.text.splitlines()))
+    return f"  {datetime.fromtimestamp(line.time):%H:%M:%S} {line.level:<7} {_line(line.logger)}: {text}"
+
+
+def _show_progress(job: Job) -> None:
+    """On standard error, over what was there."""
+    progress = "" if job.progress is None else f" {_bar(job.progress)}"
+    text = f"{_line(job.name)}: {job.status.value}{progress} {_line(job.message or '')}"
+    click.echo(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    width = max((len(finding.check) for finding in findings), default=0)
+    for finding in findings:
+        click.echo(f"{_styled(finding.level.ljust(7))}  {finding.check.ljust(width)}  {_line(finding.found)}")
+        if finding.advice:
+            click.echo(f"{'':{11 + width}}{_line(finding.advice)}")
+
+
+# ---- the terminal, for "top" ----
+
+
+def _headline(ledger: SharedLedger, counts: dict[str, int]) -> str:
+    numbers = ", ".join(f"{number}{'+' * (number == _MOST)} {status}" for status, number in counts.items())
+    return _line(f"{datetime.now():%H:%M:%S}  {current_app.name}  {ledger.store.where}  {numbers}")
+
+
+Draw = Callable[[str, Sequence[Job]], None]
+
+
+@contextmanager
+def _screen(terminal: bool) -> Iterator[Draw]:
+    """What draws a frame: with rich if that is installed, and one after the other where there is no terminal."""
+    if not terminal:
+        yield _draw
+        return
+    try:
+        from rich.live import Live
+    except ImportError:
+        yield _redraw
+        return
+    with Live(screen=True, auto_refresh=False) as live:
+        yield lambda headline, jobs: live.update(_rich_table(headline, jobs), refresh=True)
+
+
+def _draw(headline: str, jobs: Sequence[Job]) -> None:
+    click.echo("\n".join([headline, "", *_table(jobs)]))
+
+
+def _redraw(headline: str, jobs: Sequence[Job]) -> None:
+    click.clear()
+    _draw(headline, jobs)
+
+
+def _rich_table(headline: str, jobs: Sequence[Job]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(headline), caption=Text("q ends"), box=None, expand=True, title_justify="left")
+    for heading in _HEADINGS:
+        table.add_column(heading, no_wrap=True, ratio=1 if heading == "MESSAGE" else None)
+    now = time.time()
+    for job in jobs:
+        cells = [Text(cell) for cell in _row(job, now)]  # Text, so that nothing in it counts as markup
+        cells[_STATUS] = Text.from_ansi(_styled(cells[_STATUS].plain))
+        table.add_row(*cells)
+    return table
+
+
+@contextmanager
+def _keys(terminal: bool) -> Iterator[Callable[[float], bool]]:
+    """What waits so many seconds, and tells whether q was pressed meanwhile."""
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows, where Ctrl-C is left
+        terminal = False
+    source = sys.stdin
+    if not (terminal and source.isatty()):
+        yield _no_keys
+        return
+    before = termios.tcgetattr(source)
+    tty.setcbreak(source)
+    try:
+        yield lambda seconds: _was_q(source.fileno(), seconds)
+    finally:
+        termios.tcsetattr(source, termios.TCSADRAIN, before)
+
+
+def _no_keys(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
+
+def _was_q(source: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while select.select([source], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if os.read(source, 1) in (b"q", b"Q", b""):
+            return True
+    return False
