@@ -76,7 +76,7 @@ class Binding(JobChannel):
     def _set_config(self, config: Config) -> None:
         self._backend_class = _backend_class(config)
         self.config = config
-        self.ledger.futures.max_length = config.futures_max_length
+        self.ledger.reconfigure(config)
         self._own_callbacks: Sequence[Callback] = (
             (propagate_exceptions_callback,) if config.propagate_exceptions else ()
         )

@@ -312,7 +312,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         return [*chain.from_iterable(binding.unfinished.all() for _, binding in self._bound())]
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until no job is left in this process, its callbacks included, of all apps.
+        """Wait until no job is left in this process, its callbacks included, of all apps, and the store knows it.
 
         :param timeout: most seconds to wait; None for as long as it takes.
         :return: whether that is so.
@@ -320,6 +320,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         for _, binding in self._bound():
             if not binding.unfinished.wait(None if deadline is None else deadline - time.monotonic()):
+                return False
+            if not binding.ledger.flush(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return False
         return True
 

@@ -71,10 +71,9 @@ class Follower:
         watch = self._store.watch()
         self._watch = watch
         try:
-            while futures := self._next():
+            while self._is_needed():
                 try:
-                    watch.begin({future.job_id for future in futures})
-                    if not self._settle(futures):
+                    if not self._look(watch):
                         watch.wait(_AGAIN)
                 except StoreUnavailable:
                     with self._changed:
@@ -82,15 +81,21 @@ class Follower:
         finally:
             watch.close()
 
-    def _next(self) -> list[Followed]:
-        """Those to look at, none at the end."""
+    def _is_needed(self) -> bool:
+        """Wait until there is something to do; False at the end. No handle is referred to meanwhile."""
         with self._changed:
             while not self._futures and not self._closing:
                 self._changed.wait()
             if self._closing:
                 self._thread = self._watch = None
-                return []
-            return list(self._futures.values())
+            return not self._closing
+
+    def _look(self, watch: Watch) -> bool:
+        """Watch all jobs, and settle the handles of those that have ended; whether there was one."""
+        with self._changed:
+            futures = list(self._futures.values())
+        watch.begin({future.job_id for future in futures})
+        return self._settle(futures)
 
     def _settle(self, futures: list[Followed]) -> bool:
         """Settle those whose jobs have ended; whether there was one."""

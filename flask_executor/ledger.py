@@ -5,9 +5,10 @@ In the memory of one process (:class:`Ledger`), or also in a store that other pr
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest
@@ -49,11 +50,17 @@ class Ledger:
     shared = False
 
     def __init__(self, config: Config) -> None:
+        self._config = config
         self._memory = MemoryStore(config.store_max_records, config.result_ttl)
         self.records: JobRecords = self._memory
-        self.futures: FutureCollection[FutureProxy[Any]] = FutureCollection(config.futures_max_length)
+        self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.futures_max_length, config.result_ttl)
         #: Those of the steps of flows, which the other bound would be too small for.
-        self.steps: FutureCollection[FutureProxy[Any]] = FutureCollection(config.store_max_records)
+        self.steps: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.store_max_records, config.result_ttl)
+
+    def reconfigure(self, config: Config) -> None:
+        """Take another configuration. The store, and what it was made with, stays."""
+        self._config = config
+        self.futures.max_length = config.futures_max_length
 
     def under(self, key: Hashable) -> FutureCollection[FutureProxy[Any]]:
         """Where the handle with this key belongs."""
@@ -100,6 +107,10 @@ class Ledger:
         """The job has ended."""
         self._memory.end(job)
 
+    def flush(self, timeout: float | None) -> bool:
+        """Have written what is new; whether that was done within so many seconds."""
+        return True
+
     def check(self) -> None:
         """Raise what is wrong with the store.
 
@@ -122,6 +133,35 @@ class Ledger:
         """There will be no more jobs. Can be used on, to look at those that there are."""
 
 
+class ExpiringFutures(FutureCollection[FutureProxy[Any]]):
+    """Handles in the memory of one process, which leave with the records of their jobs.
+
+    :param ttl: seconds for which the handle of a job that has ended is held.
+    """
+
+    def __init__(self, max_length: int | None, ttl: float) -> None:
+        super().__init__(max_length)
+        self._ttl = ttl
+
+    def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
+        return [key for key in super().keys(within) if self.get(key) is not None]
+
+    def __contains__(self, item: object) -> bool:
+        return super().__contains__(item) and (isinstance(item, Future) or self.get(item) is not None)
+
+    def _get(self, future_key: Hashable) -> FutureProxy[Any] | None:
+        future = super()._get(future_key)
+        if future is not None and future.done() and self._has_expired(future):
+            self.pop(future_key)
+            return None
+        return future
+
+    def _has_expired(self, future: Any) -> bool:
+        record = getattr(future, "record", None)  # it may be a plain future that was added by hand
+        ended_at = None if record is None else record().ended_at
+        return ended_at is not None and ended_at <= time.time() - self._ttl
+
+
 def has_failed(future: Any) -> bool:
     """Whether this is a handle, and of a job that has ended other than by success."""
     status = getattr(future, "status", JobStatus.SUCCEEDED)  # it may be none, or a plain future added by hand
@@ -139,7 +179,6 @@ class SharedLedger(Ledger):
     def __init__(self, config: Config, store: JobStore, app: weakref.ref[Flask], channel: JobChannel) -> None:
         super().__init__(config)
         self.store = store
-        self._config = config
         self._app = app
         self._channel = weakref.ref(channel)
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
@@ -148,12 +187,12 @@ class SharedLedger(Ledger):
         self._callbacks = SerialThread("flask-executor-shared")
         self._follower = Follower(store)
         self._recorder = Recorder(store, _weakly(self._requested))
-        self.records = SharedRecords(self._memory, store)
+        self.records = SharedRecords(self._memory, store, self._is_written)
         length = config.futures_max_length
         self.futures = SharedFutures(length, store, self.handle, lambda key: not is_step(key))
         self.steps = SharedFutures(config.store_max_records, store, self.handle, is_step)
-        self._parts = [self._follower, self._recorder, self._callbacks]
-        weakref.finalize(self, _dispose, self._parts, store)
+        self._parts = [self._follower, self._callbacks, self._recorder]
+        weakref.finalize(self, _dispose, self._parts)
 
     # ---- jobs of this process ----
 
@@ -195,14 +234,19 @@ class SharedLedger(Ledger):
             except StoreUnavailable as error:
                 logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
 
+    def _is_written(self, job: Job) -> bool:
+        """Whether the store knows, or knew, all there is to know about a job of this process."""
+        is_recorded = job.key is not None or self._config.track == "all"
+        return is_recorded and job.status.ended and not self._recorder.tracks(job.id)
+
     def stepped(self, job: LiveJob) -> None:
         self._recorder.stepped(job)
 
     def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
-        return self._recorder.report if self._recorder.tracks(job) else None
+        return self._recorder.report if self._recorder.tracks(job.id) else None
 
     def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
-        if not self._recorder.tracks(job):
+        if not self._recorder.tracks(job.id):
             return
         if packed is None:
             packed = b"".join(pickled(result, f"The result of job {job.name}", "be kept in the store"))
@@ -213,7 +257,7 @@ class SharedLedger(Ledger):
 
     def ended(self, job: LiveJob, error: BaseException | None) -> None:
         self._memory.end(job)
-        if self._recorder.tracks(job):
+        if self._recorder.tracks(job.id):
             outcome = self._outcomes.pop(job.id, None)
             if error is not None:
                 outcome = self._seal().seal(job.id, Kind.ERROR, pack_error(error))
@@ -278,6 +322,9 @@ class SharedLedger(Ledger):
 
     # ---- life ----
 
+    def flush(self, timeout: float | None) -> bool:
+        return self._recorder.flush(timeout)
+
     def check(self) -> None:
         self.store.check()
 
@@ -290,7 +337,7 @@ class SharedLedger(Ledger):
         self._callbacks = SerialThread("flask-executor-shared")
         self._follower = Follower(self.store)
         self._recorder = Recorder(self.store, _weakly(self._requested))
-        self._parts[:] = [self._follower, self._recorder, self._callbacks]
+        self._parts[:] = [self._follower, self._callbacks, self._recorder]
         for futures in (self.futures, self.steps):
             futures.after_fork()
             futures.clear()
@@ -308,14 +355,26 @@ class SharedLedger(Ledger):
 
 
 class SharedRecords(JobRecords):
-    """The records of the jobs of this process, in its memory, and of all others that are in the store."""
+    """The records of the jobs of this process, in its memory, and of all others that are in the store.
 
-    def __init__(self, memory: MemoryStore, store: JobStore) -> None:
+    :param is_written: whether the store can be asked about a job of this process. It may have purged the record since.
+    """
+
+    def __init__(self, memory: MemoryStore, store: JobStore, is_written: Callable[[Job], bool]) -> None:
         self._memory = memory
         self._store = store
+        self._is_written = is_written
 
     def get(self, id: str) -> Job | None:
-        return self._memory.get(id) or self._store.get(id)
+        here = self._memory.get(id)
+        if here is not None and not self._is_written(here):
+            return here
+        try:
+            return self._store.get(id)
+        except StoreUnavailable:
+            if here is None:
+                raise
+            return here
 
     def find(self, key: Hashable) -> Job | None:
         try:
@@ -325,15 +384,22 @@ class SharedRecords(JobRecords):
             if here is None:
                 raise
             return here
-        return None if stored is None else self._memory.get(stored.id) or stored
+        return None if stored is None else self._fresh(stored)
+
+    def _fresh(self, stored: Job) -> Job:
+        """A record of the store, or what this process knows better."""
+        here = self._memory.get(stored.id)
+        return stored if here is None or self._is_written(here) else here
 
     def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
-        if id is not None and self._memory.get(id) is not None:
+        here = None if id is None else self._memory.get(id)
+        if here is not None and not self._is_written(here):
             return False
-        return self._store.expired(id, key=key)
+        return self._store.expired(id, key=key) or (key is None and self._memory.expired(id))
 
     def log(self, id: str) -> Sequence[LogLine]:
-        return self._store.log(id) if self._memory.get(id) is None else self._memory.log(id)
+        here = self._memory.get(id)
+        return self._store.log(id) if here is None or self._is_written(here) else self._memory.log(id)
 
     def list(
         self,
@@ -343,10 +409,11 @@ class SharedRecords(JobRecords):
         owner: str | None = None,
         limit: int | None = None,
     ) -> Sequence[Job]:
-        here = self._memory.list(status=status, name=name, owner=owner, limit=limit)
+        known = self._memory.list(status=status, name=name, owner=owner, limit=limit)
+        here = [job for job in known if not self._is_written(job)]
         stored = self._store.list(status=status, name=name, owner=owner, limit=limit)
-        # What memory knows is newer; a job that it knows and has not listed does not match any more.
-        others = [job for job in stored if self._memory.get(job.id) is None]
+        # What memory knows better, and has not listed, does not match any more.
+        others = [job for job in stored if self._fresh(job) is job]
         jobs = sorted([*here, *others], key=lambda job: job.queued_at, reverse=True)
         return jobs if limit is None else jobs[:limit]
 
@@ -363,9 +430,9 @@ def _weakly(method: Callable[[StopRequest], None]) -> Callable[[StopRequest], No
     return call
 
 
-def _dispose(parts: Sequence[Any], store: JobStore) -> None:
+def _dispose(parts: Sequence[Any]) -> None:
     """The app is gone."""
-    for part in parts:
-        part.close(wait=False)
-    with suppress(StoreUnavailable):
-        store.close()
+    follower, callbacks, recorder = parts
+    follower.close(wait=False)
+    callbacks.close(wait=False)
+    recorder.dispose()

@@ -60,6 +60,7 @@ class Recorder:
         self._writing = False
         self._trouble: StoreUnavailable | None = None
         self._closing = False
+        self._disposed = False  # whether nobody will use the store any more
         self._cut_off = False  # whether what has not ended never will
         self._thread: threading.Thread | None = None
 
@@ -80,9 +81,9 @@ class Recorder:
                 self._put_later(tracked)
             self._start()
 
-    def tracks(self, job: LiveJob) -> bool:
-        """Whether this job is tracked."""
-        return job.id in self._tracked
+    def tracks(self, id: str) -> bool:
+        """Whether the job with this id is tracked."""
+        return id in self._tracked
 
     def stepped(self, job: LiveJob) -> None:
         """The job has started, or waits for its next attempt."""
@@ -115,7 +116,7 @@ class Recorder:
             for where in (self._tracked, self._now, self._later):
                 where.pop(id, None)
 
-    def flush(self, timeout: float) -> bool:
+    def flush(self, timeout: float | None) -> bool:
         """Have all written that is new; whether that was done within so many seconds."""
         with self._changed:
             self._now.update(self._later)
@@ -144,6 +145,13 @@ class Recorder:
             thread = self._thread
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join(5.0)
+
+    def dispose(self) -> None:
+        """As :meth:`close`, and close the store after that; the app is gone."""
+        self._disposed = True
+        self.close(wait=False)
+        if self._thread is None:
+            self._store.close()
 
     # ---- under _changed ----
 
@@ -209,7 +217,10 @@ class Recorder:
                 self._work(taken)
             except StoreUnavailable as error:
                 self._put_back(taken, error)
+            del taken
         self._leave()
+        if self._disposed:
+            self._store.close()
 
     def _work(self, taken: list[_Tracked]) -> None:
         """Do what is due."""

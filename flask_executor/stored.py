@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -147,25 +148,20 @@ class StoredFuture(FutureProxy[T]):
     def settle(self) -> bool:
         """Settle this handle if the job has ended, and tell whether it is settled."""
         try:
-            if not self._job.status.ended:
+            status = self.status
+            if not status.ended:
                 return False
-            result = self._elsewhere.open(self._seen)
+            if status is JobStatus.CANCELLED:
+                self._settle_cancelled()
+                return True
+            settle = partial(self.set_result, self._elsewhere.open(self._seen))
         except StoreUnavailable:
             raise
         except Exception as error:
-            if isinstance(error, ResultExpired) or self._seen.status is not JobStatus.CANCELLED:
-                self._settle(partial(Future.set_exception, self, error))
-                return True
-            self._settle_cancelled()
-            return True
-        self._settle(partial(self.set_result, result))
-        return True
-
-    def _settle(self, settle: Callable[[], object]) -> None:
-        try:
+            settle = partial(Future.set_exception, self, error)
+        with suppress(InvalidStateError):  # another thread was faster
             settle()
-        except InvalidStateError:  # another thread was faster
-            return
+        return True
 
     def _settle_cancelled(self) -> None:
         with self._condition:

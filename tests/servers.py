@@ -44,6 +44,7 @@ def serving(
             stdout=output,
             stderr=output,
             env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **environ},
+            start_new_session=True,
         )
     try:
 
@@ -61,7 +62,7 @@ def serving(
         try:
             server.wait(30)
         except subprocess.TimeoutExpired:
-            server.kill()
+            os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             pytest.fail(f"the server did not end: {log.read_text()}")
 
