@@ -170,9 +170,10 @@ class Binding(JobChannel):
         """The handle under the key in the options; and the call to start, if it was not there already."""
         self._warn_of_memory()
         with self._key_lock:  # of many who ask at once only one takes a place in the queue
-            there = self.ledger.find(options.key, again=options.again)
-            if there is not None:
-                return there, None
+            if not self.ledger.shared:  # where to look costs as much as to take it
+                there = self.ledger.find(options.key, again=options.again)
+                if there is not None:
+                    return there, None
             call = prepare()
             try:
                 there = self.ledger.take(call)

@@ -22,6 +22,7 @@ from flask_executor.logs import logger
 
 _INTERVAL = 0.1  # seconds between two writes of a job's progress
 _BRIEF = 0.01  # seconds for which the start of a job is not written: many have ended by then
+_TOGETHER = 0.004  # seconds for which the end of a job is not written: others may end, and one write does for all
 _LOOK = 0.2  # seconds between two looks for requests to stop
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
 _MOST, _MOST_BYTES = 200, 32 << 20  # jobs and bytes that are written in one go
@@ -54,7 +55,7 @@ class Recorder:
         self._tracked: dict[str, _Tracked] = {}
         self._now: dict[str, _Tracked] = {}
         self._later: dict[str, _Tracked] = {}
-        self._due = 0.0  # when _later is due (all times monotonic)
+        self._soon = self._due = 0.0  # when _now and _later are due (all times monotonic)
         self._written = 0.0  # when it was written last
         self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
         self._writing = False
@@ -107,8 +108,10 @@ class Recorder:
             with self._changed:
                 tracked.outcome = outcome
                 self._later.pop(job.id, None)
+                if not self._now:
+                    self._soon = time.monotonic() + _TOGETHER
+                    self._changed.notify_all()
                 self._now[job.id] = tracked
-                self._changed.notify_all()
 
     def forget(self, id: str) -> None:
         """The job was not accepted: do not write any more of it."""
@@ -121,6 +124,7 @@ class Recorder:
         with self._changed:
             self._now.update(self._later)
             self._later.clear()
+            self._soon = 0.0
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not (self._now or self._later or self._writing), timeout)
 
@@ -175,9 +179,8 @@ class Recorder:
         now = time.monotonic()
         if self._trouble is not None:
             return max(0.0, self._look - now)
-        if self._now:
-            return 0.0
         times = [self._due] if self._later else []
+        times += [self._soon] if self._now else []
         if self._tracked:
             times += [self._look, self._beat]
         return max(0.0, min(times) - now) if times else None

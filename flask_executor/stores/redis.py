@@ -5,18 +5,21 @@ All names begin with ``flask-executor:{space}:``, the braces so that a cluster k
 .. code-block:: text
 
     job:<id>      the record as JSON            jobs        ids by the time of submission
-    result:<id>   what came of it               ended       "id key" of ended jobs by the time of their end
-    log:<id>      lines as JSON                 keys        the keys that are taken, by the time
-    key:<key>     the id of who has it          holders     holders that had a job
-    last:<key>    the youngest id under it      open:<h>    ids of the jobs that holder h has
-    gone:<id>     there is or was such a job    lease:<h>   there while the lease of h holds
-    gone-key:<k>  there is or was such a key    stop:<h>    requests for holder h
+    result:<id>   what came of it               of:<owner>  those of an owner
+    log:<id>      lines as JSON                 ended       [id, key, owner] of ended jobs by the time of their end
+    key:<key>     the id of who has it          keys        the keys that are taken, by the time
+    last:<key>    the youngest id under it      holders     holders that had a job
+    gone:<id>     there is or was such a job    open:<h>    ids of the jobs that holder h has
+    gone-key:<k>  there is or was such a key    lease:<h>   there while the lease of h holds
+    version       of this table                 stop:<h>    requests for holder h
 
 Redis itself lets records expire. Whoever waits for a job subscribes to the channel ``job:<id>``.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import time
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
@@ -47,13 +50,13 @@ except ImportError as error:
     raise MissingExtra("redis", "redis") from error
 
 _PATIENCE = 3.0  # seconds to wait for an answer
-_AT_ONCE = 200  # records that are read in one go
+_AT_ONCE = 500  # records that are read in one go
 
 # What changes more than one name is a script, so that it happens in one piece. In mode "claim" it answers with the
 # record that is in the way, if one is; in mode "lose" with the record that is there, if the job has ended.
 _PUT = """
 local p, mode, id, record, ended, key, holder = unpack(ARGV, 1, 7)
-local ttl, memory, now, outcome, instead, lease = unpack(ARGV, 8, 13)
+local ttl, memory, now, outcome, instead, lease, owner, names = unpack(ARGV, 8, 15)
 if mode == 'claim' then
     local there = redis.call('GET', p .. 'key:' .. key)
     if there and there ~= instead and there ~= id then
@@ -70,6 +73,7 @@ local new = redis.call('EXISTS', p .. 'job:' .. id) == 0
 redis.call('SET', p .. 'job:' .. id, record)
 if new then
     redis.call('ZADD', p .. 'jobs', now, id)
+    if owner ~= '' then redis.call('ZADD', p .. 'of:' .. owner, now, id) end
     if key ~= '' then
         redis.call('SET', p .. 'last:' .. key, id)
         if ended == '' and redis.call('SET', p .. 'key:' .. key, id, 'NX') then
@@ -78,8 +82,8 @@ if new then
     end
 end
 if outcome ~= '' then redis.call('SET', p .. 'result:' .. id, outcome) end
-for n = 14, #ARGV do redis.call('RPUSH', p .. 'log:' .. id, ARGV[n]) end
-if #ARGV > 13 then redis.call('LTRIM', p .. 'log:' .. id, -LOG_LINES, -1) end
+for n = 16, #ARGV do redis.call('RPUSH', p .. 'log:' .. id, ARGV[n]) end
+if #ARGV > 15 then redis.call('LTRIM', p .. 'log:' .. id, -LOG_LINES, -1) end
 local own = {'job:' .. id, 'result:' .. id, 'log:' .. id}
 for _, name in ipairs({'key:', 'last:'}) do
     if key ~= '' and redis.call('GET', p .. name .. key) == id then table.insert(own, name .. key) end
@@ -87,11 +91,11 @@ end
 if ended == '' then
     redis.call('SADD', p .. 'holders', holder)
     redis.call('SADD', p .. 'open:' .. holder, id)
-    redis.call('ZREM', p .. 'ended', id .. ' ' .. key)
+    redis.call('ZREM', p .. 'ended', names)
     for _, name in ipairs(own) do redis.call('PERSIST', p .. name) end
 else
     redis.call('SREM', p .. 'open:' .. holder, id)
-    redis.call('ZADD', p .. 'ended', ended, id .. ' ' .. key)
+    redis.call('ZADD', p .. 'ended', ended, names)
     for _, name in ipairs(own) do redis.call('PEXPIRE', p .. name, ttl) end
     redis.call('SET', p .. 'gone:' .. id, '', 'PX', memory)
     if key ~= '' then redis.call('SET', p .. 'gone-key:' .. key, '', 'PX', memory) end
@@ -100,18 +104,33 @@ redis.call('PUBLISH', p .. 'job:' .. id, '')
 return false
 """.replace("LOG_LINES", str(LOG_LINES))
 
-# ARGV: prefix, id, key, whether also the memory of it.
+# ARGV: prefix, id, key, owner, how it stands in "ended", whether also the memory of it.
 _FORGET = """
-local p, id, key = unpack(ARGV, 1, 3)
+local p, id, key, owner = unpack(ARGV, 1, 4)
 for _, name in ipairs({'key:', 'last:'}) do
     if key ~= '' and redis.call('GET', p .. name .. key) == id then redis.call('DEL', p .. name .. key) end
 end
 if key ~= '' and redis.call('EXISTS', p .. 'key:' .. key) == 0 then redis.call('ZREM', p .. 'keys', key) end
 redis.call('DEL', p .. 'job:' .. id, p .. 'result:' .. id, p .. 'log:' .. id)
 redis.call('ZREM', p .. 'jobs', id)
-redis.call('ZREM', p .. 'ended', id .. ' ' .. key)
-if ARGV[4] ~= '' then redis.call('DEL', p .. 'gone:' .. id) end
+if owner ~= '' then redis.call('ZREM', p .. 'of:' .. owner, id) end
+redis.call('ZREM', p .. 'ended', ARGV[5])
+if ARGV[6] ~= '' then redis.call('DEL', p .. 'gone:' .. id) end
 redis.call('PUBLISH', p .. 'job:' .. id, '')
+"""
+
+# ARGV: prefix, the name of an id. Answers with the record of that job.
+_BY_NAME = """
+local id = redis.call('GET', ARGV[1] .. ARGV[2])
+return id and redis.call('GET', ARGV[1] .. 'job:' .. id)
+"""
+
+# ARGV: prefix, the name of a sorted set of ids, from, to. Answers with the records that are there, highest first.
+_NEWEST = """
+local ids = redis.call('ZREVRANGE', ARGV[1] .. ARGV[2], ARGV[3], ARGV[4])
+if #ids == 0 then return false end
+for n, id in ipairs(ids) do ids[n] = ARGV[1] .. 'job:' .. id end
+return redis.call('MGET', unpack(ids))
 """
 
 # ARGV: prefix, key, id.
@@ -148,10 +167,7 @@ class RedisStore(SharedStore):
             health_check_interval=30,
             retry=Retry(NoBackoff(), 1),  # a connection that was open when Redis was restarted
         )
-        self._put = self._redis.register_script(_PUT)
-        self._forget = self._redis.register_script(_FORGET)
-        self._release = self._redis.register_script(_RELEASE)
-        self._known = False
+        self._known = False  # whether the server has our scripts, and the version was looked at
 
     # ---- one job ----
 
@@ -159,7 +175,7 @@ class RedisStore(SharedStore):
         instead = ""
         while True:
             with self.reaching():
-                there = self._put(args=self._arguments("claim", entry, instead))
+                there = self._call(_PUT, *self._arguments("claim", entry, instead))
                 job = self._truth(_stored(there))
             if job is None:
                 return None
@@ -168,20 +184,17 @@ class RedisStore(SharedStore):
             instead = job.id
 
     def write(self, entries: Sequence[Entry]) -> None:
-        with self.reaching(), self._redis.pipeline(transaction=False) as pipeline:
-            for entry in entries:
-                self._put(args=self._arguments("write", entry), client=pipeline)
-            pipeline.execute()
+        with self.reaching():
+            self._call_each(_PUT, [self._arguments("write", entry) for entry in entries])
 
     def _lose(self, stored: Stored) -> Job:
         lost = loss(stored)
-        there = _stored(self._put(args=self._arguments("lose", Entry(job=lost, holder=stored.holder))))
+        there = _stored(self._call(_PUT, *self._arguments("lose", Entry(job=lost, holder=stored.holder))))
         return lost if there is None else there.job
 
     def _arguments(self, mode: str, entry: Entry, instead: str = "") -> list[Any]:
         job, ttl = entry.job, self.options.result_ttl
         return [
-            self._prefix,
             mode,
             job.id,
             encode_job(job, holder=entry.holder),
@@ -194,6 +207,8 @@ class RedisStore(SharedStore):
             entry.outcome or "",
             instead,
             _milliseconds(LEASE),
+            job.owner or "",
+            _names(job),
             *map(encode_line, entry.log),
         ]
 
@@ -210,9 +225,9 @@ class RedisStore(SharedStore):
         with self.reaching():
             stored = self._read(id)
             if stored is not None:
-                key = stored.job.key
                 self._redis.srem(f"{self._prefix}open:{stored.holder}", id)
-                self._forget(args=[self._prefix, id, "" if key is None else encode_key(key), "1"])
+                names = _names(stored.job)
+                self._call(_FORGET, *json.loads(names), names, "1")
 
     # ---- looking ----
 
@@ -223,8 +238,7 @@ class RedisStore(SharedStore):
         return self._by_name(f"key:{key}")
 
     def _by_name(self, name: str) -> Stored | None:
-        id = self._redis.get(self._prefix + name)
-        return None if id is None else self._read(id.decode())
+        return _stored(self._call(_BY_NAME, name))
 
     def _read(self, id: str) -> Stored | None:
         return _stored(self._redis.get(f"{self._prefix}job:{id}"))
@@ -251,12 +265,12 @@ class RedisStore(SharedStore):
     def _select(
         self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None
     ) -> Iterable[Stored]:
+        if limit == 0:
+            return
         mark = b"" if status is None else f'"status": "{status}"'.encode()  # to save the work of decoding
         found = 0
-        for text in self._newest(limit):
-            if limit is not None and found >= limit:
-                return
-            stored = _stored(text) if mark in text else None
+        for text in self._not_ended() if status is not None and not status.ended else self._newest(owner, limit):
+            stored = _stored(text) if text is not None and mark in text else None
             if (
                 stored is not None
                 and (status is None or stored.job.status is status)
@@ -265,22 +279,32 @@ class RedisStore(SharedStore):
             ):
                 found += 1
                 yield stored
+                if found == limit:  # before another lot is read
+                    return
 
-    def _newest(self, limit: int | None) -> Iterator[bytes]:
+    def _newest(self, owner: str | None, limit: int | None) -> Iterator[bytes | None]:
         """The records, youngest first, read some at a time."""
-        begin = 0
-        size = _AT_ONCE if limit is None else max(1, min(limit, _AT_ONCE))
-        while ids := self._redis.zrevrange(f"{self._prefix}jobs", begin, begin + size - 1):
-            texts = self._redis.mget([f"{self._prefix}job:".encode() + id for id in ids])
-            yield from (text for text in texts if text is not None)
-            begin += size
-            size = _AT_ONCE
+        ids = "jobs" if owner is None else f"of:{owner}"
+        begin, size = 0, _AT_ONCE if limit is None else max(1, min(limit, _AT_ONCE))
+        while (texts := self._call(_NEWEST, ids, begin, begin + size - 1)) is not None:
+            yield from texts
+            begin, size = begin + size, _AT_ONCE
+
+    def _not_ended(self) -> Iterator[bytes | None]:
+        """The records of the jobs that have not ended, youngest first."""
+        holders = self._redis.smembers(f"{self._prefix}holders")
+        if not holders:
+            return
+        ids = list(self._redis.sunion([f"{self._prefix}open:".encode() + holder for holder in holders]))
+        texts = self._redis.mget([f"{self._prefix}job:".encode() + id for id in ids]) if ids else []
+        there = [text for text in texts if text is not None]
+        yield from sorted(there, key=lambda text: float(json.loads(text)["queued_at"]), reverse=True)
 
     # ---- keys, requests, leases ----
 
     def release(self, key: Hashable, id: str) -> bool:
         with self.reaching():
-            return bool(self._release(args=[self._prefix, encode_key(key), id]))
+            return bool(self._call(_RELEASE, encode_key(key), id))
 
     def ask_to_stop(self, request: StopRequest) -> None:
         with self.reaching():
@@ -320,11 +344,7 @@ class RedisStore(SharedStore):
 
     def _purge(self, members: Sequence[bytes]) -> int:
         """Have records leave, given as they stand in ``ended``."""
-        with self._redis.pipeline(transaction=False) as pipeline:
-            for member in members:
-                id, _, key = member.decode().partition(" ")
-                self._forget(args=[self._prefix, id, key, ""], client=pipeline)
-            pipeline.execute()
+        self._call_each(_FORGET, [[*json.loads(names), names, ""] for names in members])
         return len(members)
 
     def sweep(self) -> None:
@@ -364,10 +384,11 @@ class RedisStore(SharedStore):
     def reaching(self) -> Iterator[None]:
         with super().reaching():
             if not self._known:
-                self._learn_version()
+                self._get_to_know()
             yield
 
-    def _learn_version(self) -> None:
+    def _get_to_know(self) -> None:
+        """Look at the version, and give the server our scripts."""
         name = f"{self._prefix}version"
         self._redis.set(name, VERSION, nx=True)
         version = int(self._redis.get(name))
@@ -377,7 +398,29 @@ class RedisStore(SharedStore):
                 f"another version of Flask-Executor has written it (its schema is {version}, this knows {VERSION}). "
                 f"Use that version, or another database (redis://host/1), or delete all names {self._prefix}*",
             )
+        for script in (_PUT, _FORGET, _RELEASE, _BY_NAME, _NEWEST):
+            self._redis.script_load(script)
         self._known = True
+
+    def _call(self, script: str, *arguments: Any) -> Any:
+        """What a script answers."""
+        try:
+            return self._redis.evalsha(_digest(script), 0, self._prefix, *arguments)
+        except redis.exceptions.NoScriptError:  # it was restarted
+            self._get_to_know()
+            return self._redis.evalsha(_digest(script), 0, self._prefix, *arguments)
+
+    def _call_each(self, script: str, calls: Sequence[Sequence[Any]]) -> None:
+        """Call a script with each of these arguments, all in one go."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for arguments in calls:
+                pipeline.evalsha(_digest(script), 0, self._prefix, *arguments)
+            try:
+                pipeline.execute()
+                return
+            except redis.exceptions.NoScriptError:
+                self._get_to_know()
+        self._call_each(script, calls)
 
     def _reasons(self) -> tuple[type[Exception], ...]:
         return (redis.RedisError, OSError)
@@ -446,6 +489,17 @@ class _Subscription(Watch):
         except StoreUnavailable:
             self.close()
             raise
+
+
+@functools.cache
+def _digest(script: str) -> str:
+    """What Redis calls a script."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def _names(job: Job) -> str:
+    """What a job is found by, as it stands in ``ended``."""
+    return json.dumps([job.id, "" if job.key is None else encode_key(job.key), job.owner or ""])
 
 
 def _stored(text: bytes | None) -> Stored | None:

@@ -33,33 +33,31 @@ _COLUMNS = (
     "stop_requested, holder"
 )
 _FIELDS = _COLUMNS.split(", ")
+_INSERT = f"INSERT INTO jobs (space, has_key, {_COLUMNS}) VALUES ({', '.join('?' * (2 + len(_FIELDS)))})"
+_UPDATE = f"UPDATE jobs SET {', '.join(f'{column} = ?' for column in _FIELDS[4:])} WHERE id = ?"
 
+# Each index is one more page to write at each step of a job, so there are no more than are needed. What has not ended
+# has no ended_at; `has_key` is 1 while the job has its key.
 _SCHEMA = (
-    # What has not ended has no ended_at.
     """CREATE TABLE jobs (
-        number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, space TEXT NOT NULL, key TEXT, name TEXT NOT NULL,
-        owner TEXT, status TEXT NOT NULL, queued_at REAL NOT NULL, started_at REAL, ended_at REAL, error TEXT,
-        attempt INTEGER NOT NULL, progress REAL, message TEXT, meta TEXT, stop_requested INTEGER NOT NULL,
+        number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, space TEXT NOT NULL, key TEXT, has_key INTEGER NOT NULL,
+        name TEXT NOT NULL, owner TEXT, status TEXT NOT NULL, queued_at REAL NOT NULL, started_at REAL, ended_at REAL,
+        error TEXT, attempt INTEGER NOT NULL, progress REAL, message TEXT, meta TEXT, stop_requested INTEGER NOT NULL,
         holder TEXT NOT NULL)""",
-    "CREATE INDEX jobs_by_space ON jobs (space)",
+    "CREATE UNIQUE INDEX jobs_with_key ON jobs (space, key) WHERE has_key",
     "CREATE INDEX jobs_by_key ON jobs (space, key) WHERE key IS NOT NULL",
-    "CREATE INDEX jobs_by_name ON jobs (space, name)",
     "CREATE INDEX jobs_by_owner ON jobs (space, owner) WHERE owner IS NOT NULL",
-    "CREATE INDEX jobs_by_status ON jobs (space, status)",
     "CREATE INDEX jobs_by_end ON jobs (space, ended_at) WHERE ended_at IS NOT NULL",
-    "CREATE INDEX jobs_by_holder ON jobs (holder) WHERE ended_at IS NULL",
-    """CREATE TABLE keys (
-        number INTEGER PRIMARY KEY, space TEXT NOT NULL, key TEXT NOT NULL,
-        job TEXT NOT NULL UNIQUE REFERENCES jobs (id) ON DELETE CASCADE, UNIQUE (space, key))""",
-    "CREATE TABLE outcomes (job TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE, data BLOB NOT NULL)",
+    "CREATE INDEX jobs_not_ended ON jobs (holder) WHERE ended_at IS NULL",
+    "CREATE TABLE outcomes (number INTEGER PRIMARY KEY REFERENCES jobs ON DELETE CASCADE, data BLOB NOT NULL)",
     """CREATE TABLE log (
-        number INTEGER PRIMARY KEY, job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, time REAL NOT NULL,
+        line INTEGER PRIMARY KEY, number INTEGER NOT NULL REFERENCES jobs ON DELETE CASCADE, time REAL NOT NULL,
         level TEXT NOT NULL, logger TEXT NOT NULL, text TEXT NOT NULL)""",
-    "CREATE INDEX log_by_job ON log (job)",
+    "CREATE INDEX log_by_job ON log (number)",
     """CREATE TABLE requests (
-        job TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE, grace REAL, only_queued INTEGER NOT NULL)""",
-    "CREATE TABLE holders (holder TEXT PRIMARY KEY, until REAL NOT NULL)",
-    "CREATE TABLE gone (id TEXT PRIMARY KEY, space TEXT NOT NULL, key TEXT, until REAL NOT NULL)",
+        number INTEGER PRIMARY KEY REFERENCES jobs ON DELETE CASCADE, grace REAL, only_queued INTEGER NOT NULL)""",
+    "CREATE TABLE holders (holder TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE gone (id TEXT PRIMARY KEY, space TEXT NOT NULL, key TEXT, until REAL NOT NULL) WITHOUT ROWID",
     "CREATE INDEX gone_by_key ON gone (space, key) WHERE key IS NOT NULL",
     "CREATE INDEX gone_by_time ON gone (until)",
 )
@@ -80,68 +78,81 @@ class SQLiteStore(SharedStore):
         self.where = str(self._path)
         self._space = options.space
         self._reads, self._writes = _Connection(self._path), _Connection(self._path)
+        self._leases: dict[str, float] = {}  # of the holders in this process: until when they hold, at least
 
     # ---- one job ----
 
     def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
-        job, now = entry.job, time.time()
         with self._writing() as connection:
-            there = self._holding_in(connection, encode_key(job.key))
-            if there is not None and not there.job.status.ended and self._dead({there.holder}):
-                there = Stored(self._lose_in(connection, there), there.holder)
-            if there is not None and there.job.id == job.id:  # it has done this before, and its answer was lost
-                return None
-            if there is not None:
-                if not again or not there.job.status.ended or there.job.status is JobStatus.SUCCEEDED:
-                    return there.job
-                connection.execute("DELETE FROM keys WHERE job = ?", (there.job.id,))
-            self._insert(connection, entry)
-            self._renew(connection, entry.holder, now)
+            while True:
+                try:
+                    self._insert(connection, entry)
+                except sqlite3.IntegrityError:
+                    there = self._in_the_way(connection, entry, again=again)
+                    if there is not None:
+                        return None if there.id == entry.job.id else there
+                else:
+                    break
+            if self._leases.get(entry.holder, 0.0) < time.time() + LEASE / 2:
+                self._renew(connection, entry.holder)
+        return None
+
+    def _in_the_way(self, connection: sqlite3.Connection, entry: Entry, *, again: bool) -> Job | None:
+        """The job that has the key; None, and it has the key no more, when it may be taken from it."""
+        there = self._holding_in(connection, encode_key(entry.job.key))
+        if there is not None and not there.job.status.ended and self._dead({there.holder}):
+            there = Stored(self._lose_in(connection, there), there.holder)
+        if there is not None:
+            status = there.job.status
+            if there.job.id == entry.job.id or not (again and status.ended and status is not JobStatus.SUCCEEDED):
+                return there.job
+        connection.execute(
+            "UPDATE jobs SET has_key = 0 WHERE space = ? AND key = ? AND has_key",
+            (self._space, encode_key(entry.job.key)),
+        )
         return None
 
     def write(self, entries: Sequence[Entry]) -> None:
         with self._writing() as connection:
             for entry in entries:
-                values = _values(entry)
-                changed = connection.execute(
-                    "UPDATE jobs SET status = ?, queued_at = ?, started_at = ?, ended_at = ?, error = ?, attempt = ?, "
-                    "progress = ?, message = ?, meta = ?, stop_requested = ?, holder = ? WHERE id = ?",
-                    (*values[4:], entry.job.id),
-                )
+                changed = connection.execute(_UPDATE, (*_values(entry)[4:], entry.job.id))
                 if not changed.rowcount:
-                    self._insert(connection, entry)
+                    self._restore(connection, entry)
                 if entry.outcome is not None:
                     connection.execute(
-                        "INSERT OR REPLACE INTO outcomes (job, data) VALUES (?, ?)", (entry.job.id, entry.outcome)
+                        "INSERT OR REPLACE INTO outcomes (number, data) SELECT number, ? FROM jobs WHERE id = ?",
+                        (entry.outcome, entry.job.id),
                     )
                 if entry.log:
                     _write_log(connection, entry.job.id, entry.log)
 
-    def _insert(self, connection: sqlite3.Connection, entry: Entry) -> None:
-        """Write a new record, and let the job have its key if that is free."""
-        values = _values(entry)
-        connection.execute(
-            f"INSERT INTO jobs (space, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self._space, *values),
-        )
-        key = values[1]
-        if key is not None and not entry.job.status.ended:
-            connection.execute(
-                "INSERT OR IGNORE INTO keys (space, key, job) VALUES (?, ?, ?)", (self._space, key, entry.job.id)
-            )
+    def _insert(self, connection: sqlite3.Connection, entry: Entry, *, has_key: bool = True) -> None:
+        """Write a new record.
+
+        :raises sqlite3.IntegrityError: when another job has the key, or there is this one already.
+        """
+        has_key = has_key and entry.job.key is not None
+        connection.execute(_INSERT, (self._space, has_key, *_values(entry)))
+
+    def _restore(self, connection: sqlite3.Connection, entry: Entry) -> None:
+        """Write a record that is not here (any more), and let the job have its key if that is free."""
+        has_key = not entry.job.status.ended
+        try:
+            self._insert(connection, entry, has_key=has_key)
+        except sqlite3.IntegrityError:
+            self._insert(connection, entry, has_key=False)
 
     def outcome(self, id: str) -> bytes | None:
         with self._reading() as connection:
             row = connection.execute(
-                "SELECT data FROM outcomes JOIN jobs ON jobs.id = outcomes.job WHERE job = ? AND " + _CURRENT,
-                (id, self._oldest()),
+                f"SELECT data FROM outcomes JOIN jobs USING (number) WHERE id = ? AND {_CURRENT}", (id, self._oldest())
             ).fetchone()
         return None if row is None else row[0]
 
     def log(self, id: str) -> Sequence[LogLine]:
         with self._reading() as connection:
             rows = connection.execute(
-                "SELECT time, level, logger, text FROM log WHERE job = ? ORDER BY number", (id,)
+                "SELECT time, level, logger, text FROM log JOIN jobs USING (number) WHERE id = ? ORDER BY line", (id,)
             ).fetchall()
         return [LogLine(time=time, level=level, logger=logger, text=text) for time, level, logger, text in rows]
 
@@ -181,12 +192,10 @@ class SQLiteStore(SharedStore):
         condition, values = "", [self._space, self._oldest()]
         if within:
             prefix = encode_prefix(within)
-            condition, values = " AND keys.key >= ? AND keys.key < ?", [*values, prefix, prefix + "\U0010ffff"]
+            condition, values = " AND key >= ? AND key < ?", [*values, prefix, prefix + "\U0010ffff"]
         with self._reading() as connection:
             rows = connection.execute(
-                f"SELECT keys.key FROM keys JOIN jobs ON jobs.id = keys.job WHERE keys.space = ? AND {_CURRENT}"
-                f"{condition} ORDER BY keys.number",
-                values,
+                f"SELECT key FROM jobs WHERE has_key AND space = ? AND {_CURRENT}{condition} ORDER BY number", values
             ).fetchall()
         return [decode_key(text) for (text,) in rows]
 
@@ -203,8 +212,7 @@ class SQLiteStore(SharedStore):
             return self._holding_in(connection, key)
 
     def _holding_in(self, connection: sqlite3.Connection, key: str) -> Stored | None:
-        holding = "id = (SELECT job FROM keys WHERE space = ? AND key = ?)"
-        return self._one(connection, holding, self._space, key)
+        return self._one(connection, "has_key AND space = ? AND key = ?", self._space, key)
 
     def _one(self, connection: sqlite3.Connection, condition: str, *values: object) -> Stored | None:
         """The youngest record that a condition holds for."""
@@ -215,13 +223,17 @@ class SQLiteStore(SharedStore):
     def _select(
         self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None
     ) -> Iterable[Stored]:
-        wanted = {"space": self._space, "status": status and status.value, "name": name, "owner": owner}
-        given = {column: value for column, value in wanted.items() if value is not None}
-        condition = " AND ".join(f"{column} = ?" for column in given)
+        given = {"name": name, "owner": owner, "status": status and status.value}
+        wanted = {column: value for column, value in given.items() if value is not None}
+        conditions = ["+space = ?", _CURRENT, *(f"{column} = ?" for column in wanted)]
+        index = "" if owner is not None else "NOT INDEXED"  # by number, as otherwise all would have to be sorted
+        if status is not None and not status.ended:
+            conditions.append("ended_at IS NULL")
+            index = "INDEXED BY jobs_not_ended"
         with self._reading() as connection:
             rows = connection.execute(
-                f"SELECT {_COLUMNS} FROM jobs WHERE {condition} AND {_CURRENT} ORDER BY number DESC LIMIT ?",
-                (*given.values(), self._oldest(), -1 if limit is None else limit),
+                f"SELECT {_COLUMNS} FROM jobs {index} WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT ?",
+                (self._space, self._oldest(), *wanted.values(), -1 if limit is None else limit),
             ).fetchall()
         return map(_stored, rows)
 
@@ -229,15 +241,17 @@ class SQLiteStore(SharedStore):
 
     def release(self, key: Hashable, id: str) -> bool:
         with self._writing() as connection:
-            deleted = connection.execute(
-                "DELETE FROM keys WHERE space = ? AND key = ? AND job = ?", (self._space, encode_key(key), id)
+            released = connection.execute(
+                "UPDATE jobs SET has_key = 0 WHERE id = ? AND space = ? AND key = ? AND has_key",
+                (id, self._space, encode_key(key)),
             )
-        return deleted.rowcount > 0
+        return released.rowcount > 0
 
     def ask_to_stop(self, request: StopRequest) -> None:
         with self._writing() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO requests (job, grace, only_queued) SELECT id, ?, ? FROM jobs WHERE id = ?",
+                "INSERT OR REPLACE INTO requests (number, grace, only_queued) "
+                "SELECT number, ?, ? FROM jobs WHERE id = ?",
                 (request.grace, request.only_queued, request.id),
             )
 
@@ -246,13 +260,13 @@ class SQLiteStore(SharedStore):
             return []
         with self._writing() as connection:
             rows = self._requests(lambda: _same(connection), holder)
-            connection.executemany("DELETE FROM requests WHERE job = ?", [row[:1] for row in rows])
-        return [StopRequest(id=row[0], grace=row[1], only_queued=bool(row[2])) for row in rows]
+            connection.executemany("DELETE FROM requests WHERE number = ?", [row[:1] for row in rows])
+        return [StopRequest(id=row[1], grace=row[2], only_queued=bool(row[3])) for row in rows]
 
     def _requests(self, access: Callable[[], Any], holder: str) -> list[Any]:
         with access() as connection:
             rows: list[Any] = connection.execute(
-                "SELECT job, grace, only_queued FROM requests JOIN jobs ON jobs.id = requests.job WHERE holder = ?",
+                "SELECT number, id, grace, only_queued FROM requests JOIN jobs USING (number) WHERE holder = ?",
                 (holder,),
             ).fetchall()
         return rows
@@ -260,14 +274,17 @@ class SQLiteStore(SharedStore):
     def renew(self, holder: str) -> bool:
         self._look_for_the_file()
         with self._writing() as connection:
-            return self._renew(connection, holder, time.time())
+            return self._renew(connection, holder)
 
-    def _renew(self, connection: sqlite3.Connection, holder: str, now: float) -> bool:
+    def _renew(self, connection: sqlite3.Connection, holder: str) -> bool:
+        now = time.time()
+        self._leases[holder] = now + LEASE
         row = connection.execute("SELECT until FROM holders WHERE holder = ?", (holder,)).fetchone()
         connection.execute("INSERT OR REPLACE INTO holders (holder, until) VALUES (?, ?)", (holder, now + LEASE))
         return row is not None and row[0] >= now
 
     def leave(self, holder: str) -> None:
+        self._leases.pop(holder, None)
         with self._writing() as connection:
             connection.execute("DELETE FROM holders WHERE holder = ?", (holder,))
 
@@ -355,6 +372,7 @@ class SQLiteStore(SharedStore):
 
     def after_fork(self) -> None:
         super().after_fork()
+        self._leases = {}
         for connection in (self._reads, self._writes):
             connection.after_fork()
 
@@ -369,6 +387,7 @@ class SQLiteStore(SharedStore):
             with connection.lock:
                 if connection.is_elsewhere():
                     connection.close()
+                    self._leases.clear()
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -565,14 +584,15 @@ def _stored(row: tuple[Any, ...]) -> Stored:
 
 
 def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]) -> None:
+    (number,) = connection.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
     connection.executemany(
-        "INSERT INTO log (job, time, level, logger, text) VALUES (?, ?, ?, ?, ?)",
-        [(id, line.time, line.level, line.logger, _text(line.text)) for line in lines],
+        "INSERT INTO log (number, time, level, logger, text) VALUES (?, ?, ?, ?, ?)",
+        [(number, line.time, line.level, line.logger, _text(line.text)) for line in lines],
     )
     connection.execute(
-        "DELETE FROM log WHERE number <= (SELECT number FROM log WHERE job = ? ORDER BY number DESC LIMIT 1 OFFSET ?) "
-        "AND job = ?",
-        (id, LOG_LINES, id),
+        "DELETE FROM log WHERE number = ? AND line <= "
+        "(SELECT line FROM log WHERE number = ? ORDER BY line DESC LIMIT 1 OFFSET ?)",
+        (number, number, LOG_LINES),
     )
 
 

@@ -395,7 +395,9 @@ def plant(store: Any, id: str, outcome: bytes) -> None:
     """Write as somebody who can write to the store."""
     if isinstance(store, sqlite.SQLiteStore):
         with store._writing() as connection:
-            connection.execute("UPDATE outcomes SET data = ? WHERE job = ?", (outcome, id))
+            connection.execute(
+                "UPDATE outcomes SET data = ? WHERE number = (SELECT number FROM jobs WHERE id = ?)", (outcome, id)
+            )
     else:
         store._redis.set(f"{store._prefix}result:{id}", outcome)
 
