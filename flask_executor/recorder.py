@@ -8,6 +8,7 @@ the thread, which puts it back when it cannot be written. So nothing is lost whi
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -57,6 +58,7 @@ class Recorder:
         self._later: dict[str, _Tracked] = {}
         self._soon = self._due = 0.0  # when _now and _later are due (all times monotonic)
         self._written = 0.0  # when it was written last
+        self._sleeps_until = 0.0  # when the thread wakes up by itself, if it sleeps
         self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
         self._writing = False
         self._trouble: StoreUnavailable | None = None
@@ -77,6 +79,7 @@ class Recorder:
             if not self._tracked:
                 self._look = time.monotonic() + _LOOK
                 self._beat = time.monotonic() + (BEAT if claimed else 0.0)
+                self._wake_up(min(self._look, self._beat))
             self._tracked[job.id] = tracked
             if not claimed:
                 self._put_later(tracked)
@@ -110,7 +113,7 @@ class Recorder:
                 self._later.pop(job.id, None)
                 if not self._now:
                     self._soon = time.monotonic() + _TOGETHER
-                    self._changed.notify_all()
+                    self._wake_up(self._soon)
                 self._now[job.id] = tracked
 
     def forget(self, id: str) -> None:
@@ -164,8 +167,13 @@ class Recorder:
             return
         if not self._later:
             self._due = max(time.monotonic() + _BRIEF, self._written + _INTERVAL)
-            self._changed.notify_all()
+            self._wake_up(self._due)
         self._later[tracked.job.id] = tracked
+
+    def _wake_up(self, due: float) -> None:
+        """Something is to be done then. Often the thread is up by then anyway, and to wake it for each job costs."""
+        if due < self._sleeps_until:
+            self._changed.notify_all()
 
     def _start(self) -> None:
         self._closing = False
@@ -212,7 +220,9 @@ class Recorder:
                     if self._closing and not self._tracked:
                         self._thread = None
                         break
+                    self._sleeps_until = math.inf if patience is None else time.monotonic() + patience
                     self._changed.wait(patience)
+                    self._sleeps_until = 0.0
                 if self._thread is None:
                     break
                 taken = self._take()

@@ -83,19 +83,16 @@ class SQLiteStore(SharedStore):
     # ---- one job ----
 
     def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
+        if self._leases.get(entry.holder, 0.0) < time.time() + LEASE / 2:
+            self.renew(entry.holder)
+        with self.reaching(), self._writes as connection, suppress(sqlite3.IntegrityError):
+            self._insert(connection, entry)  # a transaction of one statement, which is quicker than any other
+            return None
         with self._writing() as connection:
-            while True:
-                try:
-                    self._insert(connection, entry)
-                except sqlite3.IntegrityError:
-                    there = self._in_the_way(connection, entry, again=again)
-                    if there is not None:
-                        return None if there.id == entry.job.id else there
-                else:
-                    break
-            if self._leases.get(entry.holder, 0.0) < time.time() + LEASE / 2:
-                self._renew(connection, entry.holder)
-        return None
+            there = self._in_the_way(connection, entry, again=again)
+            if there is None:
+                self._insert(connection, entry)
+        return None if there is None or there.id == entry.job.id else there
 
     def _in_the_way(self, connection: sqlite3.Connection, entry: Entry, *, again: bool) -> Job | None:
         """The job that has the key; None, and it has the key no more, when it may be taken from it."""
