@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import select
 import shutil
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
@@ -24,11 +22,23 @@ from flask.cli import AppGroup, NoAppException
 
 from flask_executor.abc import StopRequest
 from flask_executor.bindings import Binding
-from flask_executor.doctor import Finding, examine
+from flask_executor.console import (
+    called,
+    details,
+    log_line,
+    one_line,
+    pressed_keys,
+    print_findings,
+    screen,
+    show_progress,
+    styled,
+    table,
+)
+from flask_executor.doctor import examine
 from flask_executor.exceptions import ExecutorError
 from flask_executor.executor import Executor
 from flask_executor.helpers import safe_repr
-from flask_executor.jobs import Job, JobStatus, LogLine
+from flask_executor.jobs import Job, JobStatus
 from flask_executor.ledger import SharedLedger
 from flask_executor.records import decode_key, encode_key
 
@@ -36,24 +46,6 @@ _LOOK = 1.0  # seconds after which a job is looked at again of which nothing was
 _PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped
 _MOST_GRACE = 10.0  # seconds of grace that "stop" waits for
 _MOST = 1000  # jobs that "top" counts
-
-_STYLES: dict[str, dict[str, Any]] = {
-    JobStatus.QUEUED: {"fg": "cyan"},
-    JobStatus.RUNNING: {"fg": "blue", "bold": True},
-    JobStatus.SUCCEEDED: {"fg": "green"},
-    JobStatus.FAILED: {"fg": "red"},
-    JobStatus.STOPPED: {"fg": "yellow"},
-    JobStatus.KILLED: {"fg": "yellow"},
-    JobStatus.TIMED_OUT: {"fg": "magenta"},
-    JobStatus.LOST: {"fg": "red", "bold": True},
-    JobStatus.CANCELLED: {"dim": True},
-    "ok": {"fg": "green"},
-    "note": {"fg": "cyan"},
-    "warning": {"fg": "yellow"},
-    "problem": {"fg": "red", "bold": True},
-}
-_HEADINGS = ("ID", "NAME", "KEY", "STATUS", "DONE", "AGE", "TOOK", "OWNER", "MESSAGE")
-_STATUS = _HEADINGS.index("STATUS")
 
 
 class _Commands(AppGroup):
@@ -96,7 +88,7 @@ def list_jobs(status: str | None, name: str | None, owner: str | None, limit: in
     if as_json:
         _print_json([_data(job) for job in jobs])
     elif jobs:
-        click.echo("\n".join(_table(jobs)))
+        click.echo("\n".join(table(jobs)))
     else:
         hint = ""
         if binding.config.track == "stored":
@@ -115,12 +107,12 @@ def show(text: str, as_json: bool) -> None:
     if as_json:
         _print_json({**_data(job), "log": [asdict(line) for line in log]})
         return
-    for label, value in _details(job):
+    for label, value in details(job):
         click.echo(f"{label:<10} {value}")
     if log:
         click.echo("log")
-        for line in log:
-            click.echo(_log_line(line))
+        for entry in log:
+            click.echo(log_line(entry))
 
 
 @group.command()
@@ -147,14 +139,14 @@ def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_
     if as_json:
         _print_json(_data(job))
     elif had_ended:
-        click.echo(f"{_called(job)} has ended already: {_styled(job.status)}.")
+        click.echo(f"{called(job)} has ended already: {styled(job.status)}.")
     elif job.status.ended:
-        click.echo(f"{_called(job)}: {_styled(job.status)}.")
+        click.echo(f"{called(job)}: {styled(job.status)}.")
     elif not wait:
-        click.echo(f"{_called(job)} was asked to stop.")
+        click.echo(f"{called(job)} was asked to stop.")
     else:
         click.echo(
-            f"{_called(job)} was asked to stop, and is still {_styled(job.status)}: it has to get to a checkpoint."
+            f"{called(job)} was asked to stop, and is still {styled(job.status)}: it has to get to a checkpoint."
         )
     context.exit(1 if wait and not job.status.ended else 0)
 
@@ -188,7 +180,7 @@ def wait(context: click.Context, text: str, timeout: float | None, as_json: bool
     """Wait until a job has ended. Exit code 0 when it has succeeded, 1 when not, 2 when it takes longer."""
     binding, ledger = _shared()
     job = _find(binding, ledger, text)
-    shown = _show_progress if sys.stderr.isatty() else None
+    shown = show_progress if sys.stderr.isatty() else None
     try:
         job = _follow(binding, ledger, job, math.inf if timeout is None else timeout, shown)
     finally:
@@ -197,9 +189,9 @@ def wait(context: click.Context, text: str, timeout: float | None, as_json: bool
     if as_json:
         _print_json(_data(job))
     elif job.status.ended:
-        click.echo(f"{_called(job)}: {_styled(job.status)}.{f' {_line(job.error)}' if job.error else ''}")
+        click.echo(f"{called(job)}: {styled(job.status)}.{f' {one_line(job.error)}' if job.error else ''}")
     else:
-        click.echo(f"{_called(job)} is still {_styled(job.status)} after {timeout:g} s.", err=True)
+        click.echo(f"{called(job)} is still {styled(job.status)} after {timeout:g} s.", err=True)
     context.exit(2 if not job.status.ended else 0 if job.status is JobStatus.SUCCEEDED else 1)
 
 
@@ -214,7 +206,7 @@ def top(interval: float, limit: int, once: bool, as_json: bool) -> None:
     terminal = sys.stdout.isatty() and not (once or as_json)
     if terminal:
         limit = min(limit, max(1, shutil.get_terminal_size().lines - 5))
-    with suppress(KeyboardInterrupt), _screen(terminal) as draw, _keys(terminal) as q_within:
+    with suppress(KeyboardInterrupt), screen(terminal) as draw, pressed_keys(terminal) as q_within:
         while True:
             counts, jobs = _overview(ledger, limit)
             if as_json:
@@ -238,7 +230,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
     if as_json:
         _print_json([asdict(finding) for finding in findings])
     else:
-        _print_findings(findings)
+        print_findings(findings)
     context.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
 
@@ -342,6 +334,11 @@ def _overview(ledger: SharedLedger, limit: int) -> tuple[dict[str, int], list[Jo
     return {"running": len(running), "queued": len(queued)}, list(jobs.values())[:limit]
 
 
+def _headline(ledger: SharedLedger, counts: dict[str, int]) -> str:
+    numbers = ", ".join(f"{number}{'+' * (number == _MOST)} {status}" for status, number in counts.items())
+    return one_line(f"{datetime.now():%H:%M:%S}  {current_app.name}  {ledger.store.where}  {numbers}")
+
+
 # ---- as JSON ----
 
 
@@ -353,206 +350,3 @@ def _data(job: Job) -> dict[str, Any]:
 
 def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, default=safe_repr))
-
-
-# ---- as text ----
-
-
-def _line(value: object) -> str:
-    """A text as one line, without what would control the terminal."""
-    return "".join(sign if sign.isprintable() else " " for sign in str(value))
-
-
-def _key(job: Job) -> str:
-    return "" if job.key is None else job.key if isinstance(job.key, str) else safe_repr(job.key)
-
-
-def _called(job: Job) -> str:
-    return _line(f"Job {_key(job)} ({job.name}, {job.id})" if job.key is not None else f"Job {job.id} ({job.name})")
-
-
-def _styled(text: str) -> str:
-    """The name of a state, or what begins with one, in its colour."""
-    return click.style(text, **_STYLES[text.split()[0]])
-
-
-def _seconds(seconds: float) -> str:
-    """``0.2s``, ``42s``, ``3m05s``, ``2h10m``, ``4d03h``"""
-    if seconds < 10:
-        return f"{max(0.0, seconds):.1f}s"
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if minutes < 1:
-        return f"{int(seconds)}s"
-    if hours < 1:
-        return f"{int(minutes)}m{int(seconds % 60):02}s"
-    return f"{int(hours)}h{int(minutes % 60):02}m" if days < 1 else f"{int(days)}d{int(hours % 24):02}h"
-
-
-def _row(job: Job, now: float) -> tuple[str, ...]:
-    took = "" if job.started_at is None else _seconds((job.ended_at or now) - job.started_at)
-    asked = " (stopping)" if job.stop_requested and not job.status.ended else ""
-    message = job.error if job.error and job.status.ended else job.message
-    return (
-        job.id,
-        _line(job.name),
-        _line(_key(job)),
-        f"{job.status.value}{asked}",
-        "" if job.progress is None else _percent(job.progress),
-        _seconds(now - job.queued_at),
-        took,
-        _line(job.owner or ""),
-        _line(message or ""),
-    )
-
-
-def _table(jobs: Sequence[Job]) -> Iterator[str]:
-    """The lines of a table; as wide as the terminal, if it is one."""
-    now = time.time()
-    rows = [_HEADINGS, *(_row(job, now) for job in jobs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-    for row in rows:
-        cells = [cell.ljust(size) for cell, size in zip(row, widths, strict=True)]
-        before, after = "  ".join(cells[:_STATUS]) + "  ", "  " + "  ".join(cells[_STATUS + 1 :])
-        status, left = cells[_STATUS], width - len(before)
-        if left < len(status):  # a narrow one: the line is cut where it ends
-            yield before[:width]
-            continue
-        styled = click.style(status, bold=True) if row is _HEADINGS else _styled(status)
-        yield before + styled + after[: left - len(status)].rstrip()
-
-
-def _details(job: Job) -> Iterator[tuple[str, str]]:
-    now = time.time()
-    asked = " (asked to stop)" if job.stop_requested and not job.status.ended else ""
-    yield "id", job.id
-    yield "name", _line(job.name)
-    yield "key", _line(_key(job)) or "-"
-    yield "owner", _line(job.owner or "-")
-    yield "status", _styled(job.status) + asked
-    yield "progress", "-" if job.progress is None else _bar(job.progress)
-    yield "message", _line(job.message or "-")
-    yield "error", _line(job.error or "-")
-    yield "attempt", str(job.attempt)
-    for label, moment in (("queued", job.queued_at), ("started", job.started_at), ("ended", job.ended_at)):
-        yield label, "-" if moment is None else f"{_moment(moment)} ({_seconds(now - moment)} ago)"
-    if job.started_at is not None:
-        yield "took", _seconds((job.ended_at or now) - job.started_at)
-    for name, value in job.meta.items():
-        yield "meta", _line(f"{name} = {value!r}")
-
-
-def _bar(progress: float) -> str:
-    done = round(20 * min(1.0, max(0.0, progress)))
-    return f"[{'#' * done}{'.' * (20 - done)}] {_percent(progress)}"
-
-
-def _percent(progress: float) -> str:
-    return f"{int(progress * 100 + 1e-6)}%"  # not rounded: 100% is when all is done
-
-
-def _moment(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
-
-
-def _log_line(line: LogLine) -> str:
-    text = "\n    ".join(map(_line, line.text.splitlines()))
-    return f"  {datetime.fromtimestamp(line.time):%H:%M:%S} {line.level:<7} {_line(line.logger)}: {text}"
-
-
-def _show_progress(job: Job) -> None:
-    """On standard error, over what was there."""
-    progress = "" if job.progress is None else f" {_bar(job.progress)}"
-    text = f"{_line(job.name)}: {job.status.value}{progress} {_line(job.message or '')}"
-    click.echo(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
-
-
-def _print_findings(findings: Sequence[Finding]) -> None:
-    width = max((len(finding.check) for finding in findings), default=0)
-    for finding in findings:
-        click.echo(f"{_styled(finding.level.ljust(7))}  {finding.check.ljust(width)}  {_line(finding.found)}")
-        if finding.advice:
-            click.echo(f"{'':{11 + width}}{_line(finding.advice)}")
-
-
-# ---- the terminal, for "top" ----
-
-
-def _headline(ledger: SharedLedger, counts: dict[str, int]) -> str:
-    numbers = ", ".join(f"{number}{'+' * (number == _MOST)} {status}" for status, number in counts.items())
-    return _line(f"{datetime.now():%H:%M:%S}  {current_app.name}  {ledger.store.where}  {numbers}")
-
-
-Draw = Callable[[str, Sequence[Job]], None]
-
-
-@contextmanager
-def _screen(terminal: bool) -> Iterator[Draw]:
-    """What draws a frame: with rich if that is installed, and one after the other where there is no terminal."""
-    if not terminal:
-        yield _draw
-        return
-    try:
-        from rich.live import Live
-    except ImportError:
-        yield _redraw
-        return
-    with Live(screen=True, auto_refresh=False) as live:
-        yield lambda headline, jobs: live.update(_rich_table(headline, jobs), refresh=True)
-
-
-def _draw(headline: str, jobs: Sequence[Job]) -> None:
-    click.echo("\n".join([headline, "", *_table(jobs)]))
-
-
-def _redraw(headline: str, jobs: Sequence[Job]) -> None:
-    click.clear()
-    _draw(headline, jobs)
-
-
-def _rich_table(headline: str, jobs: Sequence[Job]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(headline), caption=Text("q ends"), box=None, expand=True, title_justify="left")
-    for heading in _HEADINGS:
-        table.add_column(heading, no_wrap=True, ratio=1 if heading == "MESSAGE" else None)
-    now = time.time()
-    for job in jobs:
-        cells = [Text(cell) for cell in _row(job, now)]  # Text, so that nothing in it counts as markup
-        cells[_STATUS] = Text.from_ansi(_styled(cells[_STATUS].plain))
-        table.add_row(*cells)
-    return table
-
-
-@contextmanager
-def _keys(terminal: bool) -> Iterator[Callable[[float], bool]]:
-    """What waits so many seconds, and tells whether q was pressed meanwhile."""
-    try:
-        import termios
-        import tty
-    except ImportError:  # Windows, where Ctrl-C is left
-        terminal = False
-    source = sys.stdin
-    if not (terminal and source.isatty()):
-        yield _no_keys
-        return
-    before = termios.tcgetattr(source)
-    tty.setcbreak(source)
-    try:
-        yield lambda seconds: _was_q(source.fileno(), seconds)
-    finally:
-        termios.tcsetattr(source, termios.TCSADRAIN, before)
-
-
-def _no_keys(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
-
-
-def _was_q(source: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while select.select([source], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        if os.read(source, 1) in (b"q", b"Q", b""):
-            return True
-    return False

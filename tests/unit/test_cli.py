@@ -445,7 +445,7 @@ def test_frames_of_top_are_lines_of_json(shop: Shop) -> None:
 
 @pytest.mark.parametrize(("progress", "text"), [(0.0, "0%"), (0.29, "29%"), (0.999, "99%"), (1.0, "100%")])
 def test_percent(progress: float, text: str) -> None:
-    assert cli._percent(progress) == text
+    assert console._percent(progress) == text
 
 
 @pytest.mark.parametrize(
@@ -453,4 +453,4 @@ def test_percent(progress: float, text: str) -> None:
     [(-1, "0.0s"), (0.26, "0.3s"), (59.9, "59s"), (185, "3m05s"), (7800, "2h10m"), (3600 * 99, "4d03h")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert cli._seconds(seconds) == text
+    assert console._seconds(seconds) == text
