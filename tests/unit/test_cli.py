@@ -18,7 +18,7 @@ from flask import Flask
 from tasks import add, fail
 
 from conftest import MakeExecutor, wait_until
-from flask_executor import Executor, FutureProxy, cli, current_job
+from flask_executor import Executor, FutureProxy, cli, console, current_job
 
 APP = """
 import sys
