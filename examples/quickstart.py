@@ -4,16 +4,22 @@
 
     $ python examples/quickstart.py           # PORT=5001 for another port
 
-With ``EXECUTOR_TYPE=process`` in the environment the jobs run in worker processes instead of threads. The records of
-the jobs and their results live in this one process.
+With ``EXECUTOR_TYPE=process`` in the environment the jobs run in worker processes instead of threads. With
+``EXECUTOR_STORE=sqlite`` every process sees every job: several web workers, and the commands of ``flask executor``:
+
+.. code-block:: console
+
+    $ export EXECUTOR_STORE=sqlite
+    $ gunicorn -w 4 --chdir examples quickstart:app
+    $ flask --app examples/quickstart.py executor top
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
-from itertools import count
 
 from flask import Flask, abort, current_app, flash, redirect, render_template, request, url_for
 from werkzeug.serving import make_server
@@ -22,14 +28,14 @@ from werkzeug.wrappers import Response
 from flask_executor import Executor, QueueFull, current_job, track
 
 app = Flask(__name__)
-app.secret_key = os.urandom(16)  # for the messages shown after a click
+app.secret_key = os.environ.get("SECRET_KEY", "for this example only")  # the same in all processes
 app.config["EXECUTOR_TYPE"] = os.environ.get("EXECUTOR_TYPE", "thread")
+app.config["EXECUTOR_STORE"] = os.environ.get("EXECUTOR_STORE", "memory")
+app.config["EXECUTOR_TRACK"] = "all"  # also the jobs without a key
 app.config["EXECUTOR_MAX_WORKERS"] = 2  # few, so that some jobs wait
 app.config["EXECUTOR_MAX_PENDING"] = 8  # one more is refused with QueueFull
 
 executor = Executor(app)
-report_numbers = count(1)
-
 
 # ---- the jobs: ordinary functions ----
 
@@ -62,7 +68,7 @@ def import_prices(filename: str) -> int:
 @app.post("/reports")
 def start_report() -> Response:
     seconds = request.form.get("seconds", 3, type=int)
-    future = render_report.submit_stored(f"report-{next(report_numbers)}", min(max(seconds, 1), 60))
+    future = render_report.submit_stored(f"report-{secrets.token_hex(2)}", min(max(seconds, 1), 60))
     flash(f"Started {future.key}.")
     return to_the_list()
 
@@ -99,6 +105,8 @@ def index() -> str:
         futures=executor.futures,
         health=executor.health(),
         type=app.config["EXECUTOR_TYPE"],
+        store=app.config["EXECUTOR_STORE"],
+        pid=os.getpid(),
         unfinished=any(not job.status.ended for job in jobs),
         now=time.time(),
     )

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from servers import get, gunicorn, serving
 
-from conftest import store_url, wait_until
+from conftest import missing, store_url, wait_until
 
 # The first two routes are those of Flask-Executor's own documentation, as they are.
 APP = """
@@ -256,7 +256,7 @@ def test_waitress(tmp_path: Path, shared_store: str) -> None:
 @pytest.mark.parametrize("lazy", [False, True], ids=["fork", "lazy"])
 def test_uwsgi(tmp_path: Path, shared_store: str, lazy: bool) -> None:
     if importlib.util.find_spec("pyuwsgi") is None:
-        pytest.skip("uWSGI is not installed")
+        missing("uWSGI is not installed")
     code = "import pyuwsgi, sys; pyuwsgi.run(sys.argv[1:])"
     (tmp_path / "run_uwsgi.py").write_text(code)
     command = ["run_uwsgi", "--http-socket", "127.0.0.1:0", "--master", "--processes", "3", "--enable-threads"]
