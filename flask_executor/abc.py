@@ -200,7 +200,6 @@ class JobRecords(abc.ABC):
     def log(self, id: str) -> Sequence[LogLine]:
         """The last lines that the job has written to the log, oldest first; none when there is no such job."""
 
-    @abc.abstractmethod
     def list(
         self,
         *,
@@ -214,6 +213,13 @@ class JobRecords(abc.ABC):
         :param limit: most records to return.
         :raises ValueError: for a status that does not exist or a negative limit.
         """
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit is {limit}; it must be 0 or more, or None")
+        return self._list(None if status is None else JobStatus(status), name, owner, limit)
+
+    @abc.abstractmethod
+    def _list(self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None) -> Sequence[Job]:
+        """What :meth:`list` returns, given what makes sense."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import multiprocessing
 import threading
 import time
 import weakref
@@ -12,25 +10,24 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
-from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
-from flask_executor.abc import Backend, Health, JobChannel, JobStore, PreparedCall, StoreOptions
-from flask_executor.config import STORES
+from flask_executor.abc import Backend, Health, JobChannel, PreparedCall
 from flask_executor.context import IN_PLACE, CapturedContext, call_to_end, current_app_or_none, is_one_of_many
 from flask_executor.control import RunningJob, running_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
+from flask_executor.exits import leave_in_order
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name
 from flask_executor.inherited import forking
 from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
-from flask_executor.ledger import Ledger, SharedLedger
+from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.pending import Retries, Unfinished
 from flask_executor.runner import Call, Chunk
+from flask_executor.sharing import open_ledger
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 
 if TYPE_CHECKING:
@@ -59,7 +56,7 @@ class Binding(JobChannel):
         default_callbacks: Sequence[Callback],
         initializers: Sequence[Callable[[], object]],
     ) -> None:
-        self.ledger: Ledger = _open_ledger(config, app, self)
+        self.ledger: Ledger = open_ledger(config, app, self)
         self.unfinished = Unfinished()
         self._executor = executor
         self._app = weakref.ref(app)
@@ -103,7 +100,7 @@ class Binding(JobChannel):
             with self._lock:
                 backend = self._backend
                 if backend is None:
-                    _leave_in_order(self)
+                    leave_in_order(self)
                     backend = self._backend_class(self.config.backend_options(self._app, self.initializers))
                     if self._closed:
                         backend.shutdown()
@@ -154,7 +151,7 @@ class Binding(JobChannel):
         """The job under the key in the options; if there is none it is run here and now, in the caller's contexts."""
         there, call = self._take_key(options, lambda: self._prepare(IN_PLACE, options, fn, args, kwargs, None))
         if call is not None:
-            _leave_in_order(self)
+            leave_in_order(self)
             self.ledger.add(call)
             with there.looked_at():  # by whoever has called this, and gets what it raises
                 call.run()
@@ -487,31 +484,6 @@ class Binding(JobChannel):
             self.ledger.abandoned(future.abandon())
 
 
-def _open_ledger(config: Config, app: Flask, channel: JobChannel) -> Ledger:
-    """What an executor with this configuration writes to.
-
-    :raises ConfigError: for a store that cannot be used.
-    :raises MissingExtra: for one whose library is not installed.
-    """
-    if config.store == "memory":
-        return Ledger(config)
-    url = config.store
-    if url == "sqlite":
-        url = f"sqlite:///{config.prefix.lower()}executor.sqlite"
-    scheme, _, place = url.partition("://")
-    if scheme == "sqlite":
-        url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
-    module, _, name = STORES[scheme].partition(":")
-    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
-    space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
-    options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
-    try:
-        store = store_class(options)
-    except ValueError as error:
-        raise ConfigError(config.key("EXECUTOR_STORE"), config.store, f"a url that can be used: {error}") from error
-    return SharedLedger(config, store, weakref.ref(app), channel)
-
-
 def _names(futures: Sequence[FutureProxy[Any]]) -> str:
     """Some jobs in words: ``3 jobs (render, render, mail)``."""
     names = [future.record().name for future in futures[:5]] + ["..."] * (len(futures) > 5)
@@ -526,34 +498,3 @@ def _backend_class(config: Config) -> type[Backend]:
     if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
         raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, "a subclass of flask_executor.abc.Backend")
     return backend_class
-
-
-_with_backends: weakref.WeakSet[Binding] = weakref.WeakSet()
-_registered = False
-
-
-def _leave_in_order(binding: Binding) -> None:
-    """See to it that the jobs of ``binding`` end before the process does.
-
-    :raises ExecutorShutdown: when it is ending already.
-    """
-    global _registered  # forked children inherit the registration
-    if not _registered:
-        # Before the standard library's pools refuse work, which jobs that still run may have for them; atexit would be
-        # too late for that.
-        try:
-            threading._register_atexit(_leave)  # type: ignore[attr-defined]
-        except RuntimeError as error:
-            raise ExecutorShutdown(f"the process is ending and starts no more jobs: {error}") from error
-        _registered = True
-    _with_backends.add(binding)
-    if multiprocessing.parent_process() is not None:
-        # A process of multiprocessing waits for its children before all else, and our workers wait for us.
-        Finalize(None, _leave, exitpriority=100)
-
-
-def _leave() -> None:
-    bindings = list(_with_backends)
-    begin = time.monotonic()
-    for binding in bindings:
-        binding.leave(begin + binding.config.shutdown_timeout)

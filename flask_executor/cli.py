@@ -39,8 +39,8 @@ from flask_executor.exceptions import ExecutorError
 from flask_executor.executor import Executor
 from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus
-from flask_executor.ledger import SharedLedger
 from flask_executor.records import decode_key, encode_key
+from flask_executor.sharing import SharedLedger
 
 _LOOK = 1.0  # seconds after which a job is looked at again of which nothing was heard: its process may have died
 _PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped

@@ -27,7 +27,7 @@ from flask_executor.exceptions import StoreUnavailable
 from flask_executor.executor import Executor, ExecutorJob
 from flask_executor.helpers import describe_error
 from flask_executor.holders import this_holder
-from flask_executor.ledger import SharedLedger
+from flask_executor.sharing import SharedLedger
 
 if TYPE_CHECKING:
     from flask import Flask

@@ -97,17 +97,7 @@ class MemoryStore(JobRecords):
         job = self._jobs.get(id)
         return () if job is None or job.log is None else tuple(job.log)
 
-    def list(
-        self,
-        *,
-        status: JobStatus | str | None = None,
-        name: str | None = None,
-        owner: str | None = None,
-        limit: int | None = None,
-    ) -> Sequence[Job]:
-        if limit is not None and limit < 0:
-            raise ValueError(f"limit is {limit}; it must be 0 or more, or None")
-        status = None if status is None else JobStatus(status)
+    def _list(self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None) -> Sequence[Job]:
         self._clean()
         jobs = list(self._jobs.values())
         jobs.reverse()

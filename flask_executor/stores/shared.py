@@ -92,17 +92,7 @@ class SharedStore(JobStore):
         with self.reaching():
             return self._truth(self._holding(encode_key(key)))
 
-    def list(
-        self,
-        *,
-        status: JobStatus | str | None = None,
-        name: str | None = None,
-        owner: str | None = None,
-        limit: int | None = None,
-    ) -> Sequence[Job]:
-        if limit is not None and limit < 0:
-            raise ValueError(f"limit is {limit}; it must be 0 or more, or None")
-        status = None if status is None else JobStatus(status)
+    def _list(self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None) -> Sequence[Job]:
         with self.reaching():
             found = list(self._select(status, name, owner, limit))
             dead = self._dead({stored.holder for stored in found if not stored.job.status.ended})

@@ -183,7 +183,8 @@ def test_a_decorated_function(app: Flask, executor: Executor) -> None:
 def test_shutdown(executor: Executor) -> None:
     futures = [executor.submit(pid) for _ in range(4)]
     executor.shutdown()
-    assert all(future.done() for future in futures)
+    assert [future for future in futures if not future.done()] == []
+    assert [future.status for future in futures] == ["succeeded"] * 4
     assert executor.health().accepting is False
     with pytest.raises(ExecutorShutdown):
         executor.submit(pid)

@@ -1,0 +1,53 @@
+"""Jobs end before their process does, in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+import weakref
+from multiprocessing.util import Finalize
+from typing import Protocol
+
+from flask_executor.config import Config
+from flask_executor.exceptions import ExecutorShutdown
+
+
+class Leaves(Protocol):
+    """Whoever has jobs."""
+
+    config: Config
+
+    def leave(self, deadline: float) -> None:
+        """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), stop them, then force them."""
+
+
+_with_backends: weakref.WeakSet[Leaves] = weakref.WeakSet()
+_registered = False
+
+
+def leave_in_order(binding: Leaves) -> None:
+    """See to it that the jobs of ``binding`` end before the process does.
+
+    :raises ExecutorShutdown: when it is ending already.
+    """
+    global _registered  # forked children inherit the registration
+    if not _registered:
+        # Before the standard library's pools refuse work, which jobs that still run may have for them; atexit would be
+        # too late for that.
+        try:
+            threading._register_atexit(_leave)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise ExecutorShutdown(f"the process is ending and starts no more jobs: {error}") from error
+        _registered = True
+    _with_backends.add(binding)
+    if multiprocessing.parent_process() is not None:
+        # A process of multiprocessing waits for its children before all else, and our workers wait for us.
+        Finalize(None, _leave, exitpriority=100)
+
+
+def _leave() -> None:
+    bindings = list(_with_backends)
+    begin = time.monotonic()
+    for binding in bindings:
+        binding.leave(begin + binding.config.shutdown_timeout)

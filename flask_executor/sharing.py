@@ -1,0 +1,321 @@
+"""What all processes of an app know of its jobs, through a store that they share."""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoreOptions
+from flask_executor.config import STORES, Config
+from flask_executor.control import RunningJob
+from flask_executor.exceptions import ConfigError, ResultTooLarge, StoreUnavailable
+from flask_executor.follower import Followed, Follower
+from flask_executor.futures import FutureCollection, FutureProxy
+from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.ledger import Ledger, has_failed, is_step
+from flask_executor.logs import logger
+from flask_executor.messages import Kind
+from flask_executor.recorder import Recorder
+from flask_executor.runner import pack_error, pickled, unpack_error, unpack_result
+from flask_executor.seals import Sealer
+from flask_executor.serial import SerialThread
+from flask_executor.stored import SharedFutures, StoredFuture, error_of
+from flask_executor.stores.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from flask_executor.runner import Call
+
+_PATIENCE = 5.0  # seconds to wait until something is written
+
+
+class SharedLedger(Ledger):
+    """Handles and records of the jobs of all processes of an app.
+
+    This process answers from memory about the jobs that it has itself, and from the store about others.
+    """
+
+    shared = True
+
+    def __init__(self, config: Config, store: JobStore, app: weakref.ref[Flask], channel: JobChannel) -> None:
+        super().__init__(config)
+        self.store = store
+        self._app = app
+        self._channel = weakref.ref(channel)
+        self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
+        self._sealer: Sealer | None = None
+        self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
+        self._callbacks = SerialThread("flask-executor-shared")
+        self._follower = Follower(store)
+        self._recorder = Recorder(store, _weakly(self._requested))
+        self.records = SharedRecords(self._memory, store, self._is_written)
+        length = config.futures_max_length
+        self.futures = SharedFutures(length, store, self.handle, lambda key: not is_step(key))
+        self.steps = SharedFutures(config.store_max_records, store, self.handle, is_step)
+        self._parts = [self._follower, self._callbacks, self._recorder]
+        weakref.finalize(self, _dispose, self._parts)
+
+    # ---- jobs of this process ----
+
+    def take(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
+        self._seal()  # or the result could not be kept
+        job, futures = call.job, self.under(call.job.key)
+        here = FutureCollection.get(futures, job.key)
+        if here is not None and getattr(here, "key", None) != job.key:  # added by hand
+            return here
+        self._handles[job.id] = call.future  # first: who finds the record may ask for it to be stopped
+        there = self._claim(job, again=call.options.again)
+        if there is None:
+            self._recorder.add(job, claimed=True)
+            futures.hold(job.key, call.future)
+        return there
+
+    def _claim(self, job: LiveJob, *, again: bool) -> FutureProxy[Any] | None:
+        entry = Entry(job=job.record(), holder=self._recorder.holder)
+        there = self.store.claim(entry, again=again)
+        if there is not None and again and has_failed(self._handles.get(there.id)):
+            self._recorder.flush(_PATIENCE)  # one of ours has failed just now, and the store does not know it yet
+            there = self.store.claim(entry, again=again)
+        return None if there is None else self.handle(there)
+
+    def add(self, call: Call[FutureProxy[Any]]) -> None:
+        self._memory.add(call.job)
+        if self._config.track == "all" and call.job.key is None:
+            self._seal()
+            self._handles[call.job.id] = call.future
+            self._recorder.add(call.job, claimed=False)
+
+    def remove(self, future: FutureProxy[Any]) -> None:
+        self._recorder.forget(future.job_id)
+        self._memory.remove(future.job_id)
+        if future.key is not None:
+            FutureCollection.pop(self.under(future.key), future.key)
+            try:
+                self.store.remove(future.job_id)
+            except StoreUnavailable as error:
+                logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
+
+    def _is_written(self, job: Job) -> bool:
+        """Whether the store knows, or knew, all there is to know about a job of this process."""
+        is_recorded = job.key is not None or self._config.track == "all"
+        return is_recorded and job.status.ended and not self._recorder.tracks(job.id)
+
+    def stepped(self, job: LiveJob) -> None:
+        self._recorder.stepped(job)
+
+    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+        return self._recorder.report if self._recorder.tracks(job.id) else None
+
+    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+        if not self._recorder.tracks(job.id):
+            return
+        if packed is None:
+            packed = b"".join(pickled(result, f"The result of job {job.name}", "be kept in the store"))
+        limit = self._config.result_max_bytes
+        if len(packed) > limit:
+            raise ResultTooLarge(job.name, len(packed), limit, self._config.key("EXECUTOR_RESULT_MAX_BYTES"))
+        self._outcomes[job.id] = self._seal().seal(job.id, Kind.RESULT, packed)
+
+    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+        self._memory.end(job)
+        if self._recorder.tracks(job.id):
+            outcome = self._outcomes.pop(job.id, None)
+            if error is not None:
+                outcome = self._seal().seal(job.id, Kind.ERROR, pack_error(error))
+            self._recorder.ended(job, outcome)
+
+    def _requested(self, request: StopRequest) -> None:
+        """Another process wants one of our jobs to be stopped."""
+        future = self._handles.get(request.id)
+        if future is not None:
+            self.aside(future.cancel if request.only_queued else lambda: future.stop(request.grace))
+
+    # ---- jobs of other processes ----
+
+    @property
+    def channel(self) -> JobChannel:
+        """What handles report to."""
+        channel = self._channel()
+        if channel is None:
+            raise RuntimeError("the app of this job is gone")
+        return channel
+
+    def handle(self, job: Job) -> FutureProxy[Any]:
+        """The handle of a job of which the store has this record."""
+        return self._handles.get(job.id) or StoredFuture(job, self)
+
+    def open(self, job: Job) -> Any:
+        """The result of a job that has ended; raises what it has raised."""
+        sealed = self.store.outcome(job.id)
+        if sealed is None:
+            raise error_of(job)
+        kind, payload = self._seal().open(job.id, sealed)
+        if kind is Kind.RESULT:
+            return unpack_result(payload, job.name)
+        raise unpack_error(payload)
+
+    def follow(self, future: Followed) -> None:
+        """Have a handle settled when its job has ended."""
+        self._follower.add(future)
+
+    def aside(self, fn: Callable[[], object]) -> None:
+        """Run code of the user's where it holds up nobody."""
+        self._callbacks.run(fn)
+
+    def _seal(self) -> Sealer:
+        """What signs and checks results.
+
+        :raises ConfigError: for a store that others can write to, in an app without a secret key.
+        """
+        if self._sealer is None:
+            app = self._app()
+            config = {} if app is None else app.config
+            keys = [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]
+            if not keys and not self.store.private:
+                raise ConfigError(
+                    "SECRET_KEY",
+                    None,
+                    f"set, and the same in all processes: others can write to {self.store.where}, and what is "
+                    "unpickled from there has to be signed",
+                )
+            self._sealer = Sealer(keys)
+        return self._sealer
+
+    # ---- life ----
+
+    def flush(self, timeout: float | None) -> bool:
+        return self._recorder.flush(timeout)
+
+    def check(self) -> None:
+        self.store.check()
+
+    def after_fork(self) -> None:
+        # What is of this process starts anew; the handles of the parent's jobs are found through the store from now on.
+        self.store.after_fork()
+        self._memory.clear()
+        self._handles = weakref.WeakValueDictionary()
+        self._outcomes = {}
+        self._callbacks = SerialThread("flask-executor-shared")
+        self._follower = Follower(self.store)
+        self._recorder = Recorder(self.store, _weakly(self._requested))
+        self._parts[:] = [self._follower, self._callbacks, self._recorder]
+        for futures in (self.futures, self.steps):
+            futures.after_fork()
+            futures.clear()
+
+    def abandoned(self, job: LiveJob) -> None:
+        pass  # the store knows what becomes of it
+
+    def give_up(self, timeout: float) -> None:
+        self._recorder.give_up(timeout)
+
+    def close(self, *, wait: bool) -> None:
+        self._recorder.close(wait=wait)
+        self._follower.close(wait=wait)
+        self._callbacks.close(wait=wait)
+
+
+class SharedRecords(JobRecords):
+    """The records of the jobs of this process, in its memory, and of all others that are in the store.
+
+    :param is_written: whether the store can be asked about a job of this process. It may have purged the record since.
+    """
+
+    def __init__(self, memory: MemoryStore, store: JobStore, is_written: Callable[[Job], bool]) -> None:
+        self._memory = memory
+        self._store = store
+        self._is_written = is_written
+
+    def get(self, id: str) -> Job | None:
+        here = self._memory.get(id)
+        if here is not None and not self._is_written(here):
+            return here
+        try:
+            return self._store.get(id)
+        except StoreUnavailable:
+            if here is None:
+                raise
+            return here
+
+    def find(self, key: Hashable) -> Job | None:
+        try:
+            stored = self._store.find(key)
+        except StoreUnavailable:
+            here = self._memory.find(key)
+            if here is None:
+                raise
+            return here
+        return None if stored is None else self._fresh(stored)
+
+    def _fresh(self, stored: Job) -> Job:
+        """A record of the store, or what this process knows better."""
+        here = self._memory.get(stored.id)
+        return stored if here is None or self._is_written(here) else here
+
+    def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
+        here = None if id is None else self._memory.get(id)
+        if here is not None and not self._is_written(here):
+            return False
+        return self._store.expired(id, key=key) or (key is None and self._memory.expired(id))
+
+    def log(self, id: str) -> Sequence[LogLine]:
+        here = self._memory.get(id)
+        return self._store.log(id) if here is None or self._is_written(here) else self._memory.log(id)
+
+    def _list(self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None) -> Sequence[Job]:
+        known = self._memory.list(status=status, name=name, owner=owner, limit=limit)
+        here = [job for job in known if not self._is_written(job)]
+        stored = self._store.list(status=status, name=name, owner=owner, limit=limit)
+        # What memory knows better, and has not listed, does not match any more.
+        others = [job for job in stored if self._fresh(job) is job]
+        jobs = sorted([*here, *others], key=lambda job: job.queued_at, reverse=True)
+        return jobs if limit is None else jobs[:limit]
+
+
+def _weakly(method: Callable[[StopRequest], None]) -> Callable[[StopRequest], None]:
+    """A method, without keeping its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(request: StopRequest) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(request)
+
+    return call
+
+
+def _dispose(parts: Sequence[Any]) -> None:
+    """The app is gone."""
+    follower, callbacks, recorder = parts
+    follower.close(wait=False)
+    callbacks.close(wait=False)
+    recorder.dispose()
+
+
+def open_ledger(config: Config, app: Flask, channel: JobChannel) -> Ledger:
+    """What an executor with this configuration writes to.
+
+    :raises ConfigError: for a store that cannot be used.
+    :raises MissingExtra: for one whose library is not installed.
+    """
+    if config.store == "memory":
+        return Ledger(config)
+    url = config.store
+    if url == "sqlite":
+        url = f"sqlite:///{config.prefix.lower()}executor.sqlite"
+    scheme, _, place = url.partition("://")
+    if scheme == "sqlite":
+        url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
+    module, _, name = STORES[scheme].partition(":")
+    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
+    space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
+    options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
+    try:
+        store = store_class(options)
+    except ValueError as error:
+        raise ConfigError(config.key("EXECUTOR_STORE"), config.store, f"a url that can be used: {error}") from error
+    return SharedLedger(config, store, weakref.ref(app), channel)
