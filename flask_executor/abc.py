@@ -215,6 +215,7 @@ class JobRecords(abc.ABC):
         """
         if limit is not None and limit < 0:
             raise ValueError(f"limit is {limit}; it must be 0 or more, or None")
+        owner = None if owner is None else str(owner)
         return self._list(None if status is None else JobStatus(status), name, owner, limit)
 
     @abc.abstractmethod
@@ -270,7 +271,8 @@ class JobStore(JobRecords):
     A key belongs to one job at a time: from :meth:`claim` until :meth:`release`, or until its record leaves.
 
     Its constructor takes one :class:`StoreOptions`, opens nothing, and raises :exc:`ValueError` for a url that it
-    cannot use. Everything else may raise :exc:`~flask_executor.StoreUnavailable`, and has had no effect then.
+    cannot use. Everything else may raise :exc:`~flask_executor.StoreUnavailable`; whether it has had an effect is not
+    known then, and to do it again does no harm.
     """
 
     #: Where it is, for messages: no passwords.

@@ -429,6 +429,10 @@ class Binding(JobChannel):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
+        self._close(wait=wait, cancel_futures=cancel_futures)
+        self.ledger.close(wait=wait)
+
+    def _close(self, *, wait: bool, cancel_futures: bool = False) -> None:
         with self._lock:
             self._closed = True
             backend = self._backend
@@ -436,11 +440,10 @@ class Binding(JobChannel):
             call.give_up(error)
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
-        self.ledger.close(wait=wait)
 
     def leave(self, deadline: float) -> None:
         """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), stop them, then force them."""
-        self.shutdown(wait=False)
+        self._close(wait=False)
         left = self.unfinished.all()
         if left:
             logger.info("The process ends; %s may go on for %.0f s.", _names(left), deadline - time.monotonic())
@@ -449,6 +452,7 @@ class Binding(JobChannel):
         if self._backend is not None:
             self._backend.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
         self.ledger.give_up(self.config.stop_grace)
+        self.ledger.close(wait=False)
 
     def _cut_off(self) -> None:
         left = [future for future in self.unfinished.all() if not future.done()]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask_executor.abc import BackendOptions
 from flask_executor.exceptions import ConfigError
+from flask_executor.helpers import without_password
 
 if TYPE_CHECKING:
     import weakref
@@ -220,7 +221,7 @@ class Config:
             try:
                 parsed[entry.name] = entry.metadata["coerce"](value)
             except _RefusedError as refused:
-                raise ConfigError(key, value, str(refused)) from None
+                raise ConfigError(key, without_password(value), str(refused)) from None
         return cls(prefix=prefix, **parsed)
 
     def key(self, name: str) -> str:

@@ -531,6 +531,9 @@ def _options(
         raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds greater than 0, or math.inf")
     if priority is not None and not isinstance(priority, int):
         raise ValueError(f"priority is {priority!r}; it must be a whole number")
+    for text in ("name", "owner"):  # an owner is often a number in a database
+        if given.get(text) is not None:
+            given[text] = str(given[text])
     retry: dict[str, Any] = {"retries": retries, "backoff": backoff}
     for name, errors in (("retry_on", retry_on), ("no_retry_on", no_retry_on)):
         retry[name] = (errors,) if isinstance(errors, type) else errors

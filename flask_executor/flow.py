@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from flask_executor.futures import FutureCollection, FutureProxy
@@ -14,6 +15,10 @@ from flask_executor.ledger import FLOW, Ledger
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+#: The keys of the steps that run here, one inside the other.
+_running: ContextVar[frozenset[Hashable]] = ContextVar("flask_executor_steps", default=frozenset())
 
 
 class RunsOnce(Protocol):
@@ -45,12 +50,21 @@ class Flow:
 
         It is called here, in the contexts of the caller, and once: a second request that comes meanwhile waits. What
         it raises is raised here, and the next request tries again.
+
+        :raises RuntimeError: when this step is what runs here already.
         """
         name = callable_name(fn)
         key = (FLOW, self.key, name, self._calls[name])
         self._calls[name] += 1
-        options = JobOptions(name=name, key=key, again=True, timeout=math.inf)
-        return self._binding.run_once(options, fn, args, kwargs).result()  # type: ignore[no-any-return]
+        running = _running.get()
+        if key in running:
+            raise RuntimeError(f"step {name} of flow {self.key!r} would wait for itself: it is what runs here")
+        token = _running.set(running | {key})
+        try:
+            options = JobOptions(name=name, key=key, again=True, timeout=math.inf)
+            return self._binding.run_once(options, fn, args, kwargs).result()  # type: ignore[no-any-return]
+        finally:
+            _running.reset(token)
 
     def reset(self) -> None:
         """Forget all steps."""

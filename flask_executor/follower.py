@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Protocol
 
 from flask_executor.abc import JobStore, Watch
@@ -10,6 +11,7 @@ from flask_executor.exceptions import StoreUnavailable
 from flask_executor.logs import logger
 
 _AGAIN = 1.0  # seconds until a job is looked at again of which nothing was heard: its process may be dead
+_SHARE = 4  # times as long as it took to look at all handles nothing is looked at: of many writers, each would wake us
 
 
 class Followed(Protocol):
@@ -55,15 +57,20 @@ class Follower:
         if watch is not None:
             watch.wake()
 
+    def discard(self, future: Followed) -> None:
+        """Nobody waits for this handle any more."""
+        with self._changed:
+            self._futures.pop(id(future), None)
+
     def close(self, *, wait: bool) -> None:
-        """End the thread. Handles that are not settled stay so, until somebody waits for them again."""
+        """End the thread when there is nothing to settle any more.
+
+        :param wait: whether to wait for it, if there is nothing now.
+        """
         with self._changed:
             self._closing = True
-            self._futures.clear()
             self._changed.notify_all()
-            thread, watch = self._thread, self._watch
-        if watch is not None:
-            watch.wake()
+            thread = None if self._futures else self._thread
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join(5.0)
 
@@ -72,12 +79,16 @@ class Follower:
         self._watch = watch
         try:
             while self._is_needed():
+                begin = time.monotonic()
                 try:
                     if not self._look(watch):
+                        self._pause(_SHARE * (time.monotonic() - begin))
                         watch.wait(_AGAIN)
                 except StoreUnavailable:
-                    with self._changed:
-                        self._changed.wait(_AGAIN)
+                    self._pause(_AGAIN)
+                except Exception:
+                    logger.exception("Jobs of other processes cannot be followed; trying again.")
+                    self._pause(_AGAIN)
         finally:
             watch.close()
 
@@ -86,9 +97,13 @@ class Follower:
         with self._changed:
             while not self._futures and not self._closing:
                 self._changed.wait()
-            if self._closing:
+            if not self._futures:
                 self._thread = self._watch = None
-            return not self._closing
+            return bool(self._futures)
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait(seconds)
 
     def _look(self, watch: Watch) -> bool:
         """Watch all jobs, and settle the handles of those that have ended; whether there was one."""
@@ -106,7 +121,7 @@ class Follower:
                     settled.append(future)
             except StoreUnavailable:
                 raise
-            except Exception:
+            except BaseException:  # also SystemExit: it is not meant for this thread
                 logger.exception("The handle of job %s cannot be settled.", future.job_id)
                 settled.append(future)
         with self._changed:

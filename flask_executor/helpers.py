@@ -5,10 +5,12 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
+_LONGEST = 5000  # characters of the description of an error
+
 
 def describe_error(error: BaseException) -> str:
     """An error as one line, ``ValueError: no such page``; never raises, whatever its ``__str__`` does."""
-    return traceback.format_exception_only(type(error), error)[-1].strip()
+    return traceback.format_exception_only(type(error), error)[-1].strip()[:_LONGEST]
 
 
 def safe_repr(value: object) -> str:
@@ -29,6 +31,13 @@ def callable_name(fn: Any) -> str:
             if wrapped is None:
                 return callable_name(type(fn))
             fn = wrapped
+
+
+def without_password(value: object) -> object:
+    """A url as it may be shown and logged; anything else as it is."""
+    if isinstance(value, str) and "@" in value and "://" in value:
+        return f"{value.partition('://')[0]}://***@{value.rpartition('@')[2]}"
+    return value
 
 
 class InstanceProxy:

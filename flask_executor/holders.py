@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import uuid
 from pathlib import Path
 
 from flask_executor.jobs import new_id
@@ -31,6 +32,8 @@ def is_alive(holder: str) -> bool | None:
         return None
     if int(pid) == os.getpid():
         return start == _own_start(int(pid))
+    if os.name == "nt":  # where to ask whether a process is there would be to send it Ctrl-C
+        return None
     if not _exists(int(pid)):
         return False
     now = _start_of(int(pid))
@@ -44,7 +47,7 @@ def pid_of(holder: str) -> int:
 
 @functools.cache
 def _machine() -> str:
-    parts = [platform.node()]
+    parts = [platform.node(), str(uuid.getnode())]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:
             parts.append(str(Path(path).readlink()) if "ns" in path else Path(path).read_text())

@@ -12,11 +12,13 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from flask_executor.abc import Entry, JobStore, StopRequest
 from flask_executor.control import RunningJob
 from flask_executor.exceptions import StoreUnavailable
+from flask_executor.helpers import describe_error
 from flask_executor.holders import BEAT, this_holder
 from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
 from flask_executor.logs import logger
@@ -32,10 +34,11 @@ _MOST, _MOST_BYTES = 200, 32 << 20  # jobs and bytes that are written in one go
 class _Tracked:
     """A job, and what of it is written."""
 
-    __slots__ = ("job", "last", "outcome", "running")
+    __slots__ = ("ended", "job", "last", "outcome", "running")
 
     def __init__(self, job: LiveJob) -> None:
         self.job = job
+        self.ended = False  # whether it is known what came of it; its status may have changed a moment before
         self.outcome: bytes | None = None  # to be written
         self.last: LogLine | None = None  # written last
         self.running: RunningJob | None = None  # has something to report
@@ -62,6 +65,7 @@ class Recorder:
         self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
         self._writing = False
         self._trouble: StoreUnavailable | None = None
+        self._retracted: set[str] = set()
         self._closing = False
         self._disposed = False  # whether nobody will use the store any more
         self._cut_off = False  # whether what has not ended never will
@@ -78,8 +82,7 @@ class Recorder:
         with self._changed:
             if not self._tracked:
                 self._look = time.monotonic() + _LOOK
-                self._beat = time.monotonic() + (BEAT if claimed else 0.0)
-                self._wake_up(min(self._look, self._beat))
+                self._wake_up(self._look)
             self._tracked[job.id] = tracked
             if not claimed:
                 self._put_later(tracked)
@@ -109,7 +112,7 @@ class Recorder:
         tracked = self._tracked.get(job.id)
         if tracked is not None:
             with self._changed:
-                tracked.outcome = outcome
+                tracked.outcome, tracked.ended = outcome, True
                 self._later.pop(job.id, None)
                 if not self._now:
                     self._soon = time.monotonic() + _TOGETHER
@@ -121,6 +124,14 @@ class Recorder:
         with self._changed:
             for where in (self._tracked, self._now, self._later):
                 where.pop(id, None)
+
+    def retract(self, id: str) -> None:
+        """It is not known whether the store has taken this job, which was not accepted: have it removed."""
+        with self._changed:
+            self._retracted.add(id)
+            self._changed.notify_all()
+            with suppress(RuntimeError):  # no more threads; whoever starts it for the next job does this too
+                self._start()
 
     def flush(self, timeout: float | None) -> bool:
         """Have all written that is new; whether that was done within so many seconds."""
@@ -188,6 +199,7 @@ class Recorder:
         if self._trouble is not None:
             return max(0.0, self._look - now)
         times = [self._due] if self._later else []
+        times += [0.0] if self._retracted else []
         times += [self._soon] if self._now else []
         if self._tracked:
             times += [self._look, self._beat]
@@ -217,7 +229,7 @@ class Recorder:
         while True:
             with self._changed:
                 while (patience := self._patience()) != 0.0:
-                    if self._closing and not self._tracked:
+                    if self._closing and not self._tracked and (self._trouble is not None or not self._retracted):
                         self._thread = None
                         break
                     self._sleeps_until = math.inf if patience is None else time.monotonic() + patience
@@ -230,6 +242,11 @@ class Recorder:
                 self._work(taken)
             except StoreUnavailable as error:
                 self._put_back(taken, error)
+            except (
+                Exception
+            ) as error:  # a record that another version has written, say; ours must be written all the same
+                logger.exception("The recorder of jobs failed, and tries again.")
+                self._put_back(taken, StoreUnavailable("", describe_error(error)))
             del taken
         self._leave()
         if self._disposed:
@@ -237,20 +254,24 @@ class Recorder:
 
     def _work(self, taken: list[_Tracked]) -> None:
         """Do what is due."""
-        self._write(taken)
         now = time.monotonic()
+        beats = now >= self._beat or self._trouble is not None
+        held = not beats or self._store.renew(self.holder)  # first: a job of a holder without a lease counts as lost
+        self._write(taken)
+        for id in list(self._retracted):
+            self._store.remove(id)
+            self._retracted.discard(id)
         if now >= self._look:
             self._look = now + _LOOK
             for request in self._store.take_requests(self.holder):
                 self._requested(request)
-        if now >= self._beat or self._trouble is not None:
+        if beats:
             self._beat = now + BEAT
-            held = self._store.renew(self.holder)
-            self._store.sweep()
             self._is_well(held=held)
+            self._store.sweep()
 
     def _write(self, taken: list[_Tracked]) -> None:
-        pairs = [(tracked, self._entry(tracked)) for tracked in taken]
+        pairs = [(tracked, self._entry(tracked)) for tracked in taken if self._is_settled(tracked)]
         if pairs:
             try:
                 self._store.write([entry for _, entry in pairs])
@@ -263,10 +284,8 @@ class Recorder:
             self._writing = False
             for tracked, entry in pairs:
                 tracked.last = entry.log[-1] if entry.log else tracked.last
-                if entry.job.status.ended:
-                    tracked.outcome = None
-                    if entry.job.id not in self._now:
-                        self._tracked.pop(entry.job.id, None)
+                if entry.job.status.ended and entry.job.id not in self._now:
+                    self._tracked.pop(entry.job.id, None)
             if not self._now and not self._later:
                 self._changed.notify_all()
 
@@ -276,12 +295,26 @@ class Recorder:
         except StoreUnavailable:
             raise
         except Exception:
-            logger.exception("What is new about job %s (%s) cannot be written.", entry.job.name, entry.job.id)
+            logger.exception("What job %s (%s) reports cannot be written.", entry.job.name, entry.job.id)
+            bare = replace(entry.job, message=None, meta={}, error=entry.job.error and ascii(entry.job.error))
+            try:
+                self._store.write([replace(entry, job=bare, log=())])
+            except StoreUnavailable:
+                raise
+            except Exception:
+                logger.exception("Nothing about job %s (%s) can be written.", entry.job.name, entry.job.id)
+
+    def _is_settled(self, tracked: _Tracked) -> bool:
+        """Whether it may be written: the end of a job not before it is known what came of it, which is in a moment."""
+        return tracked.ended or self._cut_off or not tracked.job.status.ended
 
     def _entry(self, tracked: _Tracked) -> Entry:
         if tracked.running is not None:
             tracked.running.reported = False  # first: what comes from here on is told again
+        ended = tracked.ended
         job = tracked.job.record()
+        if job.status.ended and not (ended or self._cut_off):  # just now
+            job = replace(job, status=JobStatus.RUNNING, ended_at=None)
         if self._cut_off and not job.status.ended:
             job = _cut_off(job)
         log = tracked.job.log_after(tracked.last)
@@ -295,7 +328,7 @@ class Recorder:
                     self._now.setdefault(tracked.job.id, tracked)
             first, self._trouble = self._trouble is None, error
             self._look = time.monotonic() + _AGAIN
-        if first:
+        if first and error.where:
             logger.warning("%s. Jobs go on, and what they do is written when it is back.", error)
 
     def _is_well(self, *, held: bool) -> None:
@@ -303,7 +336,7 @@ class Recorder:
             was, self._trouble = self._trouble, None
             if not held:  # others may have written that our jobs are lost; or the store has forgotten them
                 self._now.update(self._tracked)
-        if was is not None:
+        if was is not None and was.where:
             logger.warning("The job store %s is back.", was.where)
 
     def _leave(self) -> None:

@@ -21,10 +21,13 @@ def encode_key(key: Hashable) -> str:
 
     :raises TypeError: for a key that is no string, number, bytes, or tuple of such.
     """
-    if type(key) is str and key and not key.startswith("=") and _can_be_encoded(key):
-        return key
-    text = ascii(key)
+    if isinstance(key, str):  # of whatever class: it is equal to the string
+        key = str.__str__(key)
+        if key and not key.startswith("=") and _can_be_encoded(key):
+            return key
+    text = ""
     try:
+        text = ascii(key)
         same = ast.literal_eval(text) == key
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         same = False
@@ -55,6 +58,11 @@ def encode_prefix(within: tuple[Hashable, ...]) -> str:
     return encode_key((*within, 0))[:-2]
 
 
+def clean(text: str | None) -> str | None:
+    """``text``, as it can be encoded: half of a surrogate pair may stand in the name of a file, and so in a message."""
+    return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 def encode_meta(job: Job) -> str | None:
     """The meta of a job as JSON; a value that JSON does not have is its ``repr``."""
     if not job.meta:
@@ -64,7 +72,7 @@ def encode_meta(job: Job) -> str | None:
 
 def _plain(value: object) -> Any:
     """A value as JSON has it, or what it looks like."""
-    if value is None or type(value) in (str, int, bool):
+    if value is None or type(value) in (str, bool):
         return value
     try:
         return json.loads(json.dumps(value, default=safe_repr, allow_nan=False))

@@ -491,7 +491,7 @@ def pack_error(error: BaseException) -> bytes:
     try:
         data = pickle.dumps(error, pickle.HIGHEST_PROTOCOL)
         pickle.loads(data)  # many pickle but cannot be rebuilt: those whose __init__ wants more than their args
-    except Exception:  # whatever the error's own __reduce__ or __init__ raises
+    except BaseException:  # whatever the error's own __reduce__ or __init__ raises
         says = f"a job's error could not be sent back from its worker process; it was: {describe_error(error)}"
         data = pickle.dumps(NotPicklable(says), pickle.HIGHEST_PROTOCOL)
     return pickle.dumps((data, text), pickle.HIGHEST_PROTOCOL)

@@ -30,6 +30,11 @@ class Sealer:
         secret = [key.encode() if isinstance(key, str) else key for key in keys]
         self._signer = Signer(secret, salt=_SALT, digest_method=hashlib.sha256) if secret else None
 
+    @property
+    def signs(self) -> bool:
+        """Whether there is a key to sign with."""
+        return self._signer is not None
+
     def seal(self, id: str, kind: Kind, payload: bytes) -> bytes:
         """The payload, sealed."""
         mark = str(int(kind)).encode()

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoreOptions
 from flask_executor.config import STORES, Config
 from flask_executor.control import RunningJob
-from flask_executor.exceptions import ConfigError, ResultTooLarge, StoreUnavailable
+from flask_executor.exceptions import ConfigError, NotPicklable, ResultTooLarge, StoreUnavailable, UntrustedResult
 from flask_executor.follower import Followed, Follower
 from flask_executor.futures import FutureCollection, FutureProxy
+from flask_executor.helpers import describe_error, without_password
 from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
 from flask_executor.ledger import Ledger, has_failed, is_step
 from flask_executor.logs import logger
 from flask_executor.messages import Kind
 from flask_executor.recorder import Recorder
+from flask_executor.records import encode_key
 from flask_executor.runner import pack_error, pickled, unpack_error, unpack_result
 from flask_executor.seals import Sealer
 from flask_executor.serial import SerialThread
@@ -46,18 +48,35 @@ class SharedLedger(Ledger):
         self.store = store
         self._app = app
         self._channel = weakref.ref(channel)
+        self._closed = False
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
         self._sealer: Sealer | None = None
         self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
-        self._callbacks = SerialThread("flask-executor-shared")
-        self._follower = Follower(store)
-        self._recorder = Recorder(store, _weakly(self._requested))
+        self._parts: list[Any] = []
+        self._make_parts()
         self.records = SharedRecords(self._memory, store, self._is_written)
         length = config.futures_max_length
         self.futures = SharedFutures(length, store, self.handle, lambda key: not is_step(key))
         self.steps = SharedFutures(config.store_max_records, store, self.handle, is_step)
-        self._parts = [self._follower, self._callbacks, self._recorder]
         weakref.finalize(self, _dispose, self._parts)
+
+    def _make_parts(self) -> None:
+        """What has threads."""
+        self._callbacks = SerialThread("flask-executor-shared")
+        self._requests = SerialThread("flask-executor-requests")  # of its own: callbacks may take long
+        self._follower = Follower(self.store)
+        self._recorder = Recorder(self.store, _weakly(self._requested))
+        self._parts[:] = [self._follower, self._callbacks, self._requests, self._recorder]
+
+    def reconfigure(self, config: Config) -> None:
+        if config.store != self._config.store:
+            logger.warning("%s has changed, which has no effect: a store stays.", config.key("EXECUTOR_STORE"))
+        super().reconfigure(config)
+        if self._closed:  # and there are to be jobs again
+            self._closed = False
+            self._callbacks = SerialThread("flask-executor-shared")
+            self._requests = SerialThread("flask-executor-requests")
+            self._parts[1:3] = [self._callbacks, self._requests]
 
     # ---- jobs of this process ----
 
@@ -67,11 +86,16 @@ class SharedLedger(Ledger):
         here = FutureCollection.get(futures, job.key)
         if here is not None and getattr(here, "key", None) != job.key:  # added by hand
             return here
+        encode_key(job.key)  # or it could not be stored
         self._handles[job.id] = call.future  # first: who finds the record may ask for it to be stopped
-        there = self._claim(job, again=call.options.again)
-        if there is None:
-            self._recorder.add(job, claimed=True)
-            futures.hold(job.key, call.future)
+        try:
+            there = self._claim(job, again=call.options.again)
+            if there is None:
+                self._recorder.add(job, claimed=True)
+                futures.hold(job.key, call.future)
+        except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
+            self._recorder.retract(job.id)
+            raise
         return there
 
     def _claim(self, job: LiveJob, *, again: bool) -> FutureProxy[Any] | None:
@@ -124,15 +148,26 @@ class SharedLedger(Ledger):
         self._memory.end(job)
         if self._recorder.tracks(job.id):
             outcome = self._outcomes.pop(job.id, None)
-            if error is not None:
-                outcome = self._seal().seal(job.id, Kind.ERROR, pack_error(error))
-            self._recorder.ended(job, outcome)
+            try:
+                if error is not None:
+                    outcome = self._seal().seal(job.id, Kind.ERROR, self._packed_error(error))
+            finally:
+                self._recorder.ended(job, outcome)
+
+    def _packed_error(self, error: BaseException) -> bytes:
+        packed = pack_error(error)
+        limit = self._config.result_max_bytes
+        if len(packed) <= limit:
+            return packed
+        key = self._config.key("EXECUTOR_RESULT_MAX_BYTES")
+        what = f"a job's error has {len(packed)} bytes and {key} allows {limit}; it was: {describe_error(error)}"
+        return pack_error(NotPicklable(what))
 
     def _requested(self, request: StopRequest) -> None:
         """Another process wants one of our jobs to be stopped."""
         future = self._handles.get(request.id)
         if future is not None:
-            self.aside(future.cancel if request.only_queued else lambda: future.stop(request.grace))
+            self._requests.run(future.cancel if request.only_queued else lambda: future.stop(request.grace))
 
     # ---- jobs of other processes ----
 
@@ -148,19 +183,32 @@ class SharedLedger(Ledger):
         """The handle of a job of which the store has this record."""
         return self._handles.get(job.id) or StoredFuture(job, self)
 
-    def open(self, job: Job) -> Any:
-        """The result of a job that has ended; raises what it has raised."""
+    def open(self, job: Job) -> tuple[Any, BaseException | None]:
+        """The result of a job that has ended, or what it has raised."""
         sealed = self.store.outcome(job.id)
         if sealed is None:
-            raise error_of(job)
-        kind, payload = self._seal().open(job.id, sealed)
-        if kind is Kind.RESULT:
-            return unpack_result(payload, job.name)
-        raise unpack_error(payload)
+            return None, error_of(job)
+        try:
+            sealer = self._seal()
+            if not (sealer.signs or self.store.private):
+                raise UntrustedResult(
+                    f"Others can write to {self.store.where}, and without a SECRET_KEY nothing tells that the "
+                    f"result of job {job.id} is not theirs. Set one."
+                )
+            kind, payload = sealer.open(job.id, sealed)
+            if kind is Kind.RESULT:
+                return unpack_result(payload, job.name), None
+            return None, unpack_error(payload)
+        except (ConfigError, NotPicklable, UntrustedResult) as error:
+            return None, error
 
     def follow(self, future: Followed) -> None:
         """Have a handle settled when its job has ended."""
         self._follower.add(future)
+
+    def unfollow(self, future: Followed) -> None:
+        """Nobody waits for this handle any more."""
+        self._follower.discard(future)
 
     def aside(self, fn: Callable[[], object]) -> None:
         """Run code of the user's where it holds up nobody."""
@@ -199,10 +247,7 @@ class SharedLedger(Ledger):
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
         self._outcomes = {}
-        self._callbacks = SerialThread("flask-executor-shared")
-        self._follower = Follower(self.store)
-        self._recorder = Recorder(self.store, _weakly(self._requested))
-        self._parts[:] = [self._follower, self._callbacks, self._recorder]
+        self._make_parts()
         for futures in (self.futures, self.steps):
             futures.after_fork()
             futures.clear()
@@ -214,8 +259,10 @@ class SharedLedger(Ledger):
         self._recorder.give_up(timeout)
 
     def close(self, *, wait: bool) -> None:
+        self._closed = True
         self._recorder.close(wait=wait)
         self._follower.close(wait=wait)
+        self._requests.close(wait=wait)
         self._callbacks.close(wait=wait)
 
 
@@ -271,8 +318,9 @@ class SharedRecords(JobRecords):
         here = [job for job in known if not self._is_written(job)]
         stored = self._store.list(status=status, name=name, owner=owner, limit=limit)
         # What memory knows better, and has not listed, does not match any more.
-        others = [job for job in stored if self._fresh(job) is job]
-        jobs = sorted([*here, *others], key=lambda job: job.queued_at, reverse=True)
+        found = {job.id: job for job in stored if self._fresh(job) is job}
+        found.update((job.id, job) for job in here)  # one may be written between the two
+        jobs = sorted(found.values(), key=lambda job: job.queued_at, reverse=True)
         return jobs if limit is None else jobs[:limit]
 
 
@@ -290,9 +338,9 @@ def _weakly(method: Callable[[StopRequest], None]) -> Callable[[StopRequest], No
 
 def _dispose(parts: Sequence[Any]) -> None:
     """The app is gone."""
-    follower, callbacks, recorder = parts
-    follower.close(wait=False)
-    callbacks.close(wait=False)
+    *others, recorder = parts
+    for part in others:
+        part.close(wait=False)
     recorder.dispose()
 
 
@@ -316,6 +364,7 @@ def open_ledger(config: Config, app: Flask, channel: JobChannel) -> Ledger:
     options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
     try:
         store = store_class(options)
-    except ValueError as error:
-        raise ConfigError(config.key("EXECUTOR_STORE"), config.store, f"a url that can be used: {error}") from error
+    except (TypeError, ValueError):  # its text may have the password in it
+        allowed = "a url that can be used, such as 'sqlite:///jobs.sqlite' or 'redis://user:password@host:6379/0'"
+        raise ConfigError(config.key("EXECUTOR_STORE"), without_password(config.store), allowed) from None
     return SharedLedger(config, store, weakref.ref(app), channel)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -22,10 +22,12 @@ from flask_executor.exceptions import (
 )
 from flask_executor.follower import Followed
 from flask_executor.futures import FutureCollection, FutureProxy, checked_grace
+from flask_executor.holders import BEAT
 from flask_executor.jobs import Job, JobStatus, LogLine
 
 T = TypeVar("T")
 
+_GONE = 3 * BEAT  # seconds after which a process would have written again what the store has forgotten
 _PATIENCE = 2.0  # seconds that another process has for cancelling a job
 _STATES = {JobStatus.QUEUED: PENDING, JobStatus.RUNNING: RUNNING, JobStatus.CANCELLED: CANCELLED}
 
@@ -39,8 +41,11 @@ class Elsewhere(Protocol):
     def channel(self) -> JobChannel:
         """What handles report to."""
 
-    def open(self, job: Job) -> Any:
-        """The result of a job that has ended; raises what it has raised."""
+    def open(self, job: Job) -> tuple[Any, BaseException | None]:
+        """The result of a job that has ended, or what it has raised."""
+
+    def unfollow(self, future: Followed) -> None:
+        """Nobody waits for this handle any more."""
 
     def follow(self, future: Followed) -> None:
         """Have the handle settled when its job has ended."""
@@ -61,9 +66,11 @@ class StoredFuture(FutureProxy[T]):
 
     def __init__(self, record: Job, elsewhere: Elsewhere) -> None:
         self._seen = record
+        self._gone_since: float | None = None
+        self._waiting = 0  # in result() and exception()
         super().__init__(None, elsewhere.channel)  # type: ignore[arg-type]  # see _job
         self._elsewhere = elsewhere
-        self._waiters: list[Any] = _Waiters(partial(elsewhere.follow, self))
+        self._waiters: list[Any] = _Waiters(partial(elsewhere.follow, self), self._give_up)
         self._state = PENDING if record.status is JobStatus.QUEUED else RUNNING
 
     @property
@@ -72,13 +79,22 @@ class StoredFuture(FutureProxy[T]):
         if not self._seen.status.ended:
             job = self._elsewhere.store.get(self._seen.id)
             if job is None:
-                raise ResultExpired(self._seen.id)
-            self._seen = job
+                self._check_gone()
+            else:
+                self._seen, self._gone_since = job, None
         return self._seen
 
     @_job.setter
     def _job(self, job: object) -> None:
         """The base sets what it was given."""
+
+    def _check_gone(self) -> None:
+        """Its record is not there: it has expired, or the store has forgotten it and its process writes it again."""
+        now = time.monotonic()
+        if self._gone_since is None:
+            self._gone_since = now
+        if now - self._gone_since > _GONE or self._elsewhere.store.expired(self._seen.id):
+            raise ResultExpired(self._seen.id)
 
     @property
     def job_id(self) -> str:
@@ -125,12 +141,12 @@ class StoredFuture(FutureProxy[T]):
         return self.status is JobStatus.CANCELLED
 
     def result(self, timeout: float | None = None) -> T:
-        self._expect()
-        return super().result(timeout)
+        with self._awaited():
+            return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._expect()
-        return super().exception(timeout)
+        with self._awaited():
+            return super().exception(timeout)
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         self._expect()
@@ -145,8 +161,30 @@ class StoredFuture(FutureProxy[T]):
         if not super().done() and not self.settle():
             self._elsewhere.follow(self)
 
+    @contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """Somebody waits for it."""
+        with self._condition:
+            self._waiting += 1
+        try:
+            self._expect()
+            yield
+        finally:
+            with self._condition:
+                self._waiting -= 1
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Somebody waits no more; perhaps nobody does."""
+        with self._condition:
+            needed = bool(self._waiting or self._waiters or self._done_callbacks)
+        if not needed:
+            self._elsewhere.unfollow(self)
+
     def settle(self) -> bool:
         """Settle this handle if the job has ended, and tell whether it is settled."""
+        result: Any = None
+        error: BaseException | None
         try:
             status = self.status
             if not status.ended:
@@ -154,13 +192,14 @@ class StoredFuture(FutureProxy[T]):
             if status is JobStatus.CANCELLED:
                 self._settle_cancelled()
                 return True
-            settle = partial(self.set_result, self._elsewhere.open(self._seen))
-        except StoreUnavailable:
-            raise
-        except Exception as error:
-            settle = partial(Future.set_exception, self, error)
+            result, error = self._elsewhere.open(self._seen)
+        except ResultExpired as expired:
+            error = expired
         with suppress(InvalidStateError):  # another thread was faster
-            settle()
+            if error is None:
+                self.set_result(result)
+            else:
+                Future.set_exception(self, error)
         return True
 
     def _settle_cancelled(self) -> None:
@@ -182,13 +221,18 @@ class StoredFuture(FutureProxy[T]):
 class _Waiters(list[Any]):
     """Those who wait with :func:`concurrent.futures.wait`, which does not ask the future to expect anything."""
 
-    def __init__(self, follow: Callable[[], None]) -> None:
+    def __init__(self, follow: Callable[[], None], give_up: Callable[[], None]) -> None:
         super().__init__()
         self._follow = follow
+        self._give_up = give_up
 
     def append(self, waiter: Any) -> None:
         super().append(waiter)
         self._follow()
+
+    def remove(self, waiter: Any) -> None:
+        super().remove(waiter)
+        self._give_up()
 
 
 def error_of(job: Job) -> ExecutorError:

@@ -1,6 +1,6 @@
 """Records in Redis: processes on any number of machines.
 
-All names begin with ``flask-executor:{space}:``, the braces so that a cluster keeps them on one node:
+All names begin with ``flask-executor:{space}:``:
 
 .. code-block:: text
 
@@ -25,13 +25,14 @@ import time
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
 from flask_executor.exceptions import MissingExtra, StoreUnavailable
+from flask_executor.helpers import without_password
 from flask_executor.holders import LEASE
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine, new_id
 from flask_executor.records import (
+    clean,
     decode_job,
     decode_key,
     decode_line,
@@ -40,7 +41,7 @@ from flask_executor.records import (
     encode_line,
     encode_prefix,
 )
-from flask_executor.stores.shared import SharedStore, Stored, loss
+from flask_executor.stores.shared import SharedStore, Stored, loss, skipped
 
 try:
     import redis
@@ -156,8 +157,7 @@ class RedisStore(SharedStore):
         self._url = options.url
         self._prefix = f"flask-executor:{{{options.space}}}:"
         self._connect()
-        address = urlsplit(options.url)
-        self.where = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
+        self.where = str(without_password(options.url)).partition("?")[0].replace("***@", "")
 
     def _connect(self) -> None:
         self._redis: Any = redis.Redis.from_url(
@@ -167,6 +167,10 @@ class RedisStore(SharedStore):
             health_check_interval=30,
             retry=Retry(NoBackoff(), 1),  # a connection that was open when Redis was restarted
         )
+        pool = self._redis.connection_pool
+        pool.make_connection()  # which connects nowhere, but raises for an option that there is not
+        if pool.connection_kwargs.get("decode_responses"):
+            raise ValueError("without decode_responses, as results are bytes")
         self._known = False  # whether the server has our scripts, and the version was looked at
 
     # ---- one job ----
@@ -207,7 +211,7 @@ class RedisStore(SharedStore):
             entry.outcome or "",
             instead,
             _milliseconds(LEASE),
-            job.owner or "",
+            clean(job.owner) or "",
             _names(job),
             *map(encode_line, entry.log),
         ]
@@ -381,7 +385,7 @@ class RedisStore(SharedStore):
             self._redis.close()
 
     @contextmanager
-    def reaching(self) -> Iterator[None]:
+    def reaching(self, *, writing: bool = False) -> Iterator[None]:
         with super().reaching():
             if not self._known:
                 self._get_to_know()
@@ -499,14 +503,18 @@ def _digest(script: str) -> str:
 
 def _names(job: Job) -> str:
     """What a job is found by, as it stands in ``ended``."""
-    return json.dumps([job.id, "" if job.key is None else encode_key(job.key), job.owner or ""])
+    return json.dumps([job.id, "" if job.key is None else encode_key(job.key), clean(job.owner) or ""])
 
 
 def _stored(text: bytes | None) -> Stored | None:
     if text is None:
         return None
-    job, more = decode_job(text)
-    return Stored(job, more["holder"])
+    try:
+        job, more = decode_job(text)
+        return Stored(job, more["holder"])
+    except (KeyError, TypeError, ValueError) as error:
+        skipped(error)
+        return None
 
 
 def _milliseconds(seconds: float) -> int:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from flask_executor.abc import JobStore, StoreOptions
 from flask_executor.exceptions import StoreUnavailable
+from flask_executor.helpers import describe_error
 from flask_executor.holders import is_alive, pid_of
 from flask_executor.jobs import Job, JobStatus
+from flask_executor.logs import logger
 from flask_executor.records import encode_key
 
 #: Seconds for which a store that was not available is not asked again: requests must not queue up before it.
@@ -33,6 +35,11 @@ def loss(stored: Stored) -> Job:
     return replace(stored.job, status=JobStatus.LOST, ended_at=time.time(), error=error)
 
 
+def skipped(error: Exception) -> None:
+    """A record cannot be read: another version may have written it. It is as if it was not there, for us."""
+    logger.warning("A record in the job store cannot be read, and is left out: %s", describe_error(error))
+
+
 class SharedStore(JobStore):
     """Finds out who is dead; where and how records are kept is the adapter's."""
 
@@ -40,7 +47,8 @@ class SharedStore(JobStore):
         self.options = options
         #: Seconds for which is remembered that there was a job.
         self.memory = max(options.result_ttl, _HOUR)
-        self._down: tuple[float, str] | None = None  # until when nobody need ask, and why (monotonic)
+        #: For reading and for writing: until when nobody need ask, and why (monotonic).
+        self._down: dict[bool, tuple[float, str]] = {}
 
     # ---- the adapter's ----
 
@@ -120,12 +128,12 @@ class SharedStore(JobStore):
         return dead
 
     @contextmanager
-    def reaching(self) -> Iterator[None]:
+    def reaching(self, *, writing: bool = False) -> Iterator[None]:
         """What the store's library raises within becomes :exc:`~flask_executor.StoreUnavailable`.
 
         For a moment after that nobody is made to wait for a store which does not answer.
         """
-        down = self._down
+        down = self._down.get(writing)
         if down is not None and time.monotonic() < down[0]:
             raise StoreUnavailable(self.where, down[1])
         try:
@@ -134,13 +142,14 @@ class SharedStore(JobStore):
             raise
         except self._reasons() as error:
             why = self._explain(error)
-            self._down = (time.monotonic() + _PAUSE, why) if self._is_slow(error) else None
+            if self._is_slow(error):
+                self._down[writing] = (time.monotonic() + _PAUSE, why)
             raise StoreUnavailable(self.where, why) from error
-        self._down = None
+        self._down.pop(writing, None)
 
     def _is_slow(self, error: Exception) -> bool:
         """Whether it took long to find out that the store is not available."""
         return True
 
     def after_fork(self) -> None:
-        self._down = None
+        self._down = {}

@@ -21,10 +21,11 @@ from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.holders import LEASE
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine
-from flask_executor.records import decode_key, decode_meta, encode_key, encode_meta, encode_prefix
-from flask_executor.stores.shared import SharedStore, Stored, loss
+from flask_executor.records import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
+from flask_executor.stores.shared import SharedStore, Stored, loss, skipped
 
-_BUSY = 10.0  # seconds to wait for others who write
+_BUSY = 3.0  # seconds to wait for others who write
+_GONE = 10  # times as many as there may be records are remembered to have been
 _AT_ONCE = 500  # records that leave in one transaction, so that it is short
 _SHORTEST, _LONGEST = 0.002, 0.025  # seconds between two looks whether somebody has written
 
@@ -85,7 +86,7 @@ class SQLiteStore(SharedStore):
     def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
         if self._leases.get(entry.holder, 0.0) < time.time() + LEASE / 2:
             self.renew(entry.holder)
-        with self.reaching(), self._writes as connection, suppress(sqlite3.IntegrityError):
+        with self._writing_alone() as connection, suppress(sqlite3.IntegrityError):
             self._insert(connection, entry)  # a transaction of one statement, which is quicker than any other
             return None
         with self._writing() as connection:
@@ -232,7 +233,7 @@ class SQLiteStore(SharedStore):
                 f"SELECT {_COLUMNS} FROM jobs {index} WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT ?",
                 (self._space, self._oldest(), *wanted.values(), -1 if limit is None else limit),
             ).fetchall()
-        return map(_stored, rows)
+        return [stored for row in rows if (stored := _stored(row)) is not None]
 
     # ---- keys, requests, leases ----
 
@@ -326,6 +327,10 @@ class SQLiteStore(SharedStore):
         self._bound()
         with self._writing() as connection:
             connection.execute("DELETE FROM gone WHERE until < ?", (now,))
+            connection.execute(
+                "DELETE FROM gone WHERE until < (SELECT until FROM gone ORDER BY until DESC LIMIT 1 OFFSET ?)",
+                (_GONE * self.options.max_records,),
+            )
             connection.executemany("DELETE FROM holders WHERE holder = ?", [(holder,) for holder in dead])
             connection.execute("PRAGMA incremental_vacuum(1000)").fetchall()
 
@@ -392,9 +397,15 @@ class SQLiteStore(SharedStore):
             yield connection
 
     @contextmanager
+    def _writing_alone(self) -> Iterator[sqlite3.Connection]:
+        """For one statement. Whoever waits here behind others for whom the store was locked need not try it as well."""
+        with self._writes.lock, self.reaching(writing=True), self._writes as connection:
+            yield connection
+
+    @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction."""
-        with self.reaching(), self._writes as connection:
+        with self._writing_alone() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -549,33 +560,32 @@ def _values(entry: Entry) -> list[Any]:
     return [
         job.id,
         None if job.key is None else encode_key(job.key),
-        _text(job.name),
-        _text(job.owner),
+        clean(job.name),
+        clean(job.owner),
         job.status.value,
         job.queued_at,
         job.started_at,
         job.ended_at,
-        _text(job.error),
+        clean(job.error),
         job.attempt,
         job.progress,
-        _text(job.message),
+        clean(job.message),
         encode_meta(job),
         job.stop_requested,
         entry.holder,
     ]
 
 
-def _text(text: str | None) -> str | None:
-    """``text``, as it can be encoded: half of a surrogate pair may stand in the name of a file, and so in a message."""
-    return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
-
-
-def _stored(row: tuple[Any, ...]) -> Stored:
+def _stored(row: tuple[Any, ...]) -> Stored | None:
     fields = dict(zip(_FIELDS, row, strict=True))
     holder = fields.pop("holder")
-    fields["key"] = None if fields["key"] is None else decode_key(fields["key"])
-    fields["status"] = JobStatus(fields["status"])
-    fields["meta"] = decode_meta(fields["meta"])
+    try:
+        fields["key"] = None if fields["key"] is None else decode_key(fields["key"])
+        fields["status"] = JobStatus(fields["status"])
+        fields["meta"] = decode_meta(fields["meta"])
+    except (SyntaxError, ValueError) as error:
+        skipped(error)
+        return None
     fields["stop_requested"] = bool(fields["stop_requested"])
     return Stored(Job(**fields), holder)
 
@@ -584,7 +594,7 @@ def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]
     (number,) = connection.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
     connection.executemany(
         "INSERT INTO log (number, time, level, logger, text) VALUES (?, ?, ?, ?, ?)",
-        [(number, line.time, line.level, line.logger, _text(line.text)) for line in lines],
+        [(number, line.time, line.level, clean(line.logger), clean(line.text)) for line in lines],
     )
     connection.execute(
         "DELETE FROM log WHERE number = ? AND line <= "
