@@ -35,9 +35,12 @@ def callable_name(fn: Any) -> str:
 
 def without_password(value: object) -> object:
     """A url as it may be shown and logged; anything else as it is."""
-    if isinstance(value, str) and "@" in value and "://" in value:
-        return f"{value.partition('://')[0]}://***@{value.rpartition('@')[2]}"
-    return value
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    scheme, _, rest = value.partition("://")
+    place, question, _ = rest.partition("?")
+    host = f"***@{place.rpartition('@')[2]}" if "@" in place else place
+    return f"{scheme}://{host}{question and '?...'}"
 
 
 class InstanceProxy:

@@ -11,6 +11,7 @@ import sqlite3
 import stat
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -763,3 +764,209 @@ def test_nothing_is_opened_before_it_is_needed(make_executor: MakeExecutor, file
     assert not file.exists()
     assert executor.futures.get("unknown") is None
     assert file.exists()
+
+
+# ---- what a review has found ----
+
+
+class Slow:
+    """Takes its time to be pickled, as what belongs to an error may."""
+
+    def __reduce__(self) -> Any:
+        time.sleep(0.05)
+        return Slow, ()
+
+
+def test_the_end_of_a_job_is_written_with_what_came_of_it(here: Executor, there: Executor) -> None:
+    def torn() -> None:
+        current_job.update(0.5)
+        raise ValueError("no paper", Slow())
+
+    for number in range(10):
+        here.submit_stored(number, torn)
+    for number in range(10):
+        assert isinstance(there.futures.exception(number, timeout=10), ValueError)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), StoreUnavailable("elsewhere", "it was away")])
+def test_whatever_a_job_raises_others_can_be_followed(here: Executor, there: Executor, error: BaseException) -> None:
+    def torn() -> None:
+        time.sleep(0.1)
+        raise error
+
+    here.submit_stored("torn", torn)
+    here.submit_stored("good", time.sleep, 0.2)
+    handles = [stored(there, "torn"), stored(there, "good")]
+    done, _ = concurrent.futures.wait(handles, 10)
+    assert done == set(handles)
+    assert type(handles[0].exception()) is type(error)
+    here.submit_stored("next", time.sleep, 0.1)
+    assert stored(there, "next").result(10) is None
+
+
+def test_a_record_that_cannot_be_read_is_left_out(
+    here: Executor, there: Executor, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_executor.recorder.BEAT", 0.1)
+    odd = here.submit_stored("odd", add, 1, 2)
+    drain(here)
+    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    if isinstance(store, sqlite.SQLiteStore):
+        with store._writing() as connection:
+            connection.execute("UPDATE jobs SET status = 'paused', ended_at = NULL, holder = 'x.1.2.3'")
+    else:
+        name = f"{store._prefix}job:{odd.job_id}"
+        store._redis.set(name, store._redis.get(name).replace(b"succeeded", b"paused"))
+    future = here.submit_stored("report", gate.wait, 10)
+    time.sleep(0.3)
+    assert [job.id for job in there.jobs.list()] == [future.job_id]
+    gate.set()
+    assert there.futures.result("report", timeout=10) is True
+
+
+def test_many_short_jobs_are_bounded(
+    shared_store: str, make_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_executor.recorder.BEAT", 0.2)
+    executor = make_executor(store=shared_store, store_max_records=10)
+    for number in range(60):
+        executor.submit_stored(number, add, 1, 2).result(10)
+        time.sleep(0.01)
+    drain(executor)
+    assert wait_until(lambda: executor.submit_stored(time.time(), add, 1, 2) and len(executor.jobs.list()) < 40)
+
+
+def test_shutdown_lets_those_wait_who_wait(here: Executor, there: Executor, gate: threading.Event) -> None:
+    here.submit_stored("report", gate.wait, 10)
+    handle = stored(there, "report")
+    results: list[Any] = []
+    waiting = threading.Thread(target=lambda: results.append(handle.result(10)))
+    waiting.start()
+    assert wait_until(lambda: handle._waiting)
+    there.shutdown()
+    gate.set()
+    waiting.join()
+    assert results == [True]
+
+
+def test_a_claim_of_which_it_is_not_known_whether_it_was_made_is_retracted(
+    here: Executor, there: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    claim = store.claim
+
+    def claim_and_lose_the_answer(entry: Any, *, again: bool = False) -> None:
+        claim(entry, again=again)
+        raise StoreUnavailable("the store", "its answer was lost")
+
+    monkeypatch.setattr(store, "claim", claim_and_lose_the_answer)
+    with pytest.raises(StoreUnavailable, match="its answer was lost"):
+        here.submit_stored("report", fail, "must not run")
+    monkeypatch.undo()
+    assert wait_until(lambda: there.futures.get("report") is None)
+    assert there.submit_stored("report", add, 1, 2).result(10) == 3
+
+
+def test_owners_that_are_no_strings(here: Executor, there: Executor) -> None:
+    for number, owner in enumerate((5, uuid.UUID(int=7), "caf\udce9")):
+        here.options(owner=owner).submit_stored(number, add, 1, 2).result(10)  # type: ignore[arg-type]
+    drain(here)
+    assert [job.owner for job in there.jobs.list()][1:] == [str(uuid.UUID(int=7)), "5"]
+    assert [job.key for job in there.jobs.list(owner=5)] == [0]  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_written_is_left_out_and_the_rest_is_written(
+    here: Executor, there: Executor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def odd() -> int:
+        current_job.update(0.5, "half", n=10**5000)
+        logging.getLogger("caf\udce9").warning("hi")
+        return 7
+
+    here.submit_stored("report", odd)
+    assert there.futures.result("report", timeout=10) == 7
+    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    write = store.write
+
+    def refuse(entries: Any) -> None:
+        if any(entry.job.message for entry in entries):
+            raise ValueError("too odd")
+        write(entries)
+
+    monkeypatch.setattr(store, "write", refuse)
+    here.submit_stored("second", odd)
+    assert there.futures.result("second", timeout=10) == 7
+    assert "cannot be written" in caplog.text
+    monkeypatch.undo()
+
+
+def test_a_callback_that_takes_long_does_not_hold_up_a_stop(here: Executor, there: Executor) -> None:
+    release = threading.Event()
+    there.submit_stored("first", time.sleep, 0.05)
+    here.futures.get("first").add_done_callback(lambda _: release.wait(10))  # type: ignore[union-attr]
+
+    def work() -> None:
+        current_job.sleep(10)
+
+    future = here.submit_stored("report", work)
+    assert wait_until(lambda: there.futures.running("report"))
+    time.sleep(0.2)
+    assert there.futures.stop("report")
+    assert isinstance(future.exception(5), JobStopped)
+    release.set()
+    drain(there)
+
+
+def test_who_waits_no_more_is_not_followed(here: Executor, there: Executor, gate: threading.Event) -> None:
+    here.submit_stored("report", gate.wait, 10)
+    for _ in range(20):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            stored(there, "report").result(timeout=0)
+    assert concurrent.futures.wait([stored(there, "report")], 0).done == set()
+    follower = there._binding()[1].ledger._follower  # type: ignore[attr-defined]
+    assert follower._futures == {}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:pa/ss@host:port", "reddis://:pa/ss@h", "redis://:pa/ss@h?foo=pa/ss", "redis://h?password=pa/ss&x=1"],
+)
+def test_no_password_is_shown_in_an_error_of_the_config(make_executor: MakeExecutor, url: str) -> None:
+    with pytest.raises((ConfigError, StoreUnavailable)) as caught:
+        make_executor(store=url).submit_stored("report", add, 1, 2)
+    assert "pa/ss" not in str(caught.value)
+    assert caught.value.__cause__ is None or isinstance(caught.value, StoreUnavailable)
+
+
+def test_a_file_that_others_can_write_to_later(make_executor: MakeExecutor, app: Flask, file: Path) -> None:
+    app.secret_key = None
+    here = make_executor(store="sqlite")
+    there = make_executor(other := another_app(app, secret=None))
+    here.submit_stored("report", add, 1, 2).result(10)
+    drain(here)
+    assert stored(there, "report").result(10) == 3
+    file.chmod(0o666)
+    with pytest.raises(UntrustedResult, match="Others can write to"):
+        stored(there, "report").result(10)
+    assert other is not None
+
+
+def test_an_error_that_is_too_large(shared_store: str, make_executor: MakeExecutor, app: Flask) -> None:
+    here = make_executor(store=shared_store, result_max_bytes=20_000)
+    there = make_executor(other := another_app(app))
+    here.submit_stored("report", fail, "paper " * 10_000)
+    error = there.futures.exception("report", timeout=10)
+    assert isinstance(error, NotPicklable)
+    assert "EXECUTOR_RESULT_MAX_BYTES allows 20000; it was: ValueError: paper" in str(error)
+    job = there.jobs.find("report")
+    assert job is not None
+    assert len(job.error or "") <= 5000
+    assert other is not None
+
+
+def test_a_step_within_itself(here: Executor) -> None:
+    def step() -> Any:
+        return here.flow("order").step(step)
+
+    with pytest.raises(RuntimeError, match=r"step .*step of flow 'order' would wait for itself"):
+        here.flow("order").step(step)
