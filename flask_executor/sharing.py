@@ -2,25 +2,25 @@
 
 .. code-block:: text
 
-  the process that has a job                        store              another process
- ┌────────────────────────────────────────────┐   ┌───────┐   ┌──────────────────────────────────────────┐
- │ submit: claim() ───────────────────────────┼──>│ keys  │<──┼─ futures.get(key): held() ──> StoredFuture│
- │ worker: stepped, reports, returned, ended  │   │       │   │    reads record and outcome when asked    │
- │   └──> Recorder (thread): write(), renew() ┼──>│ jobs  │<──┼─ jobs.get(), find(), list()               │
- │        take_requests() <───────────────────┼───│       │<──┼─ stop(), cancel(): ask_to_stop()          │
- │   └──> requests (thread): stops the job    │   │       │───┼> Follower (thread): watch(), settles      │
- └────────────────────────────────────────────┘   └───────┘   │    handles that somebody waits for        │
-                                                               │  └──> callbacks (thread): the user's code │
-                                                               └──────────────────────────────────────────┘
+  the process that has a job                       store              another process
+ ┌───────────────────────────────────────────┐   ┌───────┐   ┌─────────────────────────────────────────────┐
+ │ submit: claim() ──────────────────────────┼──>│ keys  │<──┼─ futures.get(key): held() ──> StoredFuture, │
+ │ worker: stepped, reports, returned, ended │   │       │   │    which reads record and outcome when asked│
+ │   └──> Recorder (thread): write(), renew()┼──>│ jobs  │<──┼─ jobs.get(), find(), list()                 │
+ │        take_requests() <──────────────────┼───│       │<──┼─ stop(), cancel(): ask_to_stop()            │
+ │   └──> requests (thread): stops the job   │   │       │───┼> Follower (thread): watch(), settles        │
+ └───────────────────────────────────────────┘   └───────┘   │    handles that somebody waits for          │
+                                                             │    └──> callbacks (thread): the user's code │
+                                                             └─────────────────────────────────────────────┘
 
 **Who owns what.** A record is written by the process that has the job, but for two changes that any process may make:
 ``lost``, when that process is dead, and leaving, when its time has come. A key changes hands in the store only, in one
 step. A handle is settled once, from memory where the job runs, from the store elsewhere.
 
-**Invariants.** A job does not start before its key is claimed. Its end is written together with what came of it, so who
-sees the one finds the other. No job waits for the store: only the claim does, before it, and its process writes the rest
-as soon as it can, for as long as it lives. Nothing is unpickled that is not signed with a key of ours, or lies where only
-we can write.
+**Invariants.** A job does not start before its key is claimed. Its end is written together with what came of it, so
+who sees the one finds the other. No job waits for the store: only the claim does, before it, and its process writes the
+rest as soon as it can, for as long as it lives. Nothing is unpickled that is not signed with a key of ours, or lies
+where only we can write.
 """
 
 from __future__ import annotations
