@@ -242,10 +242,9 @@ class Recorder:
                 self._work(taken)
             except StoreUnavailable as error:
                 self._put_back(taken, error)
-            except (
-                Exception
-            ) as error:  # a record that another version has written, say; ours must be written all the same
-                logger.exception("The recorder of jobs failed, and tries again.")
+            except Exception as error:  # nothing that is known; what jobs do must be written all the same
+                if self._trouble is None:
+                    logger.exception("The recorder of jobs failed, and tries again.")
                 self._put_back(taken, StoreUnavailable("", describe_error(error)))
             del taken
         self._leave()

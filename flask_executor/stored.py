@@ -149,12 +149,12 @@ class StoredFuture(FutureProxy[T]):
             return super().exception(timeout)
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
-        self._expect()
-        super().add_done_callback(fn)
+        with self._awaited():
+            super().add_done_callback(fn)
 
     def __await__(self) -> Generator[Any, None, T]:
-        self._expect()
-        return (yield from super().__await__())
+        with self._awaited():
+            return (yield from super().__await__())
 
     def _expect(self) -> None:
         """Somebody waits for it from now on."""
@@ -176,10 +176,9 @@ class StoredFuture(FutureProxy[T]):
 
     def _give_up(self) -> None:
         """Somebody waits no more; perhaps nobody does."""
-        with self._condition:
-            needed = bool(self._waiting or self._waiters or self._done_callbacks)
-        if not needed:
-            self._elsewhere.unfollow(self)
+        with self._condition:  # whoever comes counts himself in under it, before he has it followed
+            if not (self._waiting or self._waiters or self._done_callbacks):
+                self._elsewhere.unfollow(self)
 
     def settle(self) -> bool:
         """Settle this handle if the job has ended, and tell whether it is settled."""
