@@ -976,21 +976,24 @@ def test_a_step_within_itself(here: Executor) -> None:
 def test_one_gives_up_while_others_wait(here: Executor, there: Executor) -> None:
     for number in range(5):
         here.submit_stored(number, time.sleep, 0.2)
-        handle = stored(there, number)
-        called: list[Any] = []
+        wait_while_others_give_up(stored(there, number))
 
-        def give_up(handle: Any = handle) -> None:
-            until = time.monotonic() + 0.25
-            while time.monotonic() < until:
-                with contextlib.suppress(concurrent.futures.TimeoutError):
-                    handle.result(0)
 
-        impatient = [threading.Thread(target=give_up) for _ in range(3)]
-        for thread in impatient:
-            thread.start()
-        handle.add_done_callback(called.append)
-        assert concurrent.futures.wait([handle], 10).done == {handle}
-        assert handle.result(10) is None
-        assert wait_until(lambda called=called, handle=handle: called == [handle])
-        for thread in impatient:
-            thread.join()
+def wait_while_others_give_up(handle: StoredFuture[Any]) -> None:
+    called: list[Any] = []
+
+    def give_up() -> None:
+        until = time.monotonic() + 0.25
+        while time.monotonic() < until:
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                handle.result(0)
+
+    impatient = [threading.Thread(target=give_up) for _ in range(3)]
+    for thread in impatient:
+        thread.start()
+    handle.add_done_callback(called.append)
+    assert concurrent.futures.wait([handle], 10).done == {handle}
+    assert handle.result(10) is None
+    assert wait_until(lambda: called == [handle])
+    for thread in impatient:
+        thread.join()
