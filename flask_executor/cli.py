@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Hashable
@@ -33,6 +32,7 @@ from flask_executor.console import (
     show_progress,
     styled,
     table,
+    terminal_size,
 )
 from flask_executor.doctor import examine
 from flask_executor.exceptions import ExecutorError
@@ -205,7 +205,7 @@ def top(interval: float, limit: int, once: bool, as_json: bool) -> None:
     _, ledger = _shared()
     terminal = sys.stdout.isatty() and not (once or as_json)
     if terminal:
-        limit = min(limit, max(1, shutil.get_terminal_size().lines - 5))
+        limit = min(limit, max(1, terminal_size()[1] - 5))
     with suppress(KeyboardInterrupt), screen(terminal) as draw, pressed_keys(terminal) as q_within:
         while True:
             counts, jobs = _overview(ledger, limit)

@@ -40,6 +40,12 @@ _STATUS = _HEADINGS.index("STATUS")
 # ---- as text ----
 
 
+def terminal_size() -> tuple[int, int]:
+    """Columns and lines of the terminal, as far as it tells."""
+    columns, lines = shutil.get_terminal_size()
+    return columns or 80, lines or 24  # Python 3.10 takes the zeros of a terminal that does not know for its size
+
+
 def one_line(value: object) -> str:
     """A text as one line, without what would control the terminal."""
     return "".join(sign if sign.isprintable() else " " for sign in str(value))
@@ -92,7 +98,7 @@ def table(jobs: Sequence[Job]) -> Iterator[str]:
     now = time.time()
     rows = [_HEADINGS, *(_row(job, now) for job in jobs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    width = terminal_size()[0] if sys.stdout.isatty() else sys.maxsize
     for row in rows:
         cells = [cell.ljust(size) for cell, size in zip(row, widths, strict=True)]
         before, after = "  ".join(cells[:_STATUS]) + "  ", "  " + "  ".join(cells[_STATUS + 1 :])
@@ -146,7 +152,7 @@ def show_progress(job: Job) -> None:
     """On standard error, over what was there."""
     progress = "" if job.progress is None else f" {_bar(job.progress)}"
     text = f"{one_line(job.name)}: {job.status.value}{progress} {one_line(job.message or '')}"
-    click.echo(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
+    click.echo(f"\r\x1b[2K{text[: terminal_size()[0] - 1]}", nl=False, err=True)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

@@ -1,4 +1,4 @@
-"""What is done in the child of a fork."""
+"""What is done at a fork: before it, in the parent after it, and in the child."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ _pid = os.getpid()
 def after_fork_in_child(hook: Callable[[], object]) -> None:
     """Have ``hook`` called in every child that this process forks, after those that were given before."""
     _hooks.append(hook)
+
+
+def around_fork(before: Callable[[], object], after_in_parent: Callable[[], object]) -> None:
+    """Have ``before`` called before this process forks, and ``after_in_parent`` here after that."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=before, after_in_parent=after_in_parent)
 
 
 def notice_fork() -> None:

@@ -7,18 +7,21 @@ work on network file systems, where that mode has no shared memory (https://sqli
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sqlite3
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
 from flask_executor.exceptions import StoreUnavailable
+from flask_executor.forks import after_fork_in_child, around_fork
 from flask_executor.holders import LEASE
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine
 from flask_executor.records import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
@@ -78,7 +81,7 @@ class SQLiteStore(SharedStore):
         self._path = Path(options.url.removeprefix("sqlite:///"))
         self.where = str(self._path)
         self._space = options.space
-        self._reads, self._writes = _Connection(self._path), _Connection(self._path)
+        self._writes, self._reads = _Connection(self._path), _Connection(self._path)
         self._leases: dict[str, float] = {}  # of the holders in this process: until when they hold, at least
 
     # ---- one job ----
@@ -375,7 +378,7 @@ class SQLiteStore(SharedStore):
     def after_fork(self) -> None:
         super().after_fork()
         self._leases = {}
-        for connection in (self._reads, self._writes):
+        for connection in (self._writes, self._reads):
             connection.after_fork()
 
     def close(self) -> None:
@@ -434,10 +437,21 @@ _CURRENT = "(ended_at IS NULL OR ended_at > ?)"
 
 
 class _Connection:
-    """A connection that is opened when it is needed. ``with`` gives it, under its lock."""
+    """A connection that is opened when it is needed. ``with`` gives it, under its lock.
+
+    No connection is open while this process forks. SQLite keeps account of a process's locks on a file, and in a child
+    the account would be of locks that the child does not have (https://sqlite.org/howtocorrupt.html, "Carrying an open
+    database connection across a fork").
+    """
+
+    _all: ClassVar[weakref.WeakSet[_Connection]] = weakref.WeakSet()
+    _locked: ClassVar[list[_Connection]] = []
+    _numbers = itertools.count()
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._number = next(self._numbers)
+        self._all.add(self)
         self.lock = threading.RLock()  # a finalizer may come here in the middle
         self._open: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
@@ -471,12 +485,25 @@ class _Connection:
                 connection.close()
 
     def after_fork(self) -> None:
-        # A connection must not even be closed in another process than the one that has opened it
-        # (https://sqlite.org/howtocorrupt.html, "Carrying an open database connection across a fork").
+        """In the child. What is open has come by a fork that Python was not told of, and is not even to be closed."""
         if self._open is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._open))
         self._open = None
         self.lock = threading.RLock()
+
+    @classmethod
+    def before_fork(cls) -> None:
+        """Close all, and let nobody open one."""
+        # In the order in which they were made: who has the one that writes may want the one that reads.
+        for connection in sorted(cls._all, key=lambda each: each._number):
+            connection.lock.acquire()
+            connection.close()
+            cls._locked.append(connection)
+
+    @classmethod
+    def after_fork_in_parent(cls) -> None:
+        while cls._locked:
+            cls._locked.pop().lock.release()
 
     def _identity(self) -> tuple[int, int] | None:
         try:
@@ -484,6 +511,10 @@ class _Connection:
         except OSError:
             return None
         return status.st_dev, status.st_ino
+
+
+around_fork(_Connection.before_fork, _Connection.after_fork_in_parent)
+after_fork_in_child(_Connection._locked.clear)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

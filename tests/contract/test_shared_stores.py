@@ -396,3 +396,33 @@ def test_check_and_after_fork(store: JobStore) -> None:
     assert record.message == "from the child"
     store.close()
     store.check()
+
+
+def test_fork_while_others_write(store: JobStore) -> None:
+    """In the child nothing is locked for ever by what a thread of the parent was in the middle of."""
+    stopped = threading.Event()
+
+    def write() -> None:
+        while not stopped.is_set():
+            started(store)
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    codes = []
+    for _ in range(20):
+        pid = os.fork()
+        if not pid:
+            try:
+                begin = time.monotonic()
+                store.after_fork()
+                found = store.get(started(store, f"key {os.getpid()}").id)
+                os._exit(0 if found is not None and time.monotonic() - begin < 2 else 1)
+            finally:
+                os._exit(2)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    stopped.set()
+    for thread in threads:
+        thread.join()
+    assert codes == [0] * 20
+    assert len(store.keys()) == 20
