@@ -17,6 +17,7 @@ from werkzeug.utils import ImportStringError, import_string
 from flask_executor.abc import Backend, Health, JobChannel, PreparedCall
 from flask_executor.context import IN_PLACE, CapturedContext, call_to_end, current_app_or_none, is_one_of_many
 from flask_executor.control import RunningJob, running_job
+from flask_executor.documents import describe_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
 from flask_executor.exits import leave_in_order
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
@@ -29,6 +30,7 @@ from flask_executor.pending import Retries, Unfinished
 from flask_executor.runner import Call, Chunk
 from flask_executor.sharing import open_ledger
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
+from flask_executor.streams import Places
 
 if TYPE_CHECKING:
     from blinker import NamedSignal
@@ -58,6 +60,7 @@ class Binding(JobChannel):
     ) -> None:
         self.ledger: Ledger = open_ledger(config, app, self)
         self.unfinished = Unfinished()
+        self.name: str = executor.name
         self._executor = executor
         self._app = weakref.ref(app)
         self._default_callbacks = default_callbacks
@@ -74,6 +77,7 @@ class Binding(JobChannel):
         self._backend_class = _backend_class(config)
         self.config = config
         self.ledger.reconfigure(config)
+        self.places = Places(config.events_max)
         self._own_callbacks: Sequence[Callback] = (
             (propagate_exceptions_callback,) if config.propagate_exceptions else ()
         )
@@ -273,6 +277,52 @@ class Binding(JobChannel):
             raise error
         self.ledger.remove(future)
         raise error
+
+    # ---- one job, by its id ----
+
+    @property
+    def waiting_image(self) -> str | None:
+        """Url of an image to show while a job runs."""
+        return self.config.waiting_image
+
+    def describe(self, job: Job) -> dict[str, Any]:
+        """The status document of a record."""
+        return describe_job(job, with_error=self.config.expose_errors)
+
+    def document(self, id: str) -> dict[str, Any] | None:
+        """The status document of a job; None when there is none."""
+        job = self.ledger.records.get(id)
+        return None if job is None else self.describe(job)
+
+    def handle(self, id: str) -> FutureProxy[Any] | None:
+        """The handle of a job, if it is kept somewhere."""
+        for future in self.unfinished.all():
+            if future.job_id == id:
+                return future
+        job = self.ledger.records.get(id)
+        return None if job is None else self.ledger.handle(job)
+
+    def stop_job(self, id: str) -> bool | None:
+        """Ask a job to stop; False when it has ended, None when there is none."""
+        future = self.handle(id)
+        if future is None:
+            return None if self.ledger.records.get(id) is None else False
+        return future.stop()
+
+    def make_way(self, id: str) -> bool | None:
+        """Free the key of a job that has failed, so that it starts anew; None when there is none."""
+        job = self.ledger.records.get(id)
+        if job is None:
+            return None
+        if job.key is None or not job.status.ended or job.status is JobStatus.SUCCEEDED:
+            return False
+        futures = self.ledger.under(job.key)
+        with self._key_lock:
+            there = futures.get(job.key)
+            if there is None or there.job_id != id:  # somebody was faster
+                return False
+            futures.pop(job.key)
+        return True
 
     # ---- the channel ----
 
@@ -482,6 +532,7 @@ class Binding(JobChannel):
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
             self.unfinished = Unfinished()
         self._key_lock = threading.RLock()
+        self.places = Places(self.config.events_max)
         self.ledger.after_fork()
         inherited, self.unfinished = self.unfinished.all(), Unfinished()
         for future in inherited:

@@ -144,6 +144,22 @@ def _start_method(value: object) -> str | None:
     raise _RefusedError(f"{', '.join(map(repr, methods))}, or None for the platform's default")
 
 
+def _number_or_none(value: object) -> int | None:
+    """A whole number, 0 or more, as itself or as a string; or None."""
+    if value in (0, "0") and value is not False:
+        return 0
+    try:
+        return _count_or_none(value)
+    except _RefusedError:
+        raise _RefusedError("a whole number, 0 or more, or None") from None
+
+
+def _url_or_none(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    raise _RefusedError("a url such as '/static/waiting.gif', or None")
+
+
 def _text_or_none(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return (value or "").strip() or None
@@ -204,6 +220,13 @@ class Config:
     result_max_bytes: int = _key("EXECUTOR_RESULT_MAX_BYTES", 16 * 2**20, _count)
     #: Most records of ended jobs that are kept.
     store_max_records: int = _key("EXECUTOR_STORE_MAX_RECORDS", 10_000, _count)
+
+    #: Url of an image on the page that waits, or None.
+    waiting_image: str | None = _key("EXECUTOR_WAITING_IMAGE", None, _url_or_none)
+    #: Whether type and message of a job's exception are shown on pages and told over HTTP.
+    expose_errors: bool = _key("EXECUTOR_EXPOSE_ERRORS", False, _flag)
+    #: Most requests of a process that wait for news of a job; None for a quarter of the server's threads, or 8.
+    events_max: int | None = _key("EXECUTOR_EVENTS_MAX", None, _number_or_none)
 
     @classmethod
     def read(cls, values: dict[str, Any], executor_name: str = "") -> Config:

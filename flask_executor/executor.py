@@ -25,7 +25,9 @@ from flask_executor.forks import after_fork_in_child, notice_fork
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import InstanceProxy, callable_name
 from flask_executor.jobs import JobOptions
+from flask_executor.pages import job_owner, register_pages
 from flask_executor.retries import Retry
+from flask_executor.waiting import require_request, result_or_answer, starts_anew
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,6 +110,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             bindings[self] = Binding(self, app, config, self._default_done_callbacks, self._worker_initializers)
             self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
+        register_pages(app, self.name, bindings[self])
 
     # ---- submitting ----
 
@@ -141,6 +144,27 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         ``options(again=True).submit_once(...)`` starts it anew.
         """
         return self._submit(replace(self._defaults, key=_checked_key(key)), fn, args, kwargs, once=True)
+
+    def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of the job under this key, started now if there is none; in a view.
+
+        .. code-block:: python
+
+            @app.get("/reports/<month>")
+            def report(month):
+                pages = executor.result_or_202(f"report {month}", render, month)
+                return render_template("report.html", pages=pages)
+
+        While there is no result the view goes no further, and the request is answered with a 202: browsers get a page
+        that shows how the job goes on, and becomes the view's own when it is done; other clients a document in JSON.
+        When the job has failed they get that with an error's status, and can have it run again. In answer to a POST
+        browsers are sent to the job's page of the :class:`~flask_executor.web.Controller`.
+
+        :raises HTTPException: the answer, while there is no result; with the job's exception as its cause.
+        :raises RuntimeError: outside of a request, and for a POST where no controller is mounted.
+        """
+        options = replace(self._defaults, key=_checked_key(key))
+        return self._result_or_202(options, fn, args, kwargs)  # type: ignore[no-any-return]
 
     def map(
         self, /, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
@@ -275,7 +299,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             flow.reset()                     # forgets, so that all runs again
 
         """
-        return Flow(self._binding()[1], _checked_key(key))
+        return Flow(self._binding()[1], _checked_key(key), functools.partial(self._submit, once=True))
 
     def add_default_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         """Add a callback to every future made from now on, as ``future.add_done_callback(fn)`` does.
@@ -400,6 +424,16 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         submit = binding.submit_once if once else binding.submit
         return submit(context, options, fn, args, kwargs)
 
+    def _result_or_202(
+        self, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        require_request()
+        if starts_anew():
+            owner = options.owner or job_owner(self.name)  # or the job's page would not be shown
+            options = replace(options, again=True, owner=owner)
+        future = self._submit(options, fn, args, kwargs, once=True)
+        return result_or_answer(self._binding()[1], future)
+
     def _map(
         self,
         options: JobOptions,
@@ -440,6 +474,10 @@ class ExecutorWithOptions:
     def submit_once(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_once`."""
         return self._executor._submit(self._with_key(key), fn, args, kwargs, once=True)
+
+    def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As :meth:`Executor.result_or_202`."""
+        return self._executor._result_or_202(self._with_key(key), fn, args, kwargs)  # type: ignore[no-any-return]
 
     def map(
         self, /, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
@@ -490,6 +528,10 @@ class ExecutorJob(Generic[P, T]):
     def submit_once(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_once`."""
         return self._submitter.submit_once(key, self._submitted, *args, **kwargs)
+
+    def result_or_202(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> T:
+        """As :meth:`Executor.result_or_202`."""
+        return self._submitter.result_or_202(key, self._submitted, *args, **kwargs)
 
     def map(self, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1) -> Iterator[T]:
         """As :meth:`Executor.map`."""

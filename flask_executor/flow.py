@@ -11,17 +11,21 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.jobs import JobOptions
-from flask_executor.ledger import FLOW, Ledger
+from flask_executor.ledger import Ledger
+from flask_executor.records import OURS
+from flask_executor.waiting import Waits, require_request, result_or_answer, starts_anew
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_FLOW = f"{OURS}flow"  # what the key of a step begins with
+
 #: The keys of the steps that run here, one inside the other.
 _running: ContextVar[frozenset[Hashable]] = ContextVar("flask_executor_steps", default=frozenset())
 
 
-class RunsOnce(Protocol):
+class RunsOnce(Waits, Protocol):
     """What a flow needs of an executor."""
 
     ledger: Ledger
@@ -40,9 +44,10 @@ class Flow:
     worker, and results must be picklable. A step is kept as long as the record of any job.
     """
 
-    def __init__(self, binding: RunsOnce, key: Hashable) -> None:
+    def __init__(self, binding: RunsOnce, key: Hashable, submit_once: Callable[..., FutureProxy[Any]]) -> None:
         self.key = key
         self._binding = binding
+        self._submit_once = submit_once
         self._calls: Counter[str] = Counter()
 
     def step(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -53,9 +58,7 @@ class Flow:
 
         :raises RuntimeError: when this step is what runs here already.
         """
-        name = callable_name(fn)
-        key = (FLOW, self.key, name, self._calls[name])
-        self._calls[name] += 1
+        name, key = self._next(fn)
         running = _running.get()
         if key in running:
             raise RuntimeError(f"step {name} of flow {self.key!r} would wait for itself: it is what runs here")
@@ -66,9 +69,29 @@ class Flow:
         finally:
             _running.reset(token)
 
+    def result_or_202(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As :meth:`step`, but in the background: while it runs the request is answered, as by
+        :meth:`Executor.result_or_202 <flask_executor.Executor.result_or_202>`.
+
+        :raises HTTPException: the answer, while there is no result.
+        :raises RuntimeError: outside of a request.
+        """
+        require_request()
+        name, key = self._next(fn)
+        options = JobOptions(name=name, key=key, again=starts_anew())
+        future: FutureProxy[T] = self._submit_once(options, fn, args, kwargs)
+        return result_or_answer(self._binding, future)
+
+    def _next(self, fn: Callable[..., Any]) -> tuple[str, Hashable]:
+        """Name and key of a step that is met now."""
+        name = callable_name(fn)
+        key = (_FLOW, self.key, name, self._calls[name])
+        self._calls[name] += 1
+        return name, key
+
     def reset(self) -> None:
         """Forget all steps."""
         self._calls.clear()
-        steps: FutureCollection[FutureProxy[Any]] = self._binding.ledger.steps
-        for key in steps.keys((FLOW, self.key)):
+        steps: FutureCollection[FutureProxy[Any]] = self._binding.ledger.hidden
+        for key in steps.keys((_FLOW, self.key)):
             steps.pop(key)

@@ -10,20 +10,13 @@ from typing import TYPE_CHECKING, Any
 from flask_executor.abc import JobRecords
 from flask_executor.control import RunningJob
 from flask_executor.futures import FutureCollection, FutureProxy
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.jobs import Job, JobStatus, LiveJob
+from flask_executor.records import is_ours
 from flask_executor.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from flask_executor.config import Config
     from flask_executor.runner import Call
-
-#: What the key of a step of a flow begins with.
-FLOW = "flask_executor.flow"
-
-
-def is_step(key: Hashable) -> bool:
-    """Whether this is the key of a step of a flow."""
-    return isinstance(key, tuple) and key[:1] == (FLOW,)
 
 
 class Ledger:
@@ -37,8 +30,8 @@ class Ledger:
         self._memory = MemoryStore(config.store_max_records, config.result_ttl)
         self.records: JobRecords = self._memory
         self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.futures_max_length, config.result_ttl)
-        #: Those of the steps of flows, which the other bound would be too small for.
-        self.steps: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.store_max_records, config.result_ttl)
+        #: Those under keys that this package has made, which the other bound would be too small for.
+        self.hidden: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.store_max_records, config.result_ttl)
 
     def reconfigure(self, config: Config) -> None:
         """Take another configuration. The store, and what it was made with, stays."""
@@ -47,7 +40,7 @@ class Ledger:
 
     def under(self, key: Hashable) -> FutureCollection[FutureProxy[Any]]:
         """Where the handle with this key belongs."""
-        return self.steps if is_step(key) else self.futures
+        return self.hidden if is_ours(key) else self.futures
 
     def find(self, key: Hashable, *, again: bool) -> FutureProxy[Any] | None:
         """The handle of the job that has this key, unless it is free, or is to be used again as the job has failed."""
@@ -65,6 +58,11 @@ class Ledger:
             futures.pop(key)
         there = futures.setdefault(key, call.future)
         return None if there is call.future else there  # somebody may have added it by hand just now
+
+    def handle(self, job: Job) -> FutureProxy[Any] | None:
+        """The handle of a job that has this record, if it is held."""
+        future = None if job.key is None else self.under(job.key).get(job.key)
+        return future if getattr(future, "job_id", None) == job.id else None
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
         """Take up a job that is about to be queued, and has its key if it is to have one."""
@@ -103,7 +101,7 @@ class Ledger:
     def after_fork(self) -> None:
         """In the child of a fork: leave to the parent what is the parent's."""
         self.futures.after_fork()
-        self.steps.after_fork()
+        self.hidden.after_fork()
 
     def abandoned(self, job: LiveJob) -> None:
         """In the child of a fork: this job is the parent's."""

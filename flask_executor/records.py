@@ -13,6 +13,15 @@ from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus, LogLine
 
 
+#: What the first element of a key begins with that this package has given to a job for a purpose of its own.
+OURS = "flask_executor."
+
+
+def is_ours(key: Hashable) -> bool:
+    """Whether this is a key that this package has made, and not the user."""
+    return isinstance(key, tuple) and bool(key) and isinstance(key[0], str) and key[0].startswith(OURS)
+
+
 def encode_key(key: Hashable) -> str:
     """A key as text, different for different keys, and never empty.
 
@@ -67,10 +76,10 @@ def encode_meta(job: Job) -> str | None:
     """The meta of a job as JSON; a value that JSON does not have is its ``repr``."""
     if not job.meta:
         return None
-    return json.dumps({name: _plain(value) for name, value in job.meta.items()})
+    return json.dumps({name: plain(value) for name, value in job.meta.items()})
 
 
-def _plain(value: object) -> Any:
+def plain(value: object) -> Any:
     """A value as JSON has it, or what it looks like."""
     if value is None or type(value) in (str, bool):
         return value

@@ -39,11 +39,11 @@ from flask_executor.follower import Followed, Follower
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import describe_error, without_password
 from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
-from flask_executor.ledger import Ledger, has_failed, is_step
+from flask_executor.ledger import Ledger, has_failed
 from flask_executor.logs import logger
 from flask_executor.messages import Kind
 from flask_executor.recorder import Recorder
-from flask_executor.records import encode_key
+from flask_executor.records import encode_key, is_ours
 from flask_executor.runner import pack_error, pickled, unpack_error, unpack_result
 from flask_executor.seals import Sealer
 from flask_executor.serial import SerialThread
@@ -79,8 +79,8 @@ class SharedLedger(Ledger):
         self._make_parts()
         self.records = SharedRecords(self._memory, store, self._is_written)
         length = config.futures_max_length
-        self.futures = SharedFutures(length, store, self.handle, lambda key: not is_step(key))
-        self.steps = SharedFutures(config.store_max_records, store, self.handle, is_step)
+        self.futures = SharedFutures(length, store, self.handle, lambda key: not is_ours(key))
+        self.hidden = SharedFutures(config.store_max_records, store, self.handle, is_ours)
         weakref.finalize(self, _dispose, self._parts)
 
     def _make_parts(self) -> None:
@@ -271,7 +271,7 @@ class SharedLedger(Ledger):
         self._handles = weakref.WeakValueDictionary()
         self._outcomes = {}
         self._make_parts()
-        for futures in (self.futures, self.steps):
+        for futures in (self.futures, self.hidden):
             futures.after_fork()
             futures.clear()
 

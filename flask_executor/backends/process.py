@@ -325,7 +325,7 @@ class Supervisor:
             if call is not None:
                 call.job.progress, call.job.message = message.progress, message.message
                 if message.meta is not None:
-                    call.job.meta = _unpickled_meta(message.meta)
+                    call.job.meta = {**(call.job.meta or {}), **_unpickled_meta(message.meta)}
                 call.progressed()
         elif isinstance(message, Logged):
             self._logged(message)

@@ -1,0 +1,163 @@
+"""The pages that people see: their templates, scripts and styles, and what their buttons do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, url_for
+from werkzeug.wrappers import Response as WSGIResponse
+
+from flask_executor.actions import Permit, check_permit, sign_permit
+from flask_executor.exceptions import StoreUnavailable
+from flask_executor.live import HTML, live_answer, seconds_between_polls, wanted
+from flask_executor.origins import refuse_from_elsewhere
+from flask_executor.problems import refuse
+from flask_executor.streams import Places
+
+_NAME = "flask_executor"
+_JOBS = "flask_executor_jobs"  # in app.extensions: what acts on jobs, by the name of the executor
+_CONTROLLERS = "flask_executor_controllers"  # in app.extensions: the blueprint's name, by that of the executor
+
+
+class HasJobs(Protocol):
+    """What the buttons need of an executor."""
+
+    def stop_job(self, id: str) -> bool | None:
+        """Ask this job to stop; False when it has ended, None when there is none."""
+
+    def make_way(self, id: str) -> bool | None:
+        """Free the key of a job that has failed; None when there is none."""
+
+    def document(self, id: str) -> Mapping[str, Any] | None:
+        """The status document of a job; None when there is none."""
+
+    @property
+    def places(self) -> Places:
+        """Those of this process for requests that wait."""
+
+
+def register_pages(app: Flask, executor_name: str, jobs: HasJobs) -> None:
+    """Have an app serve what pages need, and their buttons act on the jobs of an executor."""
+    app.extensions.setdefault(_JOBS, {})[executor_name] = jobs
+    if _NAME in app.blueprints or _has_begun(app):
+        return  # too late for new urls; a page will say so
+    pages = Blueprint(
+        _NAME,
+        __name__,
+        template_folder="templates",  # behind the app's own, which can replace each of them
+        static_folder="static",
+        static_url_path="/_executor",
+    )
+    pages.add_url_rule("/_executor/act", "act", act, methods=["POST"])
+    pages.add_url_rule("/_executor/jobs/<token>", "live", live)
+    app.register_blueprint(pages)
+    app.jinja_env.globals.setdefault("executor_job_url", job_url)
+
+
+def _has_begun(app: Flask) -> bool:
+    return bool(getattr(app, "_got_first_request", False))
+
+
+def act() -> WSGIResponse:
+    """Do what a button of a page says, and go back to the page."""
+    refuse_from_elsewhere(request)
+    permit, jobs = _permitted(request.form.get("token", ""))
+    act = {"stop": jobs.stop_job, "retry": jobs.make_way}.get(request.form.get("action", ""))
+    if act is None:
+        refuse(400, "The action is missing: it must be 'stop' or 'retry'.")
+    try:
+        done = act(permit.id)
+    except StoreUnavailable:
+        refuse(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
+    if wanted(request) == HTML:
+        return redirect(permit.page, 303)
+    return Response(status=202 if done else 204)
+
+
+def live(token: str) -> WSGIResponse:
+    """How the job stands that a page shows."""
+    permit, jobs = _permitted(token)
+    return live_answer(request, lambda: jobs.document(permit.id), jobs.places)
+
+
+def _permitted(token: str) -> tuple[Permit, HasJobs]:
+    permit = check_permit(current_app, token)
+    jobs = None if permit is None else current_app.extensions[_JOBS].get(permit.executor)
+    if permit is None or jobs is None:
+        refuse(
+            403,
+            "This page is too old, or it was made by a process with another SECRET_KEY. Load it again; "
+            "all processes of an app need the same key.",
+        )
+    return permit, jobs
+
+
+def render_job_page(document: Mapping[str, Any], *, executor_name: str, image: str | None, turn: bool) -> str:
+    """The page that shows how a job goes on, at the url of the request.
+
+    :param image: url of an image to show while the job runs.
+    :param turn: whether the page becomes another one when the job has succeeded: what the view will return then.
+    """
+    if _NAME not in current_app.blueprints:
+        raise RuntimeError(
+            "The page that waits needs urls for its script and style, and the app had answered its first request "
+            "before init_app(app) was called: call it earlier, where the app is made."
+        )
+    # With one slash only in front: two would lead to another site.
+    page = "/" + f"{request.script_root}{request.full_path}".lstrip("/").removesuffix("?")
+    permit = Permit(executor=executor_name, id=document["id"], page=page)
+    return render_template(
+        "flask_executor/waiting.html",
+        job=document,
+        url=page,
+        turn=turn,
+        action=url_for(f"{_NAME}.act"),
+        token=sign_permit(current_app, permit),
+        image=image,
+        refresh=None if document["ended"] else seconds_between_polls(document) + 1,
+        translate=translator(),
+    )
+
+
+def translator() -> Callable[[str], str]:
+    """What translates a text: the app's ``gettext``, as Flask-Babel has it, or nothing."""
+    return cast("Callable[[str], str]", current_app.jinja_env.globals.get("gettext", str))
+
+
+# ---- controllers ----
+
+
+def register_controller(app: Flask, executor_name: str, blueprint_name: str, owner: Callable[[], str]) -> None:
+    """Remember under which name the controller of an executor is mounted; the first one counts.
+
+    :param owner: tells whose the jobs are that the current request starts.
+    """
+    app.extensions.setdefault(_CONTROLLERS, {}).setdefault(executor_name, (blueprint_name, owner))
+
+
+def controller_url(executor_name: str, id: str) -> str | None:
+    """Where the controller of an executor has a page of this job; None without a controller."""
+    found = current_app.extensions.get(_CONTROLLERS, {}).get(executor_name)
+    return None if found is None else url_for(f"{found[0]}.job", id=id)
+
+
+def job_owner(executor_name: str) -> str | None:
+    """Whose the jobs are that the current request starts, as the controller has it; None without a controller."""
+    found = current_app.extensions.get(_CONTROLLERS, {}).get(executor_name)
+    return None if found is None else found[1]()
+
+
+def job_url(job: Any) -> str:
+    """In templates: where it is told how a job stands, to whoever is given this url.
+
+    :param job: its record, handle or status document.
+    :raises RuntimeError: when no executor of this app knows the job.
+    """
+    id = job["id"] if isinstance(job, Mapping) else getattr(job, "job_id", None) or job.id
+    executors: Mapping[str, HasJobs] = current_app.extensions[_JOBS]
+    for name, jobs in executors.items():
+        if len(executors) == 1 or jobs.document(id) is not None:
+            token = sign_permit(current_app, Permit(executor=name, id=id, page=""))
+            return url_for(f"{_NAME}.live", token=token)
+    raise RuntimeError(f"progress(job) cannot follow job {id}: no executor of this app knows it")

@@ -1,0 +1,29 @@
+"""Errors over HTTP, as `RFC 9457 <https://www.rfc-editor.org/rfc/rfc9457>`_ has them."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+from flask import Response, abort
+
+MIMETYPE = "application/problem+json"
+
+
+def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> Response:
+    """An answer that says what is wrong, and what to do.
+
+    :param status: the HTTP status.
+    :param more: further members of the document.
+    """
+    members = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
+    answer = Response(json.dumps(members), status, mimetype=MIMETYPE)
+    answer.headers["Cache-Control"] = "no-store"
+    answer.headers.update(headers or {})
+    return answer
+
+
+def refuse(status: int, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> NoReturn:
+    """Leave the view with a :func:`problem`, which no error handler of the app takes for one of its own."""
+    abort(problem(status, detail, headers=headers, **more))

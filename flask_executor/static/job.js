@@ -1,0 +1,379 @@
+/**
+ * Follows jobs: every element with data-executor-job="<url>" shows the job that is found there, live.
+ * The waiting page is one, and so is each bar of the macro progress(). What there is to fill in is marked with
+ * data-executor-part; a part that a template leaves out is simply not filled.
+ *
+ *     server ── event stream or polls ──> Follower ── status documents ──> JobView ──> parts, executor:update
+ */
+
+const STREAM = "text/event-stream";
+const DOCUMENT = "application/vnd.flask-executor.job+json";
+// A browser opens six connections to a server at most, and a page full of bars must leave some for the app.
+const MOST_STREAMS = 2;
+const HEADERS_WITHIN = 20_000;
+// The server ends a stream after 60 s; one that is older lost its connection without a word.
+const STREAM_WITHIN = 75_000;
+const HIDDEN_DELAY = 10_000;
+const LONGEST_DELAY = 15_000;
+
+const strings = JSON.parse(document.querySelector('meta[name="executor-strings"]')?.content ?? "{}");
+
+/** The text of that name, in the page's language. */
+export function say(name, values = {}) {
+  return (strings[name] ?? name).replace(/\{(\w+)\}/g, (_, value) => values[value]);
+}
+
+const count = (n, unit) => say(n === 1 ? unit : `${unit}s`, { n });
+
+/** "2 minutes 5 seconds": a duration in its two largest units. */
+export function words(seconds) {
+  const whole = Math.max(0, Math.floor(seconds));
+  const [large, small, size] = whole >= 3600 ? ["hour", "minute", 3600] : ["minute", "second", 60];
+  const rest = Math.floor((whole % size) / (size / 60));
+  const parts = [];
+  if (whole >= size) parts.push(count(Math.floor(whole / size), large));
+  if (rest || whole < size) parts.push(count(rest, small));
+  return parts.join(" ");
+}
+
+/** "about 2 minutes left": an estimate, no more exact than it is. */
+export function left(seconds) {
+  if (seconds < 5) return say("soon");
+  if (seconds <= 55) return say("left", { time: count(Math.ceil(seconds / 5) * 5, "second") });
+  if (seconds < 3570) return say("left", { time: count(Math.max(1, Math.round(seconds / 60)), "minute") });
+  return say("left", { time: count(Math.round(seconds / 3600), "hour") });
+}
+
+export function percent(progress) {
+  return `${Math.floor(progress * 100)}\u00a0%`;
+}
+
+/** How long to wait after so many failures in a row: 1, 2, 4 ... 15 s, give or take a quarter. */
+export function backoff(failures) {
+  return Math.min(LONGEST_DELAY, 1000 * 2 ** (failures - 1)) * (0.75 + Math.random() / 2);
+}
+
+/** Waits; longer while nobody looks, and no longer once somebody does or the network is back. */
+export function pause(milliseconds) {
+  return new Promise((resolve) => {
+    const wait = () => setTimeout(done, document.hidden ? Math.max(milliseconds, HIDDEN_DELAY) : milliseconds);
+    let timer = wait();
+    function done() {
+      clearTimeout(timer);
+      document.removeEventListener("visibilitychange", turned);
+      window.removeEventListener("online", done);
+      resolve();
+    }
+    function turned() {
+      clearTimeout(timer);
+      if (document.hidden) timer = wait();
+      else done();
+    }
+    document.addEventListener("visibilitychange", turned);
+    window.addEventListener("online", done);
+  });
+}
+
+/** What an answer that is an error has to say. */
+export async function problem(response) {
+  const document = await response.json().catch(() => ({}));
+  return document.detail || document.title || say("refused");
+}
+
+/** Reads server-sent events, wherever the chunks are cut: {id, event, data, retry} each, as far as given. */
+export async function* readEvents(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  let event = {};
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    // A carriage return at the end may be the first half of a CRLF.
+    const lines = (text + value).split(/\r\n|\n|\r(?!$)/);
+    text = lines.pop();
+    for (const line of lines) {
+      if (line === "") {
+        yield event;
+        event = {};
+        continue;
+      }
+      const [, field, data] = /^([^:]*):? ?(.*)$/s.exec(line);
+      event[field] = field === "data" && "data" in event ? `${event.data}\n${data}` : data;
+    }
+  }
+}
+
+/** Asks for one job again and again until there is nothing more to learn. */
+export class Follower {
+  static #streams = 0;
+  #url;
+  #etag;
+  #lastEvent;
+  #between = 1000;
+  #failures = 0;
+  #end = null;
+
+  constructor(url, { onUpdate, onConnection = () => {} }) {
+    this.#url = url;
+    this.onUpdate = onUpdate;
+    this.onConnection = onConnection;
+  }
+
+  /** Resolves with why it is over: "ended", "gone" (no such job any more) or "denied". */
+  async run() {
+    for (;;) {
+      const delay = await this.#ask().catch((error) => this.#failed(error));
+      if (this.#end) return this.#end;
+      await pause(delay);
+    }
+  }
+
+  #failed(error) {
+    if (document.hidden) return HIDDEN_DELAY;
+    this.#failures++;
+    this.onConnection("lost");
+    return Math.max(backoff(this.#failures), error.retryAfter ?? 0);
+  }
+
+  /** Asks once, and says how many milliseconds later to ask again. */
+  async #ask() {
+    const streaming = !document.hidden && Follower.#streams < MOST_STREAMS;
+    const aborter = new AbortController();
+    const unseen = () => document.hidden && aborter.abort();
+    let timer = setTimeout(() => aborter.abort(), HEADERS_WITHIN);
+    if (streaming) {
+      Follower.#streams++;
+      document.addEventListener("visibilitychange", unseen);
+    }
+    try {
+      const headers = { Accept: streaming ? `${STREAM}, ${DOCUMENT};q=0.9` : DOCUMENT };
+      if (this.#etag) headers["If-None-Match"] = this.#etag;
+      if (this.#lastEvent) headers["Last-Event-ID"] = this.#lastEvent;
+      // To follow a redirect to a login page elsewhere would look like a lost connection.
+      const options = { headers, cache: "no-store", redirect: "manual", signal: aborter.signal };
+      const response = await fetch(this.#url, options);
+      clearTimeout(timer);
+      timer = setTimeout(() => aborter.abort(), STREAM_WITHIN);
+      return await this.#read(response);
+    } finally {
+      clearTimeout(timer);
+      if (streaming) {
+        Follower.#streams--;
+        document.removeEventListener("visibilitychange", unseen);
+      }
+      aborter.abort();
+    }
+  }
+
+  async #read(response) {
+    const { status, headers } = response;
+    const type = headers.get("Content-Type") ?? "";
+    const retryAfter = 1000 * (Number(headers.get("Retry-After")) || 1);
+    if (status === 404 || status === 410) this.#end = "gone";
+    else if (status === 401 || status === 403 || response.type === "opaqueredirect") this.#end = "denied";
+    else if (status !== 304 && !response.ok) throw Object.assign(new Error(response.statusText), { retryAfter });
+    else if (response.ok && !type.startsWith(STREAM) && !/\bjson\b/.test(type)) this.#end = "denied";
+    if (this.#end) return 0;
+    if (this.#failures) this.onConnection("back");
+    this.#failures = 0;
+    if (status === 304) return retryAfter;
+    if (type.startsWith(STREAM)) return this.#readStream(response.body);
+    this.#etag = headers.get("ETag");
+    this.#update(await response.json());
+    return retryAfter;
+  }
+
+  async #readStream(body) {
+    try {
+      for await (const { id, event, data, retry } of readEvents(body)) {
+        if (retry) this.#between = Number(retry) || this.#between;
+        if (id) this.#lastEvent = id;
+        if (event === "status" && data) this.#update(JSON.parse(data));
+        if (this.#end) break;
+      }
+    } catch {
+      // Streams are cut by proxies, restarts and hidden tabs; whether that is bad news the next request shows.
+    }
+    this.#etag = undefined;
+    return this.#between;
+  }
+
+  #update(job) {
+    if (job.ended) this.#end = "ended";
+    this.onUpdate(job);
+  }
+}
+
+/** One element and the job in it. */
+class JobView {
+  constructor(element) {
+    this.element = element;
+    this.page = element.dataset.executorPage;
+    this.parts = {};
+    for (const part of element.querySelectorAll("[data-executor-part]")) this.parts[part.dataset.executorPart] = part;
+    for (const form of element.querySelectorAll("form")) form.addEventListener("submit", (event) => this.submit(event));
+  }
+
+  async follow() {
+    const clock = setInterval(() => this.showTimes(), 1000);
+    const end = await new Follower(this.element.dataset.executorJob, {
+      onUpdate: (job) => this.update(job),
+      onConnection: (state) => this.showConnection(state),
+    }).run();
+    clearInterval(clock);
+    if (end === "ended") this.ended();
+    else this.abandoned(end);
+  }
+
+  update(job) {
+    this.job = job;
+    this.received = performance.now();
+    this.render(job);
+    this.emit("executor:update");
+  }
+
+  ended() {
+    this.emit("executor:end");
+    if (this.page !== "turn" || this.job.status !== "succeeded") return;
+    // A second time would be the start of an endless loop: the page we asked for is this one.
+    if (remember(`turned ${this.job.id}`)) location.reload();
+    else this.show("open", true);
+  }
+
+  abandoned(end) {
+    if (end === "denied" && this.page && remember(`denied ${this.element.dataset.executorJob}`)) location.reload();
+    this.element.dataset.executorStatus = end;
+    this.say(say(end));
+    for (const part of ["status", "progress", "remaining", "stop", "retry"]) this.show(part, false);
+    this.show("open", this.page === "turn");
+  }
+
+  render(job) {
+    const failed = ["failed", "timed_out", "lost"].includes(job.status);
+    const unknown = typeof job.progress !== "number";
+    if (!job.ended) remember("");
+    this.element.dataset.executorStatus = job.status;
+    this.fill("status", say(!job.ended && this.stopping(job) ? "stopping" : job.status));
+    this.fill("name", job.name);
+    this.fill("message", job.message ?? "");
+    this.fill("percent", unknown ? "" : percent(job.progress));
+    this.fill("attempt", job.attempt > 1 ? say("attempt", { n: job.attempt }) : "");
+    this.fill("error", failed ? job.error || say(`error_${job.status}`) : "");
+    this.show("failure", failed);
+    this.showBar(job);
+    this.showTimes();
+    this.showActions(job);
+    if (!this.page) return;
+    const lead = job.ended ? say(job.status) : unknown ? "" : percent(job.progress);
+    document.title = lead ? `${lead} · ${job.name}` : job.name;
+  }
+
+  showBar({ status, ended, progress }) {
+    const bar = this.parts.progress;
+    if (!bar) return;
+    if (status === "succeeded") bar.value = 1;
+    else if (typeof progress === "number") bar.value = progress;
+    else if (ended) bar.value = 0;
+    else bar.removeAttribute("value");
+  }
+
+  /** Counts on since the last document, by a clock that nobody sets. */
+  showTimes() {
+    if (!this.job) return;
+    const { elapsed, remaining, ended, status } = this.job;
+    const since = status === "running" ? (performance.now() - this.received) / 1000 : 0;
+    const known = typeof elapsed === "number";
+    this.fill("elapsed", known ? say(ended ? "took" : "elapsed", { time: words(elapsed + since) }) : "");
+    this.fill("remaining", typeof remaining === "number" && !ended ? left(remaining - since) : "");
+  }
+
+  showActions(job) {
+    const button = this.parts.stop?.querySelector("button");
+    const focused = this.parts.stop?.contains(document.activeElement);
+    // Not the attribute disabled: it would take the focus from who has just pressed it.
+    button?.removeAttribute("disabled");
+    button?.setAttribute("aria-disabled", String(this.stopping(job)));
+    this.show("stop", !job.ended);
+    this.show("retry", job.ended && job.status !== "succeeded");
+    this.show("hint", !job.ended);
+    if (focused && job.ended) (this.parts.retry?.querySelector("button") ?? this.parts.name)?.focus();
+    const result = job.status === "succeeded" && this.page !== "turn" && job.links?.result;
+    if (result && this.parts.result && /^https?:$/.test(new URL(result, location).protocol)) this.parts.result.href = result;
+    this.show("result", Boolean(result));
+  }
+
+  showConnection(state) {
+    this.element.classList.toggle("executor-offline", state === "lost");
+    this.say(say(`connection_${state}`));
+    clearTimeout(this.noteTimer);
+    if (state === "back") this.noteTimer = setTimeout(() => this.say(""), 4000);
+  }
+
+  /** Sends the form of a button without leaving the page. */
+  async submit(event) {
+    event.preventDefault();
+    const { target: form, submitter: button } = event;
+    if (button.ariaDisabled === "true") return;
+    button.ariaDisabled = "true";
+    const body = new FormData(form);
+    body.set(button.name, button.value);
+    // form.action would be the button, which has that name.
+    const request = fetch(form.getAttribute("action"), { method: "POST", body, headers: { Accept: "application/json" } });
+    const response = await request.catch(() => null);
+    if (!response?.ok) {
+      button.ariaDisabled = "false";
+      this.say(response ? await problem(response) : say("refused"));
+    } else if (button.value === "retry") {
+      location.reload();
+    } else {
+      this.stopAccepted = true;
+      if (!this.job?.ended) this.fill("status", say("stopping"));
+    }
+  }
+
+  stopping(job) {
+    return job.stop_requested || this.stopAccepted === true;
+  }
+
+  say(text) {
+    this.fill("note", text);
+  }
+
+  fill(name, text) {
+    const part = this.parts[name];
+    // Setting the same text again would be read out again.
+    if (part && part.textContent !== text) part.textContent = text;
+  }
+
+  show(name, shown) {
+    if (this.parts[name]) this.parts[name].hidden = !shown;
+  }
+
+  emit(type) {
+    this.element.dispatchEvent(new CustomEvent(type, { detail: this.job, bubbles: true }));
+  }
+}
+
+/** Notes in this tab why the page is reloaded; whether that is another reason than the last time. */
+function remember(reason) {
+  try {
+    const last = sessionStorage.getItem("executor-reloaded") ?? "";
+    sessionStorage.setItem("executor-reloaded", reason);
+    return last !== reason;
+  } catch {
+    return true; // storage is switched off
+  }
+}
+
+const watched = new WeakSet();
+
+/** Follows the jobs of all marked elements below a node; call it for what is put into the page later. */
+export function watch(root = document) {
+  for (const element of root.querySelectorAll("[data-executor-job]")) {
+    if (watched.has(element)) continue;
+    watched.add(element);
+    new JobView(element).follow();
+  }
+}
+
+watch();

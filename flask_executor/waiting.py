@@ -1,0 +1,152 @@
+"""The answer to a request whose job has not ended: 202, and how to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from concurrent.futures import CancelledError, wait
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from flask import Response, abort, has_request_context, redirect, request
+from werkzeug.exceptions import HTTPException
+from werkzeug.wrappers import Response as WSGIResponse
+
+from flask_executor.futures import FutureProxy
+from flask_executor.jobs import Job, JobStatus
+from flask_executor.live import (
+    DOCUMENT,
+    EVENTS,
+    HTML,
+    document_answer,
+    is_multithreaded,
+    live_answer,
+    preferred_wait,
+    wanted,
+)
+from flask_executor.pages import controller_url, render_job_page
+from flask_executor.streams import Places
+
+T = TypeVar("T")
+R = TypeVar("R", bound=WSGIResponse)
+
+
+class Waits(Protocol):
+    """What waiting needs of an executor."""
+
+    @property
+    def name(self) -> str:
+        """The executor's name."""
+
+    @property
+    def places(self) -> Places:
+        """Those of this process for requests that wait."""
+
+    @property
+    def waiting_image(self) -> str | None:
+        """Url of an image to show while a job runs."""
+
+    def document(self, id: str) -> Mapping[str, Any] | None:
+        """The status document of a job; None when there is none."""
+
+    def describe(self, job: Job) -> Mapping[str, Any]:
+        """The status document of a record."""
+
+
+def require_request() -> None:
+    """Refuse to wait where nobody can be answered.
+
+    :raises RuntimeError: saying what to do.
+    """
+    if not has_request_context():
+        raise RuntimeError(
+            "result_or_202() answers a request, and there is none here: in a view it can be used, elsewhere use "
+            "submit_once(...).result()"
+        )
+
+
+def starts_anew() -> bool:
+    """Whether the request asks for a new start of what has failed: a POST does, a page that is loaded again does not."""
+    return request.method not in ("GET", "HEAD")
+
+
+def result_or_answer(executor: Waits, future: FutureProxy[T]) -> T:
+    """What the job returned; if that is not there yet, leave the view with an answer that says how the job stands.
+
+    Errors of the job are part of that answer, and its cause.
+
+    :raises HTTPException: the answer. It has no code, so that no error handler of the app takes it for an error.
+    """
+    if wanted(request) in (DOCUMENT, EVENTS):
+        abort(_report(executor, future))
+    seconds = 0.0 if future.done() else preferred_wait(request)
+    if seconds:
+        place = executor.places.take(multithreaded=is_multithreaded(request))
+        if place is not None:
+            try:
+                wait([future], seconds)
+            finally:
+                place.give_back()
+    if future.done() and future.status is JobStatus.SUCCEEDED:
+        return future.result()
+    _answer(executor, future)
+
+
+def _report(executor: Waits, future: FutureProxy[Any]) -> Response:
+    """To a page that asks how the job stands: this, also when it has ended, and never the rest of the view."""
+    id = future.job_id
+
+    def read() -> Mapping[str, Any] | None:
+        return executor.document(id)
+
+    return _unstored(live_answer(request, read, executor.places))
+
+
+def _answer(executor: Waits, future: FutureProxy[Any]) -> NoReturn:
+    job = future.record()
+    document = executor.describe(job)
+    as_html = wanted(request) == HTML
+    if starts_anew():
+        abort(_at_its_own_page(executor, document, as_html=as_html))
+    status = _status(job)
+    if as_html:
+        page = render_job_page(document, executor_name=executor.name, image=executor.waiting_image, turn=True)
+        answer = Response(page, status, mimetype=HTML)
+        answer.vary.add("Accept")
+    else:
+        answer = document_answer(request, document, status)
+    raise HTTPException(response=_unstored(answer)) from _error(future)
+
+
+def _error(future: FutureProxy[Any]) -> BaseException | None:
+    """What a job has raised that has ended."""
+    try:
+        return future.exception() if future.done() else None
+    except CancelledError as cancelled:
+        return cancelled
+
+
+def _status(job: Job) -> int:
+    """The HTTP status that says how a job stands which has no result."""
+    if not job.status.ended:
+        return 202
+    return 409 if job.status in (JobStatus.STOPPED, JobStatus.KILLED, JobStatus.CANCELLED) else 500
+
+
+def _at_its_own_page(executor: Waits, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
+    """A form was sent: lead to a page that can be loaded again without sending it once more."""
+    url = controller_url(executor.name, document["id"])
+    if url is None:
+        raise RuntimeError(
+            f"result_or_202() in answer to a {request.method} leads to the page of the job, and there is none: mount "
+            "a Controller (app.register_blueprint(Controller(executor))), or start the job with submit_once() and "
+            "redirect to a view that takes GET and calls result_or_202()"
+        )
+    if as_html:
+        return _unstored(redirect(url, 303))
+    answer = document_answer(request, document, 202)
+    answer.headers["Location"] = url
+    return _unstored(answer)
+
+
+def _unstored(answer: R) -> R:
+    answer.headers["Cache-Control"] = "no-store"
+    return answer
