@@ -159,6 +159,10 @@ class Backend(concurrent.futures.Executor):
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
 
+    def crew(self) -> Sequence[WorkerState]:
+        """The worker processes that are alive; none where jobs run in threads of this one."""
+        return ()
+
     def abandon(self, grace: float) -> None:
         """The process ends: end workers by force that have not ended by themselves after ``grace`` seconds."""
 
@@ -448,6 +452,18 @@ class JobChannel(abc.ABC):
     @abc.abstractmethod
     def in_contexts(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """``fn``, made to run later in a copy of the contexts of whoever calls this now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerState:
+    """What a worker of this process does."""
+
+    #: Of the process that it is, or is in.
+    pid: int
+    #: Whether it runs a job.
+    busy: bool
+    #: The id of that; None where several run.
+    job: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 import weakref
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
-from flask_executor.abc import Backend, Health, JobChannel, PreparedCall
+from flask_executor.abc import Backend, Health, JobChannel, PreparedCall, WorkerState
 from flask_executor.context import IN_PLACE, CapturedContext, call_to_end, current_app_or_none, is_one_of_many
 from flask_executor.control import RunningJob, running_job
 from flask_executor.documents import describe_job
@@ -241,6 +242,8 @@ class Binding(JobChannel):
         elif options.timeout == math.inf:
             options = replace(options, timeout=None)
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
+        if options.meta is not None:
+            job.meta = dict(options.meta)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
         if not self.unfinished.add(call, limit):
@@ -277,6 +280,14 @@ class Binding(JobChannel):
             raise error
         self.ledger.remove(future)
         raise error
+
+    def crew(self) -> Sequence[WorkerState]:
+        """The workers of this process: worker processes, and where there are none the process itself."""
+        crew = () if self._backend is None else self._backend.crew()
+        if crew or self.remote:
+            return crew
+        running = [future.job_id for future in self.unfinished.all() if future.status is JobStatus.RUNNING]
+        return [WorkerState(pid=os.getpid(), busy=bool(running), job=running[0] if len(running) == 1 else None)]
 
     # ---- one job, by its id ----
 

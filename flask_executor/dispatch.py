@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flask_executor.abc import PreparedCall
+from flask_executor.abc import PreparedCall, WorkerState
 from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.handles import Task, WorkerHandle
 from flask_executor.jobs import JobStatus
@@ -135,6 +135,12 @@ class Dispatcher:
         """The worker processes by their ids."""
         with self._lock:
             return {worker.process.pid: worker.process for worker in self._workers}
+
+    def crew(self) -> list[WorkerState]:
+        """The worker processes, and what they do."""
+        with self._lock:
+            running = [(worker, worker.tasks[0].id if worker.tasks else None) for worker in self._workers]
+            return [WorkerState(pid=worker.process.pid or 0, busy=id is not None, job=id) for worker, id in running]
 
     def call(self, id: str) -> PreparedCall | None:
         """The call of the job with this id, if it is queued or with a worker."""

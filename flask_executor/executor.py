@@ -8,7 +8,7 @@ import gc
 import re
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, overload
@@ -53,6 +53,7 @@ class OptionValues(TypedDict, total=False):
     no_retry_on: Errors | None
     priority: int | None
     again: bool | None
+    meta: Mapping[str, Any] | None
 
 
 _BINDINGS = "flask_executor_bindings"  # in app.extensions: what each executor has there
@@ -193,6 +194,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         no_retry_on: Errors | None = None,
         priority: int | None = None,
         again: bool | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> ExecutorWithOptions:
         """The same executor with options for the jobs submitted through it.
 
@@ -213,6 +215,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         :param no_retry_on: those of them after which it is not.
         :param priority: higher ones start first, those alike in the order of submission; 0 by default.
         :param again: whether a job under the same key that has failed, was stopped or is lost makes room for this one.
+        :param meta: what is to be known of the job from the beginning, as ``current_job.update(**meta)`` reports it.
         :raises ValueError: for a number that cannot be used.
         """
         return ExecutorWithOptions(
@@ -229,6 +232,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
                 no_retry_on=no_retry_on,
                 priority=priority,
                 again=again,
+                meta=meta,
             ),
         )
 

@@ -70,6 +70,8 @@ class JobOptions:
     retry: Retry | None = None
     #: Higher ones start first; those alike in the order of submission.
     priority: int = 0
+    #: What is known of it beforehand, by name.
+    meta: Mapping[str, Any] | None = None
     #: Whether ``submit_once`` starts anew what has failed.
     again: bool = False
 

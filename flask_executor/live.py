@@ -39,12 +39,13 @@ def is_multithreaded(request: Request) -> bool:
     return bool(request.environ.get("wsgi.multithread"))
 
 
-def live_answer(request: Request, read: Read, places: Places) -> Response:
+def live_answer(request: Request, read: Read, places: Places, *, as_events: bool = False) -> Response:
     """The status document, or a stream of them: what the client asks for, and there is room for.
 
     :param read: reads the document, also when the request is over.
+    :param as_events: whether this url gives streams, where the client has no other wish.
     """
-    if wanted(request) == EVENTS and request.method != "HEAD":
+    if request.method == "GET" and (wanted(request) == EVENTS or (as_events and _takes(request, EVENTS))):
         place = places.take(multithreaded=is_multithreaded(request))
         if place is not None:
             answer = Response(events(read, request.headers.get("Last-Event-ID")), mimetype=EVENTS)
@@ -53,7 +54,7 @@ def live_answer(request: Request, read: Read, places: Places) -> Response:
             answer.headers["X-Accel-Buffering"] = "no"  # or nginx would collect it
             answer.vary.add("Accept")
             return answer
-        if not (request.accept_mimetypes[DOCUMENT] or request.accept_mimetypes[JSON]):
+        if not (_takes(request, DOCUMENT) or _takes(request, JSON)):
             detail = "This process holds as many event streams as it may. Ask again, or for the document as JSON."
             return problem(503, detail, headers={"Retry-After": "2"})
     document, waited = _held(request, read, places)
@@ -63,6 +64,10 @@ def live_answer(request: Request, read: Read, places: Places) -> Response:
     if waited:
         answer.headers["Preference-Applied"] = "wait"
     return answer
+
+
+def _takes(request: Request, mimetype: str) -> bool:
+    return not request.accept_mimetypes or bool(request.accept_mimetypes[mimetype])
 
 
 def _held(request: Request, read: Read, places: Places) -> tuple[Mapping[str, Any] | None, bool]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response as WSGIResponse
 
+from flask_executor.abc import WorkerState
 from flask_executor.actions import Permit, check_permit, sign_permit
 from flask_executor.exceptions import StoreUnavailable
+from flask_executor.futures import FutureProxy
+from flask_executor.jobs import Job
 from flask_executor.live import HTML, live_answer, seconds_between_polls, wanted
 from flask_executor.origins import refuse_from_elsewhere
 from flask_executor.problems import refuse
@@ -31,6 +34,19 @@ class HasJobs(Protocol):
 
     def document(self, id: str) -> Mapping[str, Any] | None:
         """The status document of a job; None when there is none."""
+
+    def describe(self, job: Job) -> Mapping[str, Any]:
+        """The status document of a record."""
+
+    def handle(self, id: str) -> FutureProxy[Any] | None:
+        """The handle of a job, if it is kept somewhere."""
+
+    def crew(self) -> Sequence[WorkerState]:
+        """The workers of this process."""
+
+    @property
+    def waiting_image(self) -> str | None:
+        """Url of an image to show while a job runs."""
 
     @property
     def places(self) -> Places:
@@ -93,10 +109,13 @@ def _permitted(token: str) -> tuple[Permit, HasJobs]:
     return permit, jobs
 
 
-def render_job_page(document: Mapping[str, Any], *, executor_name: str, image: str | None, turn: bool) -> str:
+def render_job_page(
+    document: Mapping[str, Any], *, executor_name: str, image: str | None, turn: bool, action: str | None = None
+) -> str:
     """The page that shows how a job goes on, at the url of the request.
 
     :param image: url of an image to show while the job runs.
+    :param action: where the buttons lead; by default to where they are allowed what this page may.
     :param turn: whether the page becomes another one when the job has succeeded: what the view will return then.
     """
     if _NAME not in current_app.blueprints:
@@ -112,7 +131,7 @@ def render_job_page(document: Mapping[str, Any], *, executor_name: str, image: s
         job=document,
         url=page,
         turn=turn,
-        action=url_for(f"{_NAME}.act"),
+        action=action or url_for(f"{_NAME}.act"),
         token=sign_permit(current_app, permit),
         image=image,
         refresh=None if document["ended"] else seconds_between_polls(document) + 1,
@@ -123,6 +142,12 @@ def render_job_page(document: Mapping[str, Any], *, executor_name: str, image: s
 def translator() -> Callable[[str], str]:
     """What translates a text: the app's ``gettext``, as Flask-Babel has it, or nothing."""
     return cast("Callable[[str], str]", current_app.jinja_env.globals.get("gettext", str))
+
+
+def jobs_of(executor_name: str) -> HasJobs:
+    """What acts on the jobs of an executor in the current app."""
+    jobs: HasJobs = current_app.extensions[_JOBS][executor_name]
+    return jobs
 
 
 # ---- controllers ----

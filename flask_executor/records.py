@@ -12,7 +12,6 @@ from typing import Any
 from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus, LogLine
 
-
 #: What the first element of a key begins with that this package has given to a job for a purpose of its own.
 OURS = "flask_executor."
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, wait
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from flask import Response, abort, has_request_context, redirect, request
 from werkzeug.exceptions import HTTPException
@@ -64,7 +64,7 @@ def require_request() -> None:
 
 
 def starts_anew() -> bool:
-    """Whether the request asks for a new start of what has failed: a POST does, a page that is loaded again does not."""
+    """Whether the request asks for a new start of what has failed: a POST does, loading a page again does not."""
     return request.method not in ("GET", "HEAD")
 
 
@@ -87,7 +87,7 @@ def result_or_answer(executor: Waits, future: FutureProxy[T]) -> T:
                 place.give_back()
     if future.done() and future.status is JobStatus.SUCCEEDED:
         return future.result()
-    _answer(executor, future)
+    raise HTTPException(response=_answer(executor, future)) from _error(future)
 
 
 def _report(executor: Waits, future: FutureProxy[Any]) -> Response:
@@ -100,12 +100,13 @@ def _report(executor: Waits, future: FutureProxy[Any]) -> Response:
     return _unstored(live_answer(request, read, executor.places))
 
 
-def _answer(executor: Waits, future: FutureProxy[Any]) -> NoReturn:
+def _answer(executor: Waits, future: FutureProxy[Any]) -> WSGIResponse:
+    """How a job stands that has no result to go on with."""
     job = future.record()
     document = executor.describe(job)
     as_html = wanted(request) == HTML
     if starts_anew():
-        abort(_at_its_own_page(executor, document, as_html=as_html))
+        return _at_its_own_page(executor, document, as_html=as_html)
     status = _status(job)
     if as_html:
         page = render_job_page(document, executor_name=executor.name, image=executor.waiting_image, turn=True)
@@ -113,7 +114,7 @@ def _answer(executor: Waits, future: FutureProxy[Any]) -> NoReturn:
         answer.vary.add("Accept")
     else:
         answer = document_answer(request, document, status)
-    raise HTTPException(response=_unstored(answer)) from _error(future)
+    return _unstored(answer)
 
 
 def _error(future: FutureProxy[Any]) -> BaseException | None:

@@ -46,11 +46,11 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
-from flask_executor.abc import Backend, BackendOptions, PreparedCall
+from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
 from flask_executor.apps import find_import_string
 from flask_executor.dispatch import Dispatcher
 from flask_executor.exceptions import ConfigError, NotPicklable, WorkerLost
@@ -125,6 +125,9 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     def abandon(self, grace: float) -> None:
         self._supervisor.abandon(grace)
+
+    def crew(self) -> Sequence[WorkerState]:
+        return self._supervisor.dispatcher.crew()
 
     @property
     def workers(self) -> int:

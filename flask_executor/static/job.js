@@ -1,7 +1,6 @@
 /**
  * Follows jobs: every element with data-executor-job="<url>" shows the job that is found there, live.
- * The waiting page is one, and so is each bar of the macro progress(). What there is to fill in is marked with
- * data-executor-part; a part that a template leaves out is simply not filled.
+ * The waiting page is one, and so is each bar of the macro progress(). What is filled in has a data-executor-part.
  *
  *     server ── event stream or polls ──> Follower ── status documents ──> JobView ──> parts, executor:update
  */
@@ -204,13 +203,40 @@ export class Follower {
   }
 }
 
-/** One element and the job in it. */
-class JobView {
+/** An element and its parts; a part that a template leaves out is never filled. */
+export class View {
   constructor(element) {
     this.element = element;
-    this.page = element.dataset.executorPage;
     this.parts = {};
     for (const part of element.querySelectorAll("[data-executor-part]")) this.parts[part.dataset.executorPart] = part;
+  }
+
+  fill(name, text) {
+    const part = this.parts[name];
+    // Setting the same text again would be read out again.
+    if (part && part.textContent !== text) part.textContent = text;
+  }
+
+  show(name, shown) {
+    if (this.parts[name]) this.parts[name].hidden = !shown;
+  }
+
+  /** A bar is as full as the job is done, and moves while nobody knows. */
+  showBar({ status, ended, progress }) {
+    const bar = this.parts.progress;
+    if (!bar) return;
+    if (status === "succeeded") bar.value = 1;
+    else if (typeof progress === "number") bar.value = progress;
+    else if (ended) bar.value = 0;
+    else bar.removeAttribute("value");
+  }
+}
+
+/** An element that follows its job. */
+class JobView extends View {
+  constructor(element) {
+    super(element);
+    this.page = element.dataset.executorPage;
     for (const form of element.querySelectorAll("form")) form.addEventListener("submit", (event) => this.submit(event));
   }
 
@@ -266,15 +292,6 @@ class JobView {
     if (!this.page) return;
     const lead = job.ended ? say(job.status) : unknown ? "" : percent(job.progress);
     document.title = lead ? `${lead} · ${job.name}` : job.name;
-  }
-
-  showBar({ status, ended, progress }) {
-    const bar = this.parts.progress;
-    if (!bar) return;
-    if (status === "succeeded") bar.value = 1;
-    else if (typeof progress === "number") bar.value = progress;
-    else if (ended) bar.value = 0;
-    else bar.removeAttribute("value");
   }
 
   /** Counts on since the last document, by a clock that nobody sets. */
@@ -339,23 +356,13 @@ class JobView {
     this.fill("note", text);
   }
 
-  fill(name, text) {
-    const part = this.parts[name];
-    // Setting the same text again would be read out again.
-    if (part && part.textContent !== text) part.textContent = text;
-  }
-
-  show(name, shown) {
-    if (this.parts[name]) this.parts[name].hidden = !shown;
-  }
-
   emit(type) {
     this.element.dispatchEvent(new CustomEvent(type, { detail: this.job, bubbles: true }));
   }
 }
 
-/** Notes in this tab why the page is reloaded; whether that is another reason than the last time. */
-function remember(reason) {
+/** Notes in this tab why the page is reloaded, and tells whether that is another reason than the last time. */
+export function remember(reason) {
   try {
     const last = sessionStorage.getItem("executor-reloaded") ?? "";
     sessionStorage.setItem("executor-reloaded", reason);

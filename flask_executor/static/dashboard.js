@@ -1,0 +1,328 @@
+/**
+ * The dashboard: asks for the overview and the list of jobs every two seconds, and changes on the page what is different.
+ *
+ *     overview ──> tiles, chart, functions, workers
+ *     list ──> JobList ──> rows          one job, its log ──> Details
+ */
+
+import { View, backoff, pause, percent, problem, remember, say } from "./job.js";
+
+const POLL_DELAY = 2000;
+const PAGE = 50;
+const FILTERS = ["q", "status", "name", "key", "owner"];
+const FAILED = ["failed", "timed_out", "lost"];
+
+const find = (id) => document.getElementById(`executor-${id}`);
+const root = find("dashboard");
+const number = new Intl.NumberFormat(document.documentElement.lang);
+const moment = new Intl.DateTimeFormat(document.documentElement.lang, { dateStyle: "medium", timeStyle: "medium" });
+
+/** "340 ms", "1.2 s", "2 min 5 s", "3 d 4 h": a duration as short as can be. */
+function short(seconds) {
+  if (typeof seconds !== "number") return "–";
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)}\u00a0ms`;
+  if (seconds < 9.95) return `${number.format(Math.round(seconds * 10) / 10)}\u00a0s`;
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole}\u00a0s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)}\u00a0min ${whole % 60}\u00a0s`;
+  if (whole < 86400) return `${Math.floor(whole / 3600)}\u00a0h ${Math.floor((whole % 3600) / 60)}\u00a0min`;
+  return `${Math.floor(whole / 86400)}\u00a0d ${Math.floor((whole % 86400) / 3600)}\u00a0h`;
+}
+
+// The server's clock, for the client's may be wrong: when it answered last, and when that was here.
+const clock = { server: Date.now(), here: performance.now() };
+
+function ago(time) {
+  if (!time) return "–";
+  const seconds = (clock.server + performance.now() - clock.here - Date.parse(time)) / 1000;
+  return seconds < 2 ? say("now") : say("ago", { time: short(Math.floor(seconds)).split(" ")[0] });
+}
+
+/** An answer that said no, with words for people. */
+class Refused extends Error {}
+
+async function ask(url, { method = "GET", headers = {} } = {}) {
+  const token = document.querySelector('meta[name="csrf-token"]')?.content;
+  if (token && method !== "GET") headers["X-CSRFToken"] = token;
+  headers.Accept = "application/json";
+  const response = await fetch(url, { method, headers, cache: "no-store", redirect: "manual" });
+  if (response.status >= 400 && response.status < 500) {
+    throw Object.assign(new Refused(await problem(response)), { status: response.status });
+  }
+  if (response.type === "opaqueredirect") throw Object.assign(new Refused(say("denied")), { status: 401 });
+  if (!response.ok && response.status !== 304) throw new Error(response.statusText);
+  return response;
+}
+
+/** What a URL holds, which is sent only when it has changed. */
+class Resource {
+  data = null;
+  #etag = null;
+
+  constructor(url) {
+    this.url = url;
+  }
+
+  async get() {
+    const response = await ask(this.url, { headers: this.#etag ? { "If-None-Match": this.#etag } : {} });
+    const date = Date.parse(response.headers.get("Date"));
+    if (date) Object.assign(clock, { server: date, here: performance.now() });
+    if (response.status !== 304) {
+      this.data = await response.json();
+      this.#etag = response.headers.get("ETag");
+    }
+    return this.data;
+  }
+}
+
+/** The newest jobs that match, as many pages of them as were asked for. */
+class JobList {
+  known = new Map();
+  #pages = [];
+  #turn = 0;
+
+  reset(url) {
+    this.known.clear();
+    this.#pages = [new Resource(url)];
+  }
+
+  get loaded() {
+    return this.#pages[0].data !== null;
+  }
+
+  get next() {
+    return this.#pages.at(-1).data?.next;
+  }
+
+  get jobs() {
+    return [...this.known.values()].sort((a, b) => (a.queued_at < b.queued_at ? 1 : a.queued_at > b.queued_at ? -1 : 0));
+  }
+
+  async more() {
+    this.#pages.push(new Resource(this.next));
+    await this.#load(this.#pages.length - 1);
+  }
+
+  /** Asks for the first page and one of the others in turn, so that many pages cost no more than two. */
+  async refresh() {
+    await this.#load(0);
+    if (this.#pages.length < 2) return;
+    this.#turn = (this.#turn % (this.#pages.length - 1)) + 1;
+    await this.#load(this.#turn);
+  }
+
+  async #load(index) {
+    const pages = this.#pages;
+    const before = pages[index - 1]?.data;
+    if (before && !before.next) return void pages.splice(index);
+    // New jobs move the border between two pages.
+    if (before && pages[index].url !== before.next) pages[index] = new Resource(before.next);
+    const { jobs, next } = await pages[index].get();
+    if (pages !== this.#pages) return;
+    const newest = before?.jobs.at(-1)?.queued_at ?? "~";
+    const oldest = next ? jobs.at(-1).queued_at : "";
+    for (const { id, queued_at: at } of this.known.values()) if (at < newest && at > oldest) this.known.delete(id);
+    for (const job of jobs) this.known.set(job.id, job);
+  }
+}
+
+/** Makes the rows of a container those of the items, touching only what is different. */
+function sync(container, template, items, key, fill) {
+  const views = (container.views ??= new Map());
+  const wanted = new Set(items.map(key));
+  for (const [name, view] of views) {
+    if (wanted.has(name)) continue;
+    view.element.remove();
+    views.delete(name);
+  }
+  items.forEach((item, index) => {
+    const name = key(item);
+    if (!views.has(name)) views.set(name, new View(find(template).content.firstElementChild.cloneNode(true)));
+    const view = views.get(name);
+    fill(view, item);
+    if (container.children[index] !== view.element) container.insertBefore(view.element, container.children[index] ?? null);
+  });
+}
+
+/** What a row and the details of a job have in common. */
+function fillJob(view, job) {
+  const unknown = typeof job.progress !== "number";
+  view.element.dataset.executorStatus = job.status;
+  view.element.dataset.executorId = job.id;
+  view.fill("status", say(job.stop_requested && !job.ended ? "stopping" : job.status));
+  view.fill("key", job.key ?? "");
+  view.fill("owner", job.owner ?? "");
+  view.fill("message", job.message ?? "");
+  view.fill("percent", unknown ? "" : percent(job.progress));
+  view.fill("duration", short(job.elapsed));
+  view.showBar(job);
+  view.show("stop", Boolean(job.links?.stop) && !job.ended);
+  view.show("retry", Boolean(job.links?.retry));
+  view.parts.stop.setAttribute("aria-disabled", String(job.stop_requested));
+}
+
+function fillRow(view, job) {
+  fillJob(view, job);
+  view.fill("name", job.name);
+  view.show("progress", !job.ended);
+  view.parts.progress.ariaLabel = job.name;
+  view.parts.stop.ariaLabel = `${view.parts.stop.textContent}: ${job.name}`;
+  view.parts.retry.ariaLabel = `${view.parts.retry.textContent}: ${job.name}`;
+  for (const [part, time] of [["queued", job.queued_at], ["started", job.started_at]]) {
+    view.fill(part, ago(time));
+    view.parts[part].title = time ? moment.format(new Date(time)) : "";
+    view.parts[part].dateTime = time ?? "";
+  }
+  if (job.ended && job.error) view.fill("message", job.error);
+}
+
+/** One job in full, with its log, live while it is open. */
+class Details extends View {
+  job = null;
+
+  open(job) {
+    this.job = job;
+    this.parts.log.replaceChildren();
+    this.last = null;
+    this.fill("note", "");
+    this.render();
+    this.element.showModal();
+    this.follow(job);
+  }
+
+  async follow({ id, links }) {
+    const [self, log] = [links?.self, links?.log].map((url) => url && new Resource(url));
+    while (this.element.open && this.job.id === id) {
+      try {
+        // The job first: what it logged at its very end is there once it has ended.
+        const job = (await self?.get()) ?? this.job;
+        const lines = (await log?.get())?.lines ?? [];
+        if (this.job.id !== id) return;
+        this.job = job;
+        this.render();
+        this.append(lines);
+      } catch (error) {
+        this.fill("note", error instanceof Refused ? error.message : say("connection_lost"));
+      }
+      await pause(POLL_DELAY);
+    }
+  }
+
+  render() {
+    const { job } = this;
+    fillJob(this, job);
+    this.fill("title", job.name);
+    this.fill("error", job.error ?? "");
+    for (const part of ["id", "attempt"]) this.fill(part, String(job[part]));
+    for (const part of ["queued_at", "started_at", "ended_at"]) {
+      this.fill(part, job[part] ? moment.format(new Date(job[part])) : "–");
+    }
+    const meta = Object.entries(job.meta ?? {}).map(([name, value]) => `${name}: ${JSON.stringify(value)}`);
+    this.fill("meta", meta.join("\n"));
+    for (const part of ["key", "owner", "meta"]) this.parts[part].parentElement.hidden = !this.parts[part].textContent;
+    this.show("self", Boolean(job.links?.self));
+    if (job.links?.self) this.parts.self.href = job.links.self;
+  }
+
+  append(lines) {
+    const { log } = this.parts;
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
+    const identity = (line) => line.time + line.text;
+    const start = lines.findLastIndex((line) => identity(line) === this.last) + 1;
+    if (!start) log.replaceChildren();
+    for (const line of lines.slice(start)) {
+      const view = new View(find("log-line").content.firstElementChild.cloneNode(true));
+      view.element.dataset.executorLevel = line.level;
+      view.fill("time", new Date(line.time).toLocaleTimeString(document.documentElement.lang));
+      view.parts.time.title = line.logger;
+      view.fill("level", line.level);
+      view.fill("text", line.text);
+      log.append(view.element);
+    }
+    if (lines.length) this.last = identity(lines.at(-1));
+    this.show("log", lines.length > 0);
+    this.show("log_empty", lines.length === 0);
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  }
+}
+
+function svg(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+// Around (0, 0): a disc, a cross, an hourglass; a square for all that was stopped.
+const SHAPES = {
+  succeeded: "M-3.5,0a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0",
+  failed: "M-4,-4L4,4M4,-4L-4,4",
+  lost: "M-4,-4L4,4M4,-4L-4,4",
+  timed_out: "M-4,-4H4L-4,4H4Z",
+  other: "M-3.5,-3.5H3.5V3.5H-3.5Z",
+};
+
+/** One mark for each job that ended: the later the further right, the longer the higher, by powers of ten. */
+function drawChart(recent) {
+  const place = find("chart");
+  const [width, height, top, bottom, side] = [place.clientWidth, 176, 10, 10, 52];
+  const ran = recent.filter(({ seconds }) => typeof seconds === "number");
+  place.hidden = !ran.length;
+  if (!ran.length || !width) return;
+  const exponents = ran.map(({ seconds }) => Math.log10(Math.max(seconds, 0.001)));
+  const low = Math.floor(Math.min(...exponents));
+  const high = Math.max(Math.ceil(Math.max(...exponents)), low + 1);
+  const y = (exponent) => top + ((high - exponent) / (high - low)) * (height - top - bottom);
+  const x = (index) => side + 8 + ((index + 0.5) / ran.length) * (width - side - 16);
+  const drawing = svg("svg", { width, height, role: "img", "aria-labelledby": "executor-chart-text" });
+  for (let power = low; power <= high; power++) {
+    drawing.append(
+      svg("line", { x1: side, x2: width, y1: y(power), y2: y(power) }),
+      svg("text", { x: side - 8, y: y(power), dy: "0.32em", "text-anchor": "end" }, short(10 ** power).split(" ")[0]),
+    );
+  }
+  ran.forEach(({ name, status, seconds }, index) => {
+    const at = `translate(${x(index)} ${y(exponents[index])})`;
+    const title = svg("title", {}, `${name}: ${say(status)}, ${short(seconds)}`);
+    drawing.append(svg("path", { d: SHAPES[status] ?? SHAPES.other, transform: at, "data-executor-status": status }, title));
+  });
+  place.replaceChildren(drawing);
+  const sorted = ran.map(({ seconds }) => seconds).sort((a, b) => a - b);
+  find("chart-text").textContent = say("chart", {
+    n: ran.length,
+    median: short(sorted[Math.floor(sorted.length / 2)]),
+    longest: short(sorted.at(-1)),
+    failed: ran.filter(({ status }) => FAILED.includes(status)).length,
+  });
+}
+
+function showOverview({ counts, sampled, functions, health, workers }) {
+  const of = (...statuses) => statuses.reduce((sum, status) => sum + (counts[status] ?? 0), 0);
+  const [good, failed] = [of("succeeded"), of(...FAILED)];
+  const share = (part) => (good + failed ? say("share", { percent: rate(part, good + failed) }) : "\u00a0");
+  tiles.fill("running", number.format(of("running")));
+  tiles.fill("running_note", health.workers ? say("busy_workers", health) : "\u00a0");
+  tiles.fill("queued", number.format(of("queued")));
+  tiles.fill("queued_note", health.oldest_wait ? say("oldest_wait", { time: short(health.oldest_wait) }) : "\u00a0");
+  tiles.fill("succeeded", number.format(good));
+  tiles.fill("succeeded_note", sampled ? say("of_newest", { n: number.format(sampled) }) : "\u00a0");
+  tiles.fill("failed", number.format(failed));
+  tiles.fill("failed_note", share(failed));
+  const state = !health.store_reachable ? "store_away" : health.accepting ? "healthy" : "not_accepting";
+  find("health").dataset.executorStatus = state === "healthy" ? "succeeded" : "failed";
+  if (find("health").textContent !== say(state)) find("health").textContent = say(state);
+  sync(find("function-rows"), "function-row", functions, ({ name }) => name, (view, row) => {
+    view.fill("name", row.name);
+    view.fill("count", number.format(row.count));
+    view.fill("success", row.succeeded + row.failed ? rate(row.succeeded, row.succeeded + row.failed) : "–");
+    view.fill("median", short(row.median));
+    view.fill("p95", short(row.p95));
+  });
+  sync(find("worker-rows"), "worker-row", workers, ({ pid, kind, job }) => `${kind} ${pid}`, (view, row) => {
+    view.element.dataset.executorStatus = row.busy ? "running" : "queued";
+    view.fill("state", say(row.busy ? "busy" : "idle"));
+    view.fill("pid", String(row.pid));
+    view.fill("memory", row.memory ? `${number.format(Math.round(row.memory / 2 ** 20))}\u00a0MiB` : "–");
+    view.fill("job", row.job ? (list.known.get(row.job)?.name ?? row.job.slice(0, 8)) : "–");
+  });
+}

@@ -1,0 +1,185 @@
+"""The arguments of a function that is started over HTTP: what it takes, and whether a JSON object fits."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Union
+
+_PLAIN: dict[Any, str] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+    None: "null",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mismatch:
+    """Why arguments do not fit."""
+
+    #: Which value, as a JSON pointer (RFC 6901): ``/pages/0``.
+    pointer: str
+    #: What is wrong with it.
+    detail: str
+
+
+class MismatchError(Exception):
+    """Arguments do not fit; ``args`` are what is wrong, each a :class:`Mismatch`."""
+
+
+class Parameters(Protocol):
+    """What a function takes."""
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments to call it with.
+
+        :raises MismatchError: for what does not fit.
+        """
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of such an object."""
+
+
+def parameters_of(fn: Callable[..., Any]) -> Parameters:
+    """What ``fn`` takes, checked by pydantic where that is installed, else by its simpler annotations.
+
+    :raises TypeError: for a function that cannot be called with keyword arguments only.
+    """
+    accepted: dict[str, inspect.Parameter] = {}
+    more = False
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            more = True
+        elif parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+            raise TypeError(
+                f"{fn!r} cannot be exposed: its argument {name!r} can only be given by position, and a JSON object "
+                "gives arguments by name"
+            )
+        elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            accepted[name] = parameter
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(fn), include_extras=True)
+    except Exception:  # an annotation that is no type, or is not there at run time: it is documentation then
+        hints = {}
+    annotated = {name: (hints.get(name, Any), parameter.default) for name, parameter in accepted.items()}
+    try:
+        import pydantic
+    except ImportError:
+        return PlainParameters(annotated, more)
+    return PydanticParameters(pydantic, annotated, more)
+
+
+class PlainParameters:
+    """Checks names, and those types that JSON has."""
+
+    def __init__(self, annotated: Mapping[str, tuple[Any, Any]], more: bool) -> None:
+        self._annotated = annotated
+        self._more = more
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        wrong = [
+            Mismatch(pointer=_pointer([name]), detail="there is no such argument")
+            for name in given
+            if name not in self._annotated and not self._more
+        ]
+        for name, (hint, default) in self._annotated.items():
+            if name in given:
+                if not _fits(given[name], hint):
+                    wrong.append(Mismatch(pointer=_pointer([name]), detail=f"must be {_in_words(hint)}"))
+            elif default is inspect.Parameter.empty:
+                wrong.append(Mismatch(pointer=_pointer([name]), detail="is missing"))
+        if wrong:
+            raise MismatchError(*wrong)
+        return dict(given)
+
+    def schema(self) -> dict[str, Any]:
+        properties = {name: _schema(hint) for name, (hint, _) in self._annotated.items()}
+        required = [name for name, (_, default) in self._annotated.items() if default is inspect.Parameter.empty]
+        return {
+            "type": "object",
+            "properties": properties,
+            "additionalProperties": self._more,
+            **({"required": required} if required else {}),
+        }
+
+
+class PydanticParameters:
+    """Checks and converts as pydantic does, in its lax mode."""
+
+    def __init__(self, pydantic: Any, annotated: Mapping[str, tuple[Any, Any]], more: bool) -> None:
+        self._pydantic = pydantic
+        self._names = {f"argument_{number}": name for number, name in enumerate(annotated)}
+        fields: dict[str, Any] = {
+            field: (
+                annotated[name][0],
+                pydantic.Field(
+                    **({} if annotated[name][1] is inspect.Parameter.empty else {"default": annotated[name][1]}),
+                    alias=name,  # a field could not have every name that an argument can
+                ),
+            )
+            for field, name in self._names.items()
+        }
+        config = pydantic.ConfigDict(extra="allow" if more else "forbid", arbitrary_types_allowed=True)
+        self._model = pydantic.create_model("Arguments", __config__=config, **fields)
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            model = self._model.model_validate(dict(given))
+        except self._pydantic.ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            raise MismatchError(*(Mismatch(pointer=_pointer(one["loc"]), detail=one["msg"]) for one in found)) from None
+        arguments = {name: getattr(model, field) for field, name in self._names.items() if name in given}
+        return {**arguments, **(model.model_extra or {})}
+
+    def schema(self) -> dict[str, Any]:
+        try:
+            schema: dict[str, Any] = self._model.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
+        except self._pydantic.errors.PydanticInvalidForJsonSchema:
+            return {"type": "object"}
+        schema.pop("title", None)
+        return schema
+
+
+def _pointer(path: typing.Iterable[object]) -> str:
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in typing.get_args(hint))
+    kind = origin or hint
+    if kind not in _PLAIN:
+        return True  # what it means is the function's to say
+    if kind is None:
+        return value is None
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _schema(hint: Any) -> dict[str, Any]:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_schema(one) for one in typing.get_args(hint)]}
+    if origin is Literal:
+        return {"enum": list(typing.get_args(hint))}
+    kind = origin or hint
+    return {"type": _PLAIN[kind]} if kind in _PLAIN else {}
+
+
+def _in_words(hint: Any) -> str:
+    schema = _schema(hint)
+    if "enum" in schema:
+        return "one of " + ", ".join(map(repr, schema["enum"]))
+    return " or ".join(one.get("type", "anything") for one in schema.get("anyOf", [schema]))

@@ -1,0 +1,472 @@
+"""The HTTP face of an executor."""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, session, url_for
+from flask.blueprints import BlueprintSetupState
+from werkzeug.wrappers import Response as WSGIResponse
+
+from flask_executor.documents import describe_key, describe_line
+from flask_executor.exceptions import (
+    ConfigError,
+    ExecutorShutdown,
+    NotPicklable,
+    QueueFull,
+    ResultExpired,
+    StoreUnavailable,
+    UntrustedResult,
+)
+from flask_executor.executor import Executor, ExecutorJob
+from flask_executor.helpers import callable_name
+from flask_executor.jobs import Job, JobStatus
+from flask_executor.live import HTML, document_answer, live_answer, wanted
+from flask_executor.origins import refuse_from_elsewhere
+from flask_executor.pages import HasJobs, jobs_of, register_controller, render_job_page, translator
+from flask_executor.problems import problem, refuse
+from flask_executor.records import OURS
+from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
+from flask_executor.web.openapi import document as openapi_document
+from flask_executor.web.overview import overview
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Decides whether the current request may do this with a job: ``authorize("stop", job)``.
+Authorize = Callable[[str, "Job | None"], object]
+
+_RUN = f"{OURS}run"  # what the keys of jobs begin with that were started here, so that their handles are held
+_STARTED = "started_with"  # in the meta of a job: what it was started as, to be started again
+_SESSION = "_flask_executor_owner"
+_MOST_LISTED = 200  # jobs in one answer
+_MOST_SEARCHED = 20_000  # newest jobs that are looked through
+_GONE = "There was such a job, and its record has expired."
+_NONE = "There is no such job, or it is none of yours."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exposed:
+    """A function that can be started over HTTP."""
+
+    name: str
+    #: What submits it: an executor's job, or a plain function.
+    fn: Callable[..., Any]
+    parameters: Parameters
+
+
+class Controller(Blueprint):
+    """Start, watch and stop jobs over HTTP.
+
+    .. code-block:: python
+
+        controller = Controller(executor, authorize=lambda action, job: current_user.is_admin)
+        controller.expose(render)
+        app.register_blueprint(controller, url_prefix="/jobs")
+
+    Denies by default: only what was exposed can be started, and a job is only there for whoever has started it. Each
+    route is a method, to be overridden in a class of your own, which calls ``super()`` where it goes on as here.
+
+    :param executor: whose jobs these are.
+    :param authorize: called with what is to be done (``"list"``, ``"dashboard"``, ``"health"``, or with a job of
+        somebody else's ``"status"``, ``"result"``, ``"log"``, ``"stop"``, ``"retry"``) and the job or None; what it
+        returns decides, and it may leave the view by itself. None allows none of these.
+    :param owner: tells whose the jobs are that the current request starts, as a string or number; None for nobody
+        that is known. By default, and for those, a random token in the signed session does.
+    :param name: of the blueprint.
+    :param max_body: most bytes of the arguments of a job.
+    :param options: further ones of :class:`flask.Blueprint`.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        authorize: Authorize | None = None,
+        owner: Callable[[], object] | None = None,
+        name: str = "executor",
+        *,
+        max_body: int = 1024 * 1024,
+        **options: Any,
+    ) -> None:
+        super().__init__(name, __name__, **options)
+        self.executor = executor
+        self.max_body = max_body
+        self.exposed: dict[str, Exposed] = {}
+        self._authorize = authorize
+        self._owner = owner
+        self._route("/", "index", GET=self.index)
+        self._route("/overview", "overview", GET=self.overview)
+        self._route("/health", "health", GET=self.health)
+        self._route("/openapi.json", "openapi", GET=self.openapi)
+        self._route("/run/<name>", "run", POST=self.run)
+        self._route("/<id>", "job", GET=self.job, DELETE=self.stop, POST=self.act)
+        self._route("/<id>/result", "result", GET=self.result)
+        self._route("/<id>/log", "log", GET=self.log)
+        self._route("/<id>/events", "events", GET=self.events)
+        self._route("/<id>/retry", "retry", POST=self.retry)
+        self.record(self._mounted)
+
+    def _mounted(self, state: BlueprintSetupState) -> None:
+        name = f"{state.name_prefix}.{state.name}".lstrip(".")
+        register_controller(cast(Flask, state.app), self.executor.name, name, self.owner)
+
+    def expose(self, fn: F, name: str | None = None) -> F:
+        """Let this function be started by ``POST /run/<name>``; can be used as a decorator.
+
+        Its arguments come from outside. They are checked against its signature and annotations, by pydantic where that
+        is installed.
+
+        :param fn: a function, or what :meth:`Executor.job <flask_executor.Executor.job>` made of one, with its options.
+        :param name: how it is called in the url; by default as jobs of it are.
+        :raises TypeError: for a function that cannot be called with keyword arguments only.
+        :raises ValueError: for a name that is taken or has a slash.
+        """
+        name = name or callable_name(fn)
+        if "/" in name:
+            raise ValueError(f"the name {name!r} has a slash; give another one: expose(fn, name=...)")
+        if name in self.exposed:
+            raise ValueError(f"{name!r} is exposed already; give another name: expose(fn, name=...)")
+        self.exposed[name] = Exposed(name=name, fn=fn, parameters=parameters_of(fn))
+        return fn
+
+    # ---- who may do what ----
+
+    def owner(self) -> str:
+        """Whose the jobs are that this request starts.
+
+        :raises ConfigError: when nobody is known, and without a SECRET_KEY no session can tell either.
+        """
+        owner = self._known_owner()
+        if owner is None:
+            if not current_app.secret_key:
+                raise ConfigError(
+                    "SECRET_KEY", None, "set, so that a session can tell whose a job is, or pass owner= to Controller"
+                )
+            owner = session[_SESSION] = f"session:{secrets.token_urlsafe(16)}"
+        return owner
+
+    def _known_owner(self) -> str | None:
+        owner = None if self._owner is None else self._owner()
+        return str(owner) if owner is not None else session.get(_SESSION)
+
+    def may(self, action: str, job: Job | None = None) -> bool:
+        """Whether the current request may do this: its own jobs it may do everything with."""
+        if job is not None and job.owner is not None and job.owner == self._known_owner():
+            return True
+        return self._authorize is not None and bool(self._authorize(action, job))
+
+    def require(self, action: str) -> None:
+        """Leave the view if the current request may not do this."""
+        if not self.may(action):
+            refuse(403, f"This needs authorize({action!r}, None) of the Controller to allow it.")
+
+    def find(self, action: str, id: str) -> Job:
+        """The job with this id, if the current request may do this with it; otherwise leave the view, with a 404."""
+        records = self.executor.jobs
+        job = records.get(id)
+        if job is None and records.expired(id):
+            refuse(410, _GONE)
+        if job is None or not self.may(action, job):
+            refuse(404, _NONE)
+        return job
+
+    # ---- starting ----
+
+    def run(self, name: str) -> WSGIResponse:
+        """``POST /run/<name>``: start what is exposed under this name."""
+        refuse_from_elsewhere(request)
+        if name not in self.exposed:
+            refuse(404, f"Nothing is exposed as {name!r}.")
+        return self.start(name, self.read_arguments(), self.owner())
+
+    def read_arguments(self) -> dict[str, Any]:
+        """The JSON object in the body of the request; an empty one for no body."""
+        if (request.content_length or 0) > self.max_body:
+            refuse(413, f"The body has {request.content_length} bytes; {self.max_body} are allowed.")
+        body = request.stream.read(self.max_body + 1)
+        if len(body) > self.max_body:
+            refuse(413, f"The body has more than the {self.max_body} bytes that are allowed.")
+        request.stream = io.BytesIO(body)  # for the job, which may read it too
+        if not body:
+            return {}
+        if not request.is_json:
+            refuse(415, "The arguments must be a JSON object: send it with Content-Type: application/json.")
+        try:
+            arguments = json.loads(body, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            refuse(400, f"The body cannot be read as JSON: {str(error)[:200]}.")
+        if not isinstance(arguments, dict):
+            refuse(400, "The body must be a JSON object, with the arguments by name.")
+        return arguments
+
+    def start(self, name: str, arguments: Mapping[str, Any], owner: str | None) -> WSGIResponse:
+        """Start a job, and tell where it is."""
+        exposed = self.exposed[name]
+        try:
+            kwargs = exposed.parameters.check(arguments)
+        except MismatchError as error:
+            wrong = [{"pointer": one.pointer, "detail": one.detail} for one in error.args]
+            refuse(422, f"The arguments do not fit {name!r}.", errors=wrong)
+        options: dict[str, Any] = {
+            "owner": owner,
+            "key": (_RUN, secrets.token_hex(8)),
+            "meta": {_STARTED: {"name": name, "arguments": dict(arguments)}},
+        }
+        submit: Callable[..., Any]
+        if isinstance(exposed.fn, ExecutorJob):
+            submit = exposed.fn.options(**options).submit
+        else:
+            submit = partial(self.executor.options(name=name, **options).submit, exposed.fn)
+        try:
+            future = submit(**kwargs)
+        except QueueFull:
+            refuse(503, "So many jobs are waiting that no more are accepted. Try again.", headers={"Retry-After": "5"})
+        except ExecutorShutdown:
+            refuse(503, "This process ends and accepts no more jobs. Try again.", headers={"Retry-After": "5"})
+        document = self.describe(future.record(), self._url("index"))
+        answer = document_answer(request, document, 202)
+        answer.headers["Location"] = document["links"]["self"]
+        return answer
+
+    def retry(self, id: str) -> WSGIResponse:
+        """``POST /<id>/retry``: start a job again that was started here, and has not succeeded."""
+        refuse_from_elsewhere(request)
+        job = self.find("retry", id)
+        started = self._can_be_started_again(job)
+        if started is None:
+            refuse(409, "Only a job that was started here, and has ended other than by success, can be started again.")
+        return self.start(started["name"], started["arguments"], job.owner)
+
+    def _can_be_started_again(self, job: Job) -> Mapping[str, Any] | None:
+        """What it was started with."""
+        started = job.meta.get(_STARTED)
+        if not job.status.ended or job.status is JobStatus.SUCCEEDED or not isinstance(started, Mapping):
+            return None
+        return started if started.get("name") in self.exposed else None
+
+    # ---- one job ----
+
+    def describe(self, job: Job, base: str, jobs: HasJobs | None = None) -> dict[str, Any]:
+        """The status document of a job, with the urls that belong to it.
+
+        :param base: the url of the list. The request may be over when this is called, in an event stream.
+        """
+        itself = f"{base}{job.id}"
+        links = {"self": itself, "events": f"{itself}/events", "log": f"{itself}/log"}
+        if not job.status.ended:
+            links["stop"] = itself
+        elif job.status is JobStatus.SUCCEEDED:
+            links["result"] = f"{itself}/result"
+        elif self._can_be_started_again(job) is not None:
+            links["retry"] = f"{itself}/retry"
+        return {**(jobs or self.jobs).describe(job), "links": links}
+
+    def job(self, id: str) -> WSGIResponse:
+        """``GET /<id>``: how a job stands, as a document, or as a page."""
+        job = self.find("status", id)
+        if wanted(request) != HTML:
+            return live_answer(request, self._reader(id), self.jobs.places)
+        page = render_job_page(
+            self.describe(job, self._url("index")),
+            executor_name=self.executor.name,
+            image=self.jobs.waiting_image,
+            turn=False,
+            action=self._url("job", id=id),
+        )
+        answer = Response(page, mimetype=HTML)
+        answer.headers["Cache-Control"] = "no-store"
+        answer.vary.add("Accept")
+        return answer
+
+    def events(self, id: str) -> WSGIResponse:
+        """``GET /<id>/events``: the same as it goes on, as server-sent events."""
+        self.find("status", id)
+        return live_answer(request, self._reader(id), self.jobs.places, as_events=True)
+
+    def _reader(self, id: str) -> Callable[[], Mapping[str, Any] | None]:
+        """Reads the status document, also when the request is over."""
+        records, base, jobs = self.executor.jobs, self._url("index"), self.jobs
+
+        def read() -> Mapping[str, Any] | None:
+            job = records.get(id)
+            return None if job is None else self.describe(job, base, jobs)
+
+        return read
+
+    def stop(self, id: str) -> WSGIResponse:
+        """``DELETE /<id>``: ask a job to stop."""
+        refuse_from_elsewhere(request)
+        self.find("stop", id)
+        if not self.jobs.stop_job(id):
+            return Response(status=204)
+        return document_answer(request, self.describe(self.find("stop", id), self._url("index")), 202)
+
+    def act(self, id: str) -> WSGIResponse:
+        """``POST /<id>``: what the buttons of the job's page do."""
+        do = {"stop": self.stop, "retry": self.retry}.get(request.form.get("action", ""))
+        if do is None:
+            refuse(400, "The action is missing: it must be 'stop' or 'retry'.")
+        answer = do(id)
+        if wanted(request) != HTML:
+            return answer
+        return redirect(answer.headers.get("Location", self._url("job", id=id)), 303)
+
+    def result(self, id: str) -> WSGIResponse:
+        """``GET /<id>/result``: what it has returned."""
+        job = self.find("result", id)
+        if not job.status.ended:
+            refuse(409, f"The job has not ended: it is {job.status}.", headers={"Retry-After": "1"}, job=job.status)
+        if job.status is not JobStatus.SUCCEEDED:
+            refuse(409, f"The job has no result: it has {_ENDS[job.status]}.", job=job.status)
+        future = self.jobs.handle(id)
+        try:
+            result = None if future is None else future.result(timeout=10)
+        except (ResultExpired, UntrustedResult, NotPicklable):
+            future = None
+        if future is None:
+            refuse(410, "The result is not kept any more.")
+        try:
+            body = current_app.json.dumps(result)
+        except (TypeError, ValueError, RecursionError):
+            refuse(406, f"The result is a {type(result).__name__}, which JSON does not have.")
+        answer = Response(body, mimetype="application/json")
+        answer.headers["Cache-Control"] = "private, no-cache"
+        answer.add_etag()
+        answer.make_conditional(request)
+        return answer
+
+    def log(self, id: str) -> WSGIResponse:
+        """``GET /<id>/log``: the last lines that it has logged."""
+        self.find("log", id)
+        return _as_json({"lines": [describe_line(line) for line in self.executor.jobs.log(id)]})
+
+    # ---- all jobs ----
+
+    def index(self) -> WSGIResponse:
+        """``GET /``: the jobs, youngest first; browsers get the dashboard."""
+        if wanted(request) == HTML:
+            self.require("dashboard")
+            return self.dashboard()
+        self.require("list")
+        jobs, more = self._listed()
+        base = self._url("index")
+        documents = [{**self.describe(job, base), "owner": job.owner} for job in jobs]
+        following = self._url("index", **{**request.args, "before": jobs[-1].id}) if more else None
+        return _as_json({"jobs": documents, "next": following})
+
+    def _listed(self) -> tuple[Sequence[Job], bool]:
+        """The jobs of the page that is asked for, and whether there is another one."""
+        status, name, owner = (request.args.get(given) or None for given in ("status", "name", "owner"))
+        if status is not None and status not in list(JobStatus):
+            refuse(400, f"status is {status!r}; it must be one of {', '.join(JobStatus)}.")
+        limit = request.args.get("limit", "50")
+        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _MOST_LISTED):
+            refuse(400, f"limit is {limit[:50]!r}; it must be a number from 1 to {_MOST_LISTED}.")
+        key, text, before = (request.args.get(given) or None for given in ("key", "q", "before"))
+        most = _MOST_SEARCHED if key or text or before else int(limit) + 1
+        found = self.executor.jobs.list(status=status, name=name, owner=owner, limit=most)
+        if before is not None:
+            ids = [job.id for job in found]
+            found = found[ids.index(before) + 1 :] if before in ids else []
+        matching = [job for job in found if (key is None or describe_key(job.key) == key) and _has(job, text)]
+        return matching[: int(limit)], len(matching) > int(limit)
+
+    def dashboard(self) -> WSGIResponse:
+        """The page that shows all jobs, and how the executor is doing."""
+        page = render_template(
+            "flask_executor/dashboard.html",
+            title=f"{self.executor.name or current_app.name}: jobs",
+            list_url=self._url("index"),
+            overview_url=self._url("overview"),
+            translate=translator(),
+        )
+        answer = Response(page, mimetype=HTML)
+        answer.headers["Cache-Control"] = "no-store"
+        answer.vary.add("Accept")
+        return answer
+
+    def overview(self) -> WSGIResponse:
+        """``GET /overview``: counts, durations and workers, for the dashboard."""
+        self.require("dashboard")
+        health = self.executor.health()
+        return _as_json(overview(self.executor.jobs, health, self.jobs.crew()))
+
+    def health(self) -> WSGIResponse:
+        """``GET /health``: 200 while jobs are accepted and the store answers, else 503."""
+        health = self.executor.health()
+        good = health.accepting and health.store_reachable
+        document: dict[str, Any] = {"status": "ok" if good else "unavailable"}
+        if self.may("health"):
+            document.update({name: getattr(health, name) for name in health.__dataclass_fields__})
+        answer = Response(json.dumps(document), 200 if good else 503, mimetype="application/json")
+        answer.headers["Cache-Control"] = "no-store"
+        return answer
+
+    def openapi(self) -> WSGIResponse:
+        """``GET /openapi.json``: all of this, as OpenAPI 3.1 describes it."""
+        return _as_json(openapi_document(self._url("index"), list(self.exposed.values())))
+
+    # ---- the work ----
+
+    @property
+    def jobs(self) -> HasJobs:
+        """What acts on the jobs of the executor in the current app."""
+        return jobs_of(self.executor.name)
+
+    def _url(self, endpoint: str, **values: Any) -> str:
+        return url_for(f"{request.blueprint}.{endpoint}", **values)
+
+    def _route(self, rule: str, endpoint: str, **views: Callable[..., WSGIResponse]) -> None:
+        """One url; its answers to other methods, and its errors, are problems too."""
+        allowed = sorted({*views, "OPTIONS", *(["HEAD"] if "GET" in views else [])})
+
+        def view(**values: str) -> WSGIResponse:
+            if request.method == "OPTIONS":
+                return Response(status=204, headers={"Allow": ", ".join(allowed)})
+            answer = views.get("GET" if request.method == "HEAD" else request.method)
+            if answer is None:
+                allow = {"Allow": ", ".join(allowed)}
+                return problem(405, f"This url takes {', '.join(allowed)}.", headers=allow)
+            try:
+                return answer(**values)
+            except StoreUnavailable:
+                return problem(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
+
+        self.add_url_rule(rule, endpoint, view, methods=_METHODS, provide_automatic_options=False)
+
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_ENDS = {
+    JobStatus.FAILED: "failed",
+    JobStatus.STOPPED: "been stopped",
+    JobStatus.KILLED: "been stopped by force",
+    JobStatus.TIMED_OUT: "run out of time",
+    JobStatus.LOST: "been lost",
+    JobStatus.CANCELLED: "been cancelled",
+}
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _has(job: Job, text: str | None) -> bool:
+    """Whether a job is what somebody looks for who has typed this."""
+    if text is None:
+        return True
+    text = text.casefold()
+    return any(text in (field or "").casefold() for field in (job.name, describe_key(job.key), job.owner, job.id))
+
+
+def _as_json(value: Any) -> Response:
+    answer = Response(json.dumps(value), mimetype="application/json")
+    answer.headers["Cache-Control"] = "private, no-cache"
+    answer.vary.add("Accept")
+    answer.add_etag(weak=True)
+    answer.make_conditional(request)
+    return answer

@@ -1,0 +1,221 @@
+"""The controller's urls as `OpenAPI 3.1 <https://spec.openapis.org/oas/v3.1.0>`_ describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from flask_executor.jobs import JobStatus
+from flask_executor.live import DOCUMENT, EVENTS, HTML, JSON
+from flask_executor.problems import MIMETYPE as PROBLEM
+
+Schema = dict[str, Any]
+
+
+class HasSchema(Protocol):
+    """What arguments are described by."""
+
+    def schema(self) -> Schema:
+        """The JSON schema of the arguments, as one object."""
+
+
+class Startable(Protocol):
+    """A function that was exposed."""
+
+    @property
+    def name(self) -> str:
+        """How it is called in the url."""
+
+    @property
+    def parameters(self) -> HasSchema:
+        """What it takes."""
+
+
+def document(base: str, exposed: Iterable[Startable]) -> Schema:
+    """All of a controller.
+
+    :param base: the url of its list.
+    :param exposed: the functions that can be started.
+    """
+    job = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths: dict[str, Schema] = {
+        "/": {"get": _list()},
+        "/overview": {"get": _operation("overview", "Counts, durations and workers", {200: {"type": "object"}}, 403)},
+        "/health": {"get": _health()},
+        "/openapi.json": {"get": _operation("openapi", "This document", {200: {"type": "object"}})},
+        "/{id}": {"parameters": [job], "get": _status(), "delete": _stop(), "post": _act()},
+        "/{id}/result": {"parameters": [job], "get": _result()},
+        "/{id}/log": {"parameters": [job], "get": _log()},
+        "/{id}/events": {"parameters": [job], "get": _events()},
+        "/{id}/retry": {"parameters": [job], "post": _retry()},
+    }
+    for one in exposed:
+        paths[f"/run/{quote(one.name)}"] = {"post": _run(one.name, one.parameters.schema())}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Jobs", "version": "1"},
+        "servers": [{"url": base.rstrip("/") or "/"}],
+        "paths": paths,
+        "components": {"schemas": {"Job": _JOB, "Problem": _PROBLEM, "Overview": {"type": "object"}}},
+    }
+
+
+_TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
+_TEXT: Schema = {"type": ["string", "null"]}
+_SECONDS: Schema = {"type": ["number", "null"], "minimum": 0}
+_JOB: Schema = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9a-f]{24}$"},
+        "name": {"type": "string"},
+        "key": _TEXT,
+        "status": {"enum": [status.value for status in JobStatus]},
+        "ended": {"type": "boolean"},
+        "progress": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+        "message": _TEXT,
+        "meta": {"type": "object"},
+        "attempt": {"type": "integer", "minimum": 1},
+        "stop_requested": {"type": "boolean"},
+        "queued_at": {"type": "string", "format": "date-time"},
+        "started_at": _TIME,
+        "ended_at": _TIME,
+        "elapsed": {**_SECONDS, "description": "seconds that it has run by now, or in all"},
+        "remaining": {**_SECONDS, "description": "seconds, an estimate"},
+        "error": _TEXT,
+        "owner": _TEXT,
+        "links": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+    "required": ["id", "name", "key", "status", "ended", "progress", "message", "queued_at", "links"],
+}
+_PROBLEM: Schema = {
+    "type": "object",
+    "description": "RFC 9457",
+    "properties": {"title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"}},
+    "required": ["title", "status", "detail"],
+}
+_JOB_REF: Schema = {"$ref": "#/components/schemas/Job"}
+_WORDS = {
+    200: "It is so.",
+    202: "It was accepted.",
+    204: "There was nothing to do.",
+    303: "Go on there.",
+    304: "Nothing has changed.",
+    400: "The request cannot be read.",
+    403: "It is not allowed, or a page of another site has asked.",
+    404: "There is no such thing, or it is none of yours.",
+    406: "It has no such form.",
+    409: "It is not so far, or too late.",
+    410: "The record has expired.",
+    413: "The body is too large.",
+    415: "The body is no JSON.",
+    422: "The arguments do not fit.",
+    503: "Not now; try again.",
+}
+
+
+def _operation(
+    name: str, summary: str, good: Mapping[int, Schema | None], *bad: int, types: Iterable[str] = (JSON,)
+) -> Schema:
+    responses: dict[str, Schema] = {}
+    for status, schema in good.items():
+        responses[str(status)] = {"description": _WORDS[status]}
+        if schema is not None:
+            responses[str(status)]["content"] = {one: {"schema": schema} for one in types}
+    for status in (*bad, 503):
+        content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        responses.setdefault(str(status), {"description": _WORDS[status], "content": content})
+    return {"operationId": name, "summary": summary, "responses": responses}
+
+
+def _parameter(name: str, schema: Schema, description: str, place: str = "query") -> Schema:
+    return {"name": name, "in": place, "required": False, "schema": schema, "description": description}
+
+
+def _list() -> Schema:
+    page = {
+        "type": "object",
+        "properties": {"jobs": {"type": "array", "items": _JOB_REF}, "next": _TEXT},
+        "required": ["jobs", "next"],
+    }
+    operation = _operation("list", "Jobs, youngest first", {200: page, 304: None}, 400, 403)
+    operation["responses"]["200"]["content"][HTML] = {"schema": {"type": "string"}}
+    text: Schema = {"type": "string"}
+    operation["parameters"] = [
+        _parameter("status", {"enum": [status.value for status in JobStatus]}, "only those that stand so"),
+        _parameter("name", text, "only those of this name"),
+        _parameter("owner", text, "only those of this owner"),
+        _parameter("key", text, "only those under this key"),
+        _parameter("q", text, "only those with this in name, key, owner or id"),
+        _parameter("limit", {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}, "most jobs"),
+        _parameter("before", text, "only those after the job with this id in this list: the next page"),
+    ]
+    return operation
+
+
+def _status() -> Schema:
+    operation = _operation("status", "How a job stands", {200: _JOB_REF, 304: None}, 404, 410, types=(JSON, DOCUMENT))
+    for other in HTML, EVENTS:
+        operation["responses"]["200"]["content"][other] = {"schema": {"type": "string"}}
+    wait = "wait=N: answer when something has changed, after N seconds (30 at most) at the latest (RFC 7240)"
+    operation["parameters"] = [_parameter("Prefer", {"type": "string"}, wait, "header")]
+    return operation
+
+
+def _stop() -> Schema:
+    types = (JSON, DOCUMENT)
+    return _operation("stop", "Ask a job to stop", {202: _JOB_REF, 204: None}, 403, 404, 410, types=types)
+
+
+def _act() -> Schema:
+    good = {202: _JOB_REF, 204: None, 303: None}
+    operation = _operation("act", "What the buttons of a job's page do", good, 400, 403, 404, 409, 410, 422)
+    operation["responses"]["202"]["content"][DOCUMENT] = {"schema": _JOB_REF}
+    form = {"type": "object", "properties": {"action": {"enum": ["stop", "retry"]}}, "required": ["action"]}
+    operation["requestBody"] = {"content": {"application/x-www-form-urlencoded": {"schema": form}}}
+    return operation
+
+
+def _result() -> Schema:
+    return _operation("result", "What a job has returned", {200: {}, 304: None}, 404, 406, 409, 410)
+
+
+def _log() -> Schema:
+    line = {"type": "object", "properties": dict.fromkeys(("time", "level", "logger", "text"), _TEXT)}
+    log = {"type": "object", "properties": {"lines": {"type": "array", "items": line}}, "required": ["lines"]}
+    return _operation("log", "The last lines that a job has logged", {200: log, 304: None}, 404, 410)
+
+
+def _events() -> Schema:
+    operation = _operation("events", "A job as it goes on, as server-sent events", {200: None, 304: None}, 404, 410)
+    operation["responses"]["200"]["content"] = {
+        EVENTS: {"schema": {"type": "string"}},
+        JSON: {"schema": _JOB_REF},
+        DOCUMENT: {"schema": _JOB_REF},
+    }
+    again = "the id of the last event that was seen: the next one comes when there is news"
+    operation["parameters"] = [_parameter("Last-Event-ID", {"type": "string"}, again, "header")]
+    return operation
+
+
+def _retry() -> Schema:
+    types = (JSON, DOCUMENT)
+    return _operation("retry", "Start a job again", {202: _JOB_REF}, 403, 404, 409, 410, 422, types=types)
+
+
+def _run(name: str, schema: Schema) -> Schema:
+    types = (JSON, DOCUMENT)
+    operation = _operation(f"run_{name}", f"Start {name}", {202: _JOB_REF}, 400, 403, 404, 413, 415, 422, types=types)
+    location = {"schema": {"type": "string"}, "description": "the job"}
+    operation["responses"]["202"]["headers"] = {"Location": location}
+    operation["requestBody"] = {"content": {JSON: {"schema": schema}}, "required": bool(schema.get("required"))}
+    return operation
+
+
+def _health() -> Schema:
+    health = {
+        "type": "object",
+        "properties": {"status": {"enum": ["ok", "unavailable"]}},
+        "required": ["status"],
+    }
+    return _operation("health", "Whether jobs are accepted", {200: health, 503: health})

@@ -1,0 +1,93 @@
+"""How an executor is doing as a whole: what the dashboard shows above its list."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flask_executor.abc import Health, JobRecords, WorkerState
+from flask_executor.documents import describe_job, elapsed_seconds
+from flask_executor.jobs import Job, JobStatus
+
+_SAMPLE = 1000  # newest jobs that are counted
+_RECENT = 60  # of those that have ended, in the chart
+
+
+def overview(records: JobRecords, health: Health, workers: Sequence[WorkerState]) -> dict[str, Any]:
+    """What is going on: counts, durations, workers.
+
+    Jobs that have not ended are counted exactly, others among the newest 1,000.
+
+    :param health: of this process.
+    :param workers: those of this process.
+    """
+    sample = records.list(limit=_SAMPLE)
+    counts = Counter(job.status for job in sample if job.status.ended)
+    for status in JobStatus.QUEUED, JobStatus.RUNNING:
+        counts[status] = len(records.list(status=status))
+    ended = [job for job in sample if job.status.ended and job.started_at is not None]
+    ended.sort(key=lambda job: job.ended_at or 0.0)
+    return {
+        "counts": {status.value: counts[status] for status in JobStatus},
+        "sampled": len(sample),
+        "functions": _by_function(ended),
+        "recent": [_moment(job) for job in ended[-_RECENT:]],
+        "health": asdict(health),
+        "workers": [_worker(worker) for worker in workers],
+    }
+
+
+def _by_function(ended: Sequence[Job]) -> list[dict[str, Any]]:
+    """Success and durations of each function, those that ran most often first."""
+    by_name: dict[str, list[Job]] = {}
+    for job in ended:
+        by_name.setdefault(job.name, []).append(job)
+    rows = []
+    for name, jobs in by_name.items():
+        succeeded = sum(job.status is JobStatus.SUCCEEDED for job in jobs)
+        seconds = sorted(elapsed_seconds(job) or 0.0 for job in jobs)
+        rows.append(
+            {
+                "name": name,
+                "count": len(jobs),
+                "succeeded": succeeded,
+                "failed": len(jobs) - succeeded,
+                "median": _quantile(seconds, 0.5),
+                "p95": _quantile(seconds, 0.95),
+            }
+        )
+    return sorted(rows, key=lambda row: row["count"], reverse=True)
+
+
+def _quantile(ascending: Sequence[float], share: float) -> float:
+    """The least value that so large a share of them does not exceed."""
+    return round(ascending[max(0, -int(-share * len(ascending) // 1) - 1)], 3)
+
+
+def _moment(job: Job) -> dict[str, Any]:
+    document = describe_job(job)
+    seconds = round(elapsed_seconds(job) or 0.0, 3)
+    return {**{name: document[name] for name in ("id", "name", "status", "ended_at")}, "seconds": seconds}
+
+
+def _worker(worker: WorkerState) -> Mapping[str, Any]:
+    return {
+        "pid": worker.pid,
+        "kind": "process" if worker.pid != os.getpid() else "threads",
+        "busy": worker.busy,
+        "memory": _resident(worker.pid),
+        "job": worker.job,
+    }
+
+
+def _resident(pid: int) -> int | None:
+    """Bytes of memory that a process has; None where the system does not tell."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
