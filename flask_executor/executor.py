@@ -395,6 +395,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             return app, binding
         apps = self._bound()
         if len(apps) > 1:
+            apps.clear()  # what is referred to stays
             gc.collect()  # apps of earlier tests are cycles that nobody refers to any more
             apps = self._bound()
         if len(apps) == 1:

@@ -67,8 +67,8 @@ def register_pages(app: Flask, executor_name: str, jobs: HasJobs) -> None:
     )
     pages.add_url_rule("/_executor/act", "act", act, methods=["POST"])
     pages.add_url_rule("/_executor/jobs/<token>", "live", live)
+    pages.url_defaults(_permit_job)
     app.register_blueprint(pages)
-    app.jinja_env.globals.setdefault("executor_job_url", job_url)
 
 
 def _has_begun(app: Flask) -> bool:
@@ -95,6 +95,27 @@ def live(token: str) -> WSGIResponse:
     """How the job stands that a page shows."""
     permit, jobs = _permitted(token)
     return live_answer(request, lambda: jobs.document(permit.id), jobs.places)
+
+
+def _permit_job(endpoint: str, values: dict[str, Any]) -> None:
+    """In templates, ``url_for("flask_executor.live", job=job)``: give whoever sees the url the permit to use it.
+
+    A function of our own among Jinja's globals would need the app's Jinja environment, which is not to be made before
+    the app has set its options.
+
+    :param values: with the record, handle or status document of a job.
+    :raises RuntimeError: when no executor of this app knows the job.
+    """
+    job = values.pop("job", None)
+    if job is None:
+        return
+    id = job["id"] if isinstance(job, Mapping) else getattr(job, "job_id", None) or job.id
+    executors: Mapping[str, HasJobs] = current_app.extensions[_JOBS]
+    for name, jobs in executors.items():
+        if len(executors) == 1 or jobs.document(id) is not None:
+            values["token"] = sign_permit(current_app, Permit(executor=name, id=id, page=""))
+            return
+    raise RuntimeError(f"job {id} cannot be followed: no executor of this app knows it")
 
 
 def _permitted(token: str) -> tuple[Permit, HasJobs]:
@@ -161,28 +182,13 @@ def register_controller(app: Flask, executor_name: str, blueprint_name: str, own
     app.extensions.setdefault(_CONTROLLERS, {}).setdefault(executor_name, (blueprint_name, owner))
 
 
-def controller_url(executor_name: str, id: str) -> str | None:
-    """Where the controller of an executor has a page of this job; None without a controller."""
+def controller_name(executor_name: str) -> str | None:
+    """Under which name the controller of an executor is mounted; None without a controller."""
     found = current_app.extensions.get(_CONTROLLERS, {}).get(executor_name)
-    return None if found is None else url_for(f"{found[0]}.job", id=id)
+    return None if found is None else found[0]
 
 
 def job_owner(executor_name: str) -> str | None:
     """Whose the jobs are that the current request starts, as the controller has it; None without a controller."""
     found = current_app.extensions.get(_CONTROLLERS, {}).get(executor_name)
     return None if found is None else found[1]()
-
-
-def job_url(job: Any) -> str:
-    """In templates: where it is told how a job stands, to whoever is given this url.
-
-    :param job: its record, handle or status document.
-    :raises RuntimeError: when no executor of this app knows the job.
-    """
-    id = job["id"] if isinstance(job, Mapping) else getattr(job, "job_id", None) or job.id
-    executors: Mapping[str, HasJobs] = current_app.extensions[_JOBS]
-    for name, jobs in executors.items():
-        if len(executors) == 1 or jobs.document(id) is not None:
-            token = sign_permit(current_app, Permit(executor=name, id=id, page=""))
-            return url_for(f"{_NAME}.live", token=token)
-    raise RuntimeError(f"progress(job) cannot follow job {id}: no executor of this app knows it")

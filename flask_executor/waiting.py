@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import CancelledError, wait
 from typing import Any, Protocol, TypeVar
 
-from flask import Response, abort, has_request_context, redirect, request
+from flask import Response, abort, has_request_context, redirect, request, url_for
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WSGIResponse
 
@@ -22,7 +22,7 @@ from flask_executor.live import (
     preferred_wait,
     wanted,
 )
-from flask_executor.pages import controller_url, render_job_page
+from flask_executor.pages import controller_name, render_job_page
 from flask_executor.streams import Places
 
 T = TypeVar("T")
@@ -134,13 +134,14 @@ def _status(job: Job) -> int:
 
 def _at_its_own_page(executor: Waits, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
     """A form was sent: lead to a page that can be loaded again without sending it once more."""
-    url = controller_url(executor.name, document["id"])
-    if url is None:
+    controller = controller_name(executor.name)
+    if controller is None:
         raise RuntimeError(
             f"result_or_202() in answer to a {request.method} leads to the page of the job, and there is none: mount "
             "a Controller (app.register_blueprint(Controller(executor))), or start the job with submit_once() and "
             "redirect to a view that takes GET and calls result_or_202()"
         )
+    url = url_for(f"{controller}.job", id=document["id"])
     if as_html:
         return _unstored(redirect(url, 303))
     answer = document_answer(request, document, 202)

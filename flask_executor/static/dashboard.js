@@ -164,7 +164,9 @@ function fillJob(view, job) {
 function fillRow(view, job) {
   fillJob(view, job);
   view.fill("name", job.name);
-  view.show("progress", !job.ended);
+  view.show("progress", job.status === "running");
+  if (job.ended) view.fill("percent", "");
+  if (job.ended) view.fill("message", job.status === "succeeded" ? "" : (job.error ?? job.message ?? ""));
   view.parts.progress.ariaLabel = job.name;
   view.parts.stop.ariaLabel = `${view.parts.stop.textContent}: ${job.name}`;
   view.parts.retry.ariaLabel = `${view.parts.retry.textContent}: ${job.name}`;
@@ -173,7 +175,6 @@ function fillRow(view, job) {
     view.parts[part].title = time ? moment.format(new Date(time)) : "";
     view.parts[part].dateTime = time ?? "";
   }
-  if (job.ended && job.error) view.fill("message", job.error);
 }
 
 /** One job in full, with its log, live while it is open. */
@@ -213,6 +214,7 @@ class Details extends View {
     fillJob(this, job);
     this.fill("title", job.name);
     this.fill("error", job.error ?? "");
+    this.show("error", Boolean(job.error));
     for (const part of ["id", "attempt"]) this.fill(part, String(job[part]));
     for (const part of ["queued_at", "started_at", "ended_at"]) {
       this.fill(part, job[part] ? moment.format(new Date(job[part])) : "–");
@@ -262,32 +264,35 @@ const SHAPES = {
   other: "M-3.5,-3.5H3.5V3.5H-3.5Z",
 };
 
-/** One mark for each job that ended: the later the further right, the longer the higher, by powers of ten. */
+// Seconds, each about ten times the one before, and round in its own unit.
+const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36_000, 86_400, 864_000, 8_640_000];
+
+/** One mark for each job that ended: the later the further right, the longer the higher, on a logarithmic scale. */
 function drawChart(recent) {
   const place = find("chart");
-  const [width, height, top, bottom, side] = [place.clientWidth, 176, 10, 10, 52];
+  const [width, height, margin, side] = [place.clientWidth, 184, 10, 56];
   const ran = recent.filter(({ seconds }) => typeof seconds === "number");
   place.hidden = !ran.length;
   if (!ran.length || !width) return;
-  const exponents = ran.map(({ seconds }) => Math.log10(Math.max(seconds, 0.001)));
-  const low = Math.floor(Math.min(...exponents));
-  const high = Math.max(Math.ceil(Math.max(...exponents)), low + 1);
-  const y = (exponent) => top + ((high - exponent) / (high - low)) * (height - top - bottom);
+  const sorted = ran.map(({ seconds }) => Math.max(seconds, TICKS[0])).sort((a, b) => a - b);
+  const low = Math.max(0, TICKS.findLastIndex((tick) => tick <= sorted[0]));
+  const high = Math.max(low + 1, TICKS.findIndex((tick) => tick >= sorted.at(-1)));
+  const [bottom, top] = [Math.log(TICKS[low]), Math.log(TICKS[high])];
+  const y = (seconds) => margin + ((top - Math.log(Math.max(seconds, TICKS[0]))) / (top - bottom)) * (height - 2 * margin);
   const x = (index) => side + 8 + ((index + 0.5) / ran.length) * (width - side - 16);
   const drawing = svg("svg", { width, height, role: "img", "aria-labelledby": "executor-chart-text" });
-  for (let power = low; power <= high; power++) {
+  for (const tick of TICKS.slice(low, high + 1)) {
     drawing.append(
-      svg("line", { x1: side, x2: width, y1: y(power), y2: y(power) }),
-      svg("text", { x: side - 8, y: y(power), dy: "0.32em", "text-anchor": "end" }, short(10 ** power).split(" ")[0]),
+      svg("line", { x1: side, x2: width, y1: y(tick), y2: y(tick) }),
+      svg("text", { x: side - 10, y: y(tick), dy: "0.32em", "text-anchor": "end" }, short(tick).split(" ")[0]),
     );
   }
   ran.forEach(({ name, status, seconds }, index) => {
-    const at = `translate(${x(index)} ${y(exponents[index])})`;
+    const at = `translate(${x(index)} ${y(seconds)})`;
     const title = svg("title", {}, `${name}: ${say(status)}, ${short(seconds)}`);
     drawing.append(svg("path", { d: SHAPES[status] ?? SHAPES.other, transform: at, "data-executor-status": status }, title));
   });
   place.replaceChildren(drawing);
-  const sorted = ran.map(({ seconds }) => seconds).sort((a, b) => a - b);
   find("chart-text").textContent = say("chart", {
     n: ran.length,
     median: short(sorted[Math.floor(sorted.length / 2)]),
@@ -318,7 +323,7 @@ function showOverview({ counts, sampled, functions, health, workers }) {
     view.fill("median", short(row.median));
     view.fill("p95", short(row.p95));
   });
-  sync(find("worker-rows"), "worker-row", workers, ({ pid, kind, job }) => `${kind} ${pid}`, (view, row) => {
+  sync(find("worker-rows"), "worker-row", workers, ({ pid, kind }) => `${kind} ${pid}`, (view, row) => {
     view.element.dataset.executorStatus = row.busy ? "running" : "queued";
     view.fill("state", say(row.busy ? "busy" : "idle"));
     view.fill("pid", String(row.pid));
@@ -326,3 +331,130 @@ function showOverview({ counts, sampled, functions, health, workers }) {
     view.fill("job", row.job ? (list.known.get(row.job)?.name ?? row.job.slice(0, 8)) : "–");
   });
 }
+
+/** Which part of the whole, never rounded up to all of it. */
+function rate(part, whole) {
+  return `${number.format(Math.floor((1000 * part) / whole) / 10)}\u00a0%`;
+}
+
+function showJobs() {
+  const { jobs } = list;
+  const filtered = FILTERS.some((name) => filters.get(name));
+  sync(find("job-rows"), "job-row", jobs, ({ id }) => id, fillRow);
+  find("job-table").hidden = !jobs.length;
+  find("empty").hidden = jobs.length > 0 || filtered;
+  find("no-match").hidden = jobs.length > 0 || !filtered;
+  find("shown").textContent = jobs.length ? say("shown", { n: number.format(jobs.length) }) : "";
+  find("more").hidden = !list.next;
+}
+
+function showFilters() {
+  for (const { name, value } of find("filters").elements) {
+    if (name && value !== (filters.get(name) ?? "")) find("filters").elements[name].value = filters.get(name) ?? "";
+  }
+  const chosen = ["name", "key", "owner"].filter((name) => filters.get(name));
+  sync(find("chips"), "chip", chosen, (name) => name, (view, name) => {
+    const label = say(`filter_${name}`, { value: filters.get(name) });
+    view.element.dataset.executorFilter = name;
+    view.element.ariaLabel = say("no_filter", { filter: label });
+    view.fill("label", label);
+  });
+}
+
+/** Shows the jobs that match these changed filters, and has them in the page's URL. */
+function filter(changes) {
+  for (const [name, value] of Object.entries(changes)) {
+    if (value) filters.set(name, value);
+    else filters.delete(name);
+  }
+  const search = filters.toString();
+  history.replaceState(history.state, "", search ? `?${search}` : location.pathname);
+  startList();
+  showFilters();
+  tick();
+}
+
+function startList() {
+  const url = new URL(root.dataset.executorList, location);
+  for (const name of FILTERS) if (filters.get(name)) url.searchParams.set(name, filters.get(name));
+  url.searchParams.set("limit", PAGE);
+  list.reset(url.href);
+}
+
+function notify(text) {
+  clearTimeout(notify.timer);
+  find("toast").textContent = details.element.open ? "" : text;
+  if (details.element.open) details.fill("note", text);
+  else notify.timer = setTimeout(() => notify(""), 6000);
+}
+
+async function act(action, job, button) {
+  if (button.ariaDisabled === "true") return;
+  button.ariaDisabled = "true";
+  try {
+    await ask(job.links[action], { method: action === "stop" ? "DELETE" : "POST" });
+    notify(say(`${action}_accepted`, { name: job.name }));
+  } catch (error) {
+    notify(error instanceof Refused ? error.message : say("refused"));
+  }
+  button.ariaDisabled = "false";
+  await tick();
+}
+
+document.addEventListener("click", ({ target }) => {
+  const button = target.closest("[data-executor-action]");
+  if (!button) return;
+  const action = button.dataset.executorAction;
+  const id = button.closest("[data-executor-id]")?.dataset.executorId;
+  const job = details.element.open ? details.job : list.known.get(id);
+  if (action === "more") list.more().then(showJobs, () => notify(say("refused")));
+  else if (action === "clear") filter(Object.fromEntries(FILTERS.map((name) => [name, ""])));
+  else if (action === "unfilter") filter({ [button.dataset.executorFilter]: "" });
+  else if (action === "name" || action === "owner") filter({ [action]: button.textContent });
+  else if (action === "details") details.open(job);
+  else act(action, job, button);
+});
+
+find("filters").addEventListener("submit", (event) => event.preventDefault());
+find("filters").addEventListener("input", ({ target: { name, value }, currentTarget }) => {
+  clearTimeout(currentTarget.timer);
+  currentTarget.timer = setTimeout(() => filter({ [name]: value.trim() }), name === "q" ? 300 : 0);
+});
+
+const filters = new URLSearchParams(location.search);
+const tiles = new View(root);
+const details = new Details(find("details"));
+const overview = new Resource(root.dataset.executorOverview);
+const list = new JobList();
+let drawn = null;
+
+new ResizeObserver(() => overview.data && drawChart(overview.data.recent)).observe(find("chart").parentElement);
+
+async function tick() {
+  await Promise.all([overview.get(), list.refresh()]);
+  showOverview(overview.data);
+  if (list.loaded) showJobs();
+  if (drawn !== overview.data) drawChart(overview.data.recent);
+  drawn = overview.data;
+}
+
+async function run() {
+  for (let failures = 0; ; ) {
+    try {
+      await tick();
+      failures = 0;
+      remember("");
+    } catch (error) {
+      failures++;
+      if ((error.status === 401 || error.status === 403) && remember("denied dashboard")) location.reload();
+      find("health").dataset.executorStatus = "lost";
+      find("health").textContent = error instanceof Refused ? error.message : say("connection_lost");
+    }
+    await pause(failures ? backoff(failures) : POLL_DELAY);
+  }
+}
+
+root.hidden = false;
+startList();
+showFilters();
+run();

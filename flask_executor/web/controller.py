@@ -29,7 +29,7 @@ from flask_executor.helpers import callable_name
 from flask_executor.jobs import Job, JobStatus
 from flask_executor.live import HTML, document_answer, live_answer, wanted
 from flask_executor.origins import refuse_from_elsewhere
-from flask_executor.pages import HasJobs, jobs_of, register_controller, render_job_page, translator
+from flask_executor.pages import HasJobs, controller_name, jobs_of, register_controller, render_job_page, translator
 from flask_executor.problems import problem, refuse
 from flask_executor.records import OURS
 from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
@@ -419,7 +419,10 @@ class Controller(Blueprint):
         return jobs_of(self.executor.name)
 
     def _url(self, endpoint: str, **values: Any) -> str:
-        return url_for(f"{request.blueprint}.{endpoint}", **values)
+        mounted = request.blueprint
+        if mounted is None or current_app.blueprints.get(mounted) is not self:  # called by a view of the app
+            mounted = controller_name(self.executor.name)
+        return url_for(f"{mounted}.{endpoint}", **values)
 
     def _route(self, rule: str, endpoint: str, **views: Callable[..., WSGIResponse]) -> None:
         """One url; its answers to other methods, and its errors, are problems too."""

@@ -1,0 +1,64 @@
+"""The controller as resources of `Flask-RESTful <https://flask-restful.readthedocs.io>`_; extra ``restful``.
+
+.. code-block:: python
+
+    class Reports(JobsResource):
+        controller = controller      # a Controller that is mounted in the same app
+
+        def post(self, name):        # what is not overridden stays as it is
+            check_quota(current_user)
+            return super().post(name)
+
+    class Report(JobResource):
+        controller = controller
+
+    api = Api(app)
+    api.add_resource(Reports, "/reports", "/reports/<name>")
+    api.add_resource(Report, "/reports/jobs/<id>")
+
+The urls in what they answer with are the controller's own.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from werkzeug.wrappers import Response
+
+from flask_executor.exceptions import MissingExtra
+from flask_executor.web.controller import Controller
+
+try:
+    from flask_restful import Resource
+except ImportError as error:
+    raise MissingExtra("flask_restful", "restful") from error
+
+
+class JobsResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no types
+    """All jobs: GET lists them, POST with a name starts one."""
+
+    #: Whose jobs these are; to be set in the subclass.
+    controller: ClassVar[Controller]
+
+    def get(self, name: str | None = None) -> Response:
+        """List jobs."""
+        return self.controller.index()
+
+    def post(self, name: str) -> Response:
+        """Start what is exposed under this name."""
+        return self.controller.run(name)
+
+
+class JobResource(Resource):  # type: ignore[misc]
+    """One job: GET tells how it stands, DELETE stops it."""
+
+    #: Whose job it is; to be set in the subclass.
+    controller: ClassVar[Controller]
+
+    def get(self, id: str) -> Response:
+        """How it stands."""
+        return self.controller.job(id)
+
+    def delete(self, id: str) -> Response:
+        """Ask it to stop."""
+        return self.controller.stop(id)
