@@ -412,3 +412,25 @@ def insert_thing(name: str) -> int:
     session.commit()
     count: int = session.execute(text("select count(*) from things")).scalar()
     return count
+
+
+def work_until(path: str) -> str:
+    """Report half of it, and go on when there is such a file."""
+    current_job.update(progress=0.5, message="waiting")
+    while not os.path.exists(path):  # noqa: PTH110  # as short as can be
+        current_job.sleep(0.01)
+    return path
+
+
+def log_lines(count: int) -> None:
+    for number in range(count):
+        current_app.logger.warning("line %s", number)
+
+
+def whatever() -> set[str]:
+    """What JSON does not have."""
+    return {"a", "b"}
+
+
+def body_of_request() -> str:
+    return request.get_data(as_text=True)

@@ -164,6 +164,7 @@ function fillJob(view, job) {
 function fillRow(view, job) {
   fillJob(view, job);
   view.fill("name", job.name);
+  view.show("owner", Boolean(job.owner));
   view.show("progress", job.status === "running");
   if (job.ended) view.fill("percent", "");
   if (job.ended) view.fill("message", job.status === "succeeded" ? "" : (job.error ?? job.message ?? ""));
@@ -188,17 +189,18 @@ class Details extends View {
     this.fill("note", "");
     this.render();
     this.element.showModal();
-    this.follow(job);
+    this.follow(job.links);
   }
 
-  async follow({ id, links }) {
+  async follow(links) {
+    const visit = (this.visit = {});
     const [self, log] = [links?.self, links?.log].map((url) => url && new Resource(url));
-    while (this.element.open && this.job.id === id) {
+    while (this.element.open && this.visit === visit) {
       try {
         // The job first: what it logged at its very end is there once it has ended.
         const job = (await self?.get()) ?? this.job;
         const lines = (await log?.get())?.lines ?? [];
-        if (this.job.id !== id) return;
+        if (this.visit !== visit) return;
         this.job = job;
         this.render();
         this.append(lines);
@@ -270,9 +272,9 @@ const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36_000, 86_400, 864_000, 
 /** One mark for each job that ended: the later the further right, the longer the higher, on a logarithmic scale. */
 function drawChart(recent) {
   const place = find("chart");
-  const [width, height, margin, side] = [place.clientWidth, 184, 10, 56];
   const ran = recent.filter(({ seconds }) => typeof seconds === "number");
   place.hidden = !ran.length;
+  const [width, height, margin, side] = [place.clientWidth, 184, 10, 56];
   if (!ran.length || !width) return;
   const sorted = ran.map(({ seconds }) => Math.max(seconds, TICKS[0])).sort((a, b) => a - b);
   const low = Math.max(0, TICKS.findLastIndex((tick) => tick <= sorted[0]));
@@ -371,7 +373,7 @@ function filter(changes) {
   history.replaceState(history.state, "", search ? `?${search}` : location.pathname);
   startList();
   showFilters();
-  tick();
+  hurry();
 }
 
 function startList() {
@@ -398,7 +400,7 @@ async function act(action, job, button) {
     notify(error instanceof Refused ? error.message : say("refused"));
   }
   button.ariaDisabled = "false";
-  await tick();
+  hurry();
 }
 
 document.addEventListener("click", ({ target }) => {
@@ -436,6 +438,11 @@ async function tick() {
   if (list.loaded) showJobs();
   if (drawn !== overview.data) drawChart(overview.data.recent);
   drawn = overview.data;
+}
+
+/** Shows what has been changed without waiting for the loop; which also tells what went wrong. */
+function hurry() {
+  tick().catch(() => {});
 }
 
 async function run() {

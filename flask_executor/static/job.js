@@ -39,12 +39,13 @@ export function words(seconds) {
 export function left(seconds) {
   if (seconds < 5) return say("soon");
   if (seconds <= 55) return say("left", { time: count(Math.ceil(seconds / 5) * 5, "second") });
-  if (seconds < 3570) return say("left", { time: count(Math.max(1, Math.round(seconds / 60)), "minute") });
+  if (seconds < 3570) return say("left", { time: count(Math.round(seconds / 60), "minute") });
   return say("left", { time: count(Math.round(seconds / 3600), "hour") });
 }
 
 export function percent(progress) {
-  return `${Math.floor(progress * 100)}\u00a0%`;
+  // 0.29 * 100 is a little less than 29.
+  return `${Math.floor(progress * 100 + 1e-6)}\u00a0%`;
 }
 
 /** How long to wait after so many failures in a row: 1, 2, 4 ... 15 s, give or take a quarter. */
@@ -314,8 +315,8 @@ class JobView extends View {
     this.show("retry", job.ended && job.status !== "succeeded");
     this.show("hint", !job.ended);
     if (focused && job.ended) (this.parts.retry?.querySelector("button") ?? this.parts.name)?.focus();
-    const result = job.status === "succeeded" && this.page !== "turn" && job.links?.result;
-    if (result && this.parts.result && /^https?:$/.test(new URL(result, location).protocol)) this.parts.result.href = result;
+    const result = job.status === "succeeded" && this.page === "stay" && job.links?.result;
+    if (result && this.parts.result) this.parts.result.href = result;
     this.show("result", Boolean(result));
   }
 

@@ -172,7 +172,7 @@ def _act() -> Schema:
     operation = _operation("act", "What the buttons of a job's page do", good, 400, 403, 404, 409, 410, 422)
     operation["responses"]["202"]["content"][DOCUMENT] = {"schema": _JOB_REF}
     form = {"type": "object", "properties": {"action": {"enum": ["stop", "retry"]}}, "required": ["action"]}
-    operation["requestBody"] = {"content": {"application/x-www-form-urlencoded": {"schema": form}}}
+    operation["requestBody"] = {"content": {"application/x-www-form-urlencoded": {"schema": form}}, "required": True}
     return operation
 
 

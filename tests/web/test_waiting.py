@@ -1,0 +1,530 @@
+"""``result_or_202``: one url that starts a job, tells how it stands, and has its result."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from flask import Blueprint, Flask, render_template_string, request
+from flask.testing import FlaskClient
+from werkzeug.exceptions import HTTPException
+from werkzeug.test import TestResponse
+
+from conftest import MakeExecutor, wait_until
+from flask_executor import Executor, current_job, job_finished
+from flask_executor.testing import drain
+from flask_executor.web import Controller
+
+DOCUMENT = "application/vnd.flask-executor.job+json"
+PAGE = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+POLL = {"Accept": f"text/event-stream, {DOCUMENT};q=0.9"}
+THREADED = {"wsgi.multithread": True}
+
+
+class Gate:
+    """A job that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.calls = 0
+        self.error: Exception | None = None
+
+    def __call__(self, value: Any = "the report") -> Any:
+        self.calls += 1
+        current_job.update(progress=0.25, message="page 1 of 4")
+        while not self.open.wait(0.01):
+            current_job.checkpoint()
+        if self.error is not None:
+            raise self.error
+        return value
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def executor(make_executor: MakeExecutor, request: pytest.FixtureRequest) -> Executor:
+    return make_executor(max_workers=4, store=request.param)
+
+
+@pytest.fixture
+def views(app: Flask, executor: Executor, gate: Gate) -> list[str]:
+    """The app's views; what they have done beyond waiting."""
+    seen: list[str] = []
+
+    @app.errorhandler(Exception)
+    def error(error: Exception) -> tuple[str, int]:
+        return f"the app's own page for {error!r}", 418
+
+    @app.route("/report", methods=["GET", "POST"])
+    def report() -> str:
+        result = executor.result_or_202("report", gate)
+        seen.append(request.method)
+        return f"<h1>{result}</h1>"
+
+    return seen
+
+
+@pytest.fixture
+def client(app: Flask, views: list[str]) -> FlaskClient:
+    return app.test_client()
+
+
+def events(answer: TestResponse) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+
+
+def token_of(answer: TestResponse) -> str:
+    return answer.text.split('name="token" value="')[1].split('"')[0]
+
+
+def running(executor: Executor, key: str = "report") -> bool:
+    job = executor.jobs.find(key)
+    return job is not None and job.progress == 0.25
+
+
+def test_browsers_get_a_page_until_the_result_is_there(
+    client: FlaskClient, executor: Executor, gate: Gate, views: list[str]
+) -> None:
+    client.get("/report", headers=PAGE)
+    assert wait_until(lambda: running(executor))
+    answer = client.get("/report", headers=PAGE)
+    assert (answer.status_code, answer.mimetype) == (202, "text/html")
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert "Accept" in answer.headers["Vary"]
+    assert 'value="0.25"' in answer.text
+    assert "page 1 of 4" in answer.text
+    assert '<noscript><meta http-equiv="refresh"' in answer.text
+    assert views == []
+    gate.open.set()
+    drain(executor)
+    for _ in range(2):
+        assert client.get("/report", headers=PAGE).text == "<h1>the report</h1>"
+    assert gate.calls == 1
+    assert views == ["GET", "GET"]
+
+
+def test_no_inline_script_or_style(client: FlaskClient) -> None:
+    page = client.get("/report", headers=PAGE).text
+    assert "<style" not in page
+    assert " style=" not in page
+    assert " onclick" not in page
+    assert "<script>" not in page
+    assert "http://" not in page.replace("http://localhost", "")
+    for name in "executor.css", "job.js", "dashboard.js":
+        with client.get(f"/_executor/{name}") as answer:
+            assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("accept", ["application/json", "*/*", None])
+def test_other_clients_get_a_document_until_the_result_is_there(
+    client: FlaskClient, executor: Executor, gate: Gate, accept: str | None
+) -> None:
+    headers = {} if accept is None else {"Accept": accept}
+    client.get("/report", headers=headers)
+    assert wait_until(lambda: running(executor))
+    answer = client.get("/report", headers=headers)
+    document = answer.json
+    assert document is not None
+    assert (answer.status_code, answer.mimetype) == (202, "application/json")
+    assert (document["status"], document["progress"], document["message"]) == ("running", 0.25, "page 1 of 4")
+    assert (document["name"], document["key"], document["ended"]) == ("Gate", "report", False)
+    assert int(answer.headers["Retry-After"]) >= 1
+    unchanged = client.get("/report", headers={**headers, "If-None-Match": answer.headers["ETag"]})
+    assert (unchanged.status_code, unchanged.data) == (304, b"")
+    gate.open.set()
+    drain(executor)
+    assert client.get("/report", headers=headers).text == "<h1>the report</h1>"
+
+
+def test_prefer_wait_holds_the_answer_back(client: FlaskClient, executor: Executor, gate: Gate) -> None:
+    client.get("/report")
+    assert wait_until(lambda: running(executor))
+    threading.Timer(0.2, gate.open.set).start()
+    answer = client.get("/report", headers={"Prefer": "respond-async, wait=20"}, environ_overrides=THREADED)
+    assert answer.text == "<h1>the report</h1>"
+
+
+def test_a_page_that_asks_never_runs_the_view(
+    client: FlaskClient, executor: Executor, gate: Gate, views: list[str]
+) -> None:
+    answer = client.get("/report", headers=POLL)
+    assert (answer.status_code, answer.mimetype) == (200, DOCUMENT), "a server without threads has no streams"
+    gate.open.set()
+    drain(executor)
+    answer = client.get("/report", headers=POLL)
+    assert answer.mimetype == DOCUMENT
+    assert answer.json is not None
+    assert answer.json["status"] == "succeeded"
+    streamed = client.get("/report", headers=POLL, environ_overrides=THREADED)
+    assert streamed.mimetype == "text/event-stream"
+    assert [event["status"] for event in events(streamed)] == ["succeeded"]
+    assert views == []
+
+
+def test_an_event_stream_tells_all_until_the_end(client: FlaskClient, executor: Executor, gate: Gate) -> None:
+    client.get("/report")
+    assert wait_until(lambda: running(executor))
+    threading.Timer(0.3, gate.open.set).start()
+    answer = client.get("/report", headers=POLL, environ_overrides=THREADED)
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    first, *_, last = events(answer)
+    assert (first["status"], first["progress"]) == ("running", 0.25)
+    assert (last["status"], last["ended"]) == ("succeeded", True)
+    last_id = [line[4:] for line in answer.text.splitlines() if line.startswith("id: ")][-1]
+    resumed = client.get("/report", headers={**POLL, "Last-Event-ID": last_id}, environ_overrides=THREADED)
+    assert events(resumed) == [], "there is no news"
+
+
+def test_a_client_that_takes_streams_only(client: FlaskClient, gate: Gate) -> None:
+    answer = client.get("/report", headers={"Accept": "text/event-stream"})
+    assert (answer.status_code, answer.mimetype) == (503, "application/problem+json")
+    assert answer.headers["Retry-After"] == "2"
+
+
+def test_head(client: FlaskClient, executor: Executor, gate: Gate) -> None:
+    answer = client.head("/report", headers=POLL, environ_overrides=THREADED)
+    assert (answer.status_code, answer.data) == (200, b"")
+    assert client.head("/report", headers=PAGE).status_code == 202
+
+
+def test_48_pages_start_one_job(client: FlaskClient, app: Flask, gate: Gate) -> None:
+    with ThreadPoolExecutor(48) as clients:
+        statuses = list(clients.map(lambda _: app.test_client().get("/report", headers=PAGE).status_code, range(48)))
+    assert set(statuses) == {202}
+    assert wait_until(lambda: gate.calls)
+    assert gate.calls == 1
+
+
+def test_a_failed_job_ends_the_page_and_can_be_tried_again(
+    client: FlaskClient, executor: Executor, gate: Gate, views: list[str]
+) -> None:
+    gate.error = ValueError("the password is 1234")
+    gate.open.set()
+    client.get("/report", headers=PAGE)
+    drain(executor)
+    answer = client.get("/report", headers=PAGE)
+    assert answer.status_code == 500
+    assert "1234" not in answer.text
+    assert "http-equiv" not in answer.text, "it would be loaded again for ever"
+    as_json = client.get("/report", headers={"Accept": "application/json"})
+    assert as_json.status_code == 500
+    assert as_json.json is not None
+    assert (as_json.json["status"], as_json.json["error"]) == ("failed", None)
+    assert gate.calls == 1, "loading it again does not start it again"
+    gate.error = None
+    form = {"token": token_of(answer), "action": "retry"}
+    back = client.post("/_executor/act", data=form, headers=PAGE)
+    assert (back.status_code, back.headers["Location"]) == (303, "/report")
+    client.get("/report", headers=PAGE)
+    drain(executor)
+    assert client.get("/report", headers=PAGE).text == "<h1>the report</h1>"
+    assert client.post("/_executor/act", data=form).status_code == 204, "the second of two who press the button"
+    assert client.get("/report", headers=PAGE).text == "<h1>the report</h1>"
+    assert gate.calls == 2
+
+
+def test_errors_are_shown_to_those_who_may_see_them(make_executor: MakeExecutor, app: Flask, gate: Gate) -> None:
+    executor = make_executor(expose_errors=True)
+    app.add_url_rule("/report", "report", lambda: executor.result_or_202("report", gate))
+    gate.error = ValueError("<b>no paper</b>")
+    gate.open.set()
+    client = app.test_client()
+    client.get("/report")
+    drain(executor)
+    assert "ValueError: &lt;b&gt;no paper&lt;/b&gt;" in client.get("/report", headers=PAGE).text
+
+
+def test_the_view_can_have_the_error(app: Flask, executor: Executor, gate: Gate) -> None:
+    causes: list[BaseException | None] = []
+
+    @app.get("/own")
+    def own() -> str:
+        try:
+            return str(executor.result_or_202("own", gate))
+        except HTTPException as answer:
+            causes.append(answer.__cause__)
+            raise
+
+    client = app.test_client()
+    client.get("/own")
+    gate.error = ValueError("no paper")
+    gate.open.set()
+    drain(executor)
+    client.get("/own")
+    assert [type(cause) for cause in causes] == [type(None), ValueError]
+
+
+def test_stop_button(client: FlaskClient, executor: Executor, gate: Gate) -> None:
+    client.get("/report", headers=PAGE)
+    assert wait_until(lambda: running(executor))
+    form = {"token": token_of(client.get("/report", headers=PAGE)), "action": "stop"}
+    answer = client.post("/_executor/act", data=form, headers={"Accept": "application/json"})
+    assert answer.status_code == 202
+    drain(executor)
+    assert client.post("/_executor/act", data=form).status_code == 204, "it has ended"
+    page = client.get("/report", headers=PAGE)
+    assert page.status_code == 409
+    assert "Stopped" in page.text
+
+
+@pytest.mark.parametrize(
+    ("change", "headers", "status"),
+    [
+        ({"token": "x.y.z"}, {}, 403),
+        ({"token": ""}, {}, 403),
+        ({"action": "delete"}, {}, 400),
+        ({"action": ""}, {}, 400),
+        ({}, {"Origin": "https://elsewhere.example"}, 403),
+        ({}, {"Origin": "null"}, 403),
+        ({}, {"Sec-Fetch-Site": "cross-site"}, 403),
+        ({}, {"Sec-Fetch-Site": "same-site"}, 403),
+    ],
+)
+def test_buttons_of_others_do_nothing(
+    client: FlaskClient, executor: Executor, gate: Gate, change: dict[str, str], headers: dict[str, str], status: int
+) -> None:
+    client.get("/report", headers=PAGE)
+    assert wait_until(lambda: running(executor))
+    token = token_of(client.get("/report", headers=PAGE))
+    form = {"token": token, "action": "stop", **change}
+    answer = client.post("/_executor/act", data=form, headers=headers)
+    assert (answer.status_code, answer.mimetype) == (status, "application/problem+json")
+    job = executor.jobs.find("report")
+    assert job is not None
+    assert not job.stop_requested
+    for same in {"Origin": "http://localhost"}, {"Sec-Fetch-Site": "same-origin", "Origin": "null"}, {}:
+        assert client.post("/_executor/act", data={"token": token, "action": "stop"}, headers=same).status_code < 300
+
+
+def test_a_token_does_not_lead_to_another_site(app: Flask, executor: Executor, gate: Gate) -> None:
+    app.url_map.merge_slashes = False
+    app.add_url_rule("/<path:path>", "any", lambda path: executor.result_or_202("any", gate))
+    client = app.test_client()
+    page = client.get("/?y=1", headers=PAGE, environ_overrides={"PATH_INFO": "//elsewhere.example/x"})
+    form = {"token": token_of(page), "action": "stop"}
+    location = client.post("/_executor/act", data=form, headers=PAGE).headers["Location"]
+    assert location == "/elsewhere.example/x?y=1"
+
+
+def test_a_post_leads_to_the_page_of_the_job(
+    app: Flask, executor: Executor, client: FlaskClient, gate: Gate, views: list[str]
+) -> None:
+    app.register_blueprint(Controller(executor), url_prefix="/jobs")
+    answer = client.post("/report", headers=PAGE)
+    job = executor.jobs.find("report")
+    assert job is not None
+    assert (answer.status_code, answer.headers["Location"]) == (303, f"/jobs/{job.id}")
+    assert client.get(f"/jobs/{job.id}", headers=PAGE).status_code == 200
+    assert app.test_client().get(f"/jobs/{job.id}").status_code == 404, "it is somebody else's"
+    again = client.post("/report")
+    assert (again.status_code, again.headers["Location"]) == (202, f"/jobs/{job.id}")
+    gate.error = ValueError("no paper")
+    gate.open.set()
+    drain(executor)
+    gate.error = None
+    client.post("/report")
+    drain(executor)
+    assert client.post("/report").text == "<h1>the report</h1>", "a post starts what has failed again"
+    assert views == ["POST"]
+
+
+def test_a_post_without_a_controller_says_what_to_do(client: FlaskClient) -> None:
+    answer = client.post("/report", headers=PAGE)
+    assert answer.status_code == 418
+    assert "mount a Controller (app.register_blueprint(Controller(executor)))" in answer.text
+
+
+def test_outside_of_a_request(executor: Executor, gate: Gate) -> None:
+    with pytest.raises(RuntimeError, match="elsewhere use submit_once"):
+        executor.result_or_202("report", gate)
+    with pytest.raises(RuntimeError, match="elsewhere use submit_once"):
+        executor.flow("f").result_or_202(gate)
+    assert gate.calls == 0
+
+
+def test_too_late_for_urls(make_executor: MakeExecutor, app: Flask, gate: Gate) -> None:
+    app.testing = True
+    app.add_url_rule("/first", "first", lambda: "")
+    late = Executor()
+    app.add_url_rule("/report", "report", lambda: late.result_or_202("report", gate))
+    client = app.test_client()
+    client.get("/first")
+    late.init_app(app)
+    try:
+        with pytest.raises(RuntimeError, match=r"before\s+init_app\(app\) was called"):
+            client.get("/report", headers=PAGE)
+        assert client.get("/report").status_code == 202, "a document needs none"
+    finally:
+        gate.open.set()
+        late.shutdown()
+
+
+def test_a_job_and_options(app: Flask, executor: Executor, gate: Gate) -> None:
+    render = executor.job(name="render", timeout=0.2)(gate)
+    named = executor.options(name="monthly", owner="ada")
+    app.add_url_rule("/a", "a", lambda: render.result_or_202("a", "from a"))
+    app.add_url_rule("/b", "b", lambda: named.result_or_202("b", gate, value="from b"))
+    client = app.test_client()
+    a, b = client.get("/a").json, client.get("/b").json
+    assert a is not None
+    assert b is not None
+    assert (a["name"], b["name"]) == ("render", "monthly")
+    job = executor.jobs.find("b")
+    assert job is not None
+    assert job.owner == "ada"
+    assert wait_until(lambda: client.get("/a").status_code == 500), "it is out of time"
+    gate.open.set()
+    drain(executor)
+    assert client.get("/b").text == "from b"
+
+
+def test_a_flow_waits_step_by_step(app: Flask, executor: Executor) -> None:
+    gates = [Gate(), Gate()]
+    done: list[str] = []
+
+    def note(text: str) -> str:
+        done.append(text)
+        return text
+
+    @app.get("/order/<id>")
+    def order(id: str) -> str:
+        flow = executor.flow(f"order {id}")
+        first = flow.step(note, "begun")
+        second = flow.result_or_202(gates[0], f"{first}, paid")
+        third: str = flow.result_or_202(gates[1], f"{second}, packed")
+        flow.reset()
+        return third
+
+    client = app.test_client()
+    for gate in gates:
+        answer = client.get("/order/7")
+        assert answer.status_code == 202
+        assert answer.json is not None
+        assert answer.json["key"] is None, "it is none of the user's"
+        gate.open.set()
+        drain(executor)
+    assert client.get("/order/7").text == "begun, paid, packed"
+    assert client.get("/order/7").status_code == 202, "it was forgotten"
+    drain(executor)
+    assert [gate.calls for gate in gates] == [2, 1]
+    assert done == ["begun", "begun"]
+    assert executor.futures.keys() == []
+
+
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'])
+def test_whatever_a_job_says_is_escaped(app: Flask, executor: Executor, text: str) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def work() -> str:
+        reported: dict[str, Any] = {text: text}
+        current_job.update(message=text, **reported)
+        started.set()
+        return str(go_on.wait(10))
+
+    app.add_url_rule("/x", "x", lambda: executor.options(name=text).result_or_202(text, work))
+    client = app.test_client()
+    client.get("/x")
+    assert started.wait(10)
+    page = client.get("/x", headers=PAGE).text
+    go_on.set()
+    assert text not in page
+
+
+def test_the_page_of_the_app(app: Flask, executor: Executor, gate: Gate, tmp_path: Any) -> None:
+    folder = tmp_path / "templates" / "flask_executor"
+    folder.mkdir(parents=True)
+    own = '{% extends "flask_executor/base.html" %}{% block content %}one moment, {{ job.name }}{% endblock %}'
+    (folder / "waiting.html").write_text(own)
+    mine = Flask("mine", template_folder=str(tmp_path / "templates"))
+    executor.init_app(mine)
+    mine.add_url_rule("/x", "x", lambda: executor.options(name="report").result_or_202("x", gate))
+    assert "one moment, report" in mine.test_client().get("/x", headers=PAGE).text
+
+
+def test_image_and_language(make_executor: MakeExecutor, app: Flask, gate: Gate) -> None:
+    executor = make_executor(waiting_image="/static/bear.gif")
+    app.add_url_rule("/x", "x", lambda: executor.result_or_202("x", gate))
+    app.jinja_env.globals["gettext"] = {"Running": "L&auml;uft", "Stop": "Anhalten"}.get
+    app.jinja_env.globals["gettext"] = lambda text: {"Stop": "Anhalten"}.get(text, text)
+    page = app.test_client().get("/x", headers=PAGE).text
+    assert '"/static/bear.gif"' in page
+    assert "Anhalten" in page
+    assert ">Stop<" not in page
+
+
+def test_a_bar_in_a_page_of_the_app(app: Flask, executor: Executor, gate: Gate) -> None:
+    template = (
+        '{% from "flask_executor/macros.html" import assets, progress %}{{ assets() }}'
+        "{{ progress(job) }}{{ progress(job, url='/mine') }}"
+    )
+    futures = []
+
+    @app.get("/mine")
+    def mine() -> str:
+        futures.append(executor.submit(gate))
+        return render_template_string(template, job=futures[0])
+
+    client = app.test_client()
+    page = client.get("/mine").text
+    assert "/_executor/job.js" in page
+    assert 'data-executor-job="/mine"' in page
+    url = page.split('data-executor-job="')[1].split('"')[0]
+    assert url.startswith("/_executor/jobs/")
+    stranger = app.test_client()
+    document = stranger.get(url).json
+    assert document is not None
+    assert document["id"] == futures[0].job_id
+    assert stranger.get(f"{url}x").status_code == 403
+
+
+def test_a_page_without_a_secret_key(app: Flask, make_executor: MakeExecutor, gate: Gate) -> None:
+    app.secret_key = None
+    executor = make_executor()
+    app.add_url_rule("/x", "x", lambda: executor.result_or_202("x", gate))
+    client = app.test_client()
+    page = client.get("/x", headers=PAGE)
+    assert client.post("/_executor/act", data={"token": token_of(page), "action": "stop"}).status_code == 202
+
+
+def test_two_executors_and_a_nested_controller(app: Flask, make_executor: MakeExecutor, gate: Gate) -> None:
+    one, two = make_executor(), make_executor(name="reports")
+    outer = Blueprint("outer", __name__, url_prefix="/outer")
+    outer.register_blueprint(Controller(two), url_prefix="/jobs")
+    app.register_blueprint(outer)
+    app.register_blueprint(Controller(one, name="first"), url_prefix="/first")
+    app.add_url_rule("/two", "two", lambda: two.result_or_202("x", gate), methods=["GET", "POST"])
+    client = app.test_client()
+    location = client.post("/two", headers=PAGE).headers["Location"]
+    assert location.startswith("/outer/jobs/")
+    links = client.get(location).json
+    assert links is not None
+    assert links["links"]["self"] == location
+    page = client.get("/two", headers=PAGE)
+    assert client.post("/_executor/act", data={"token": token_of(page), "action": "stop"}).status_code == 202
+
+
+def test_the_contexts_of_the_request_are_there(app: Flask, executor: Executor) -> None:
+    ended = threading.Event()
+
+    def where() -> str:
+        return request.path
+
+    def note(sender: Executor, **_: object) -> None:
+        ended.set()
+
+    app.add_url_rule("/where", "where", lambda: executor.result_or_202("where", where))
+    with job_finished.connected_to(note):
+        app.test_client().get("/where")
+        assert ended.wait(10)
+    drain(executor)
+    assert app.test_client().get("/where").text == "/where"
