@@ -70,6 +70,11 @@ class FutureProxy(Future[T]):
         return self._job.key
 
     @property
+    def name(self) -> str:
+        """What the job is called: by default as its function."""
+        return self._job.name
+
+    @property
     def status(self) -> JobStatus:
         """Where the job stands."""
         return self._job.status

@@ -105,6 +105,10 @@ class StoredFuture(FutureProxy[T]):
         return self._seen.key
 
     @property
+    def name(self) -> str:
+        return self._seen.name
+
+    @property
     def stop_requested(self) -> bool:
         return bool(self._job.stop_requested)
 

@@ -5,7 +5,9 @@
  *     list ──> JobList ──> rows          one job, its log ──> Details
  */
 
-import { View, backoff, pause, percent, problem, remember, say } from "./job.js";
+import { drawChart, short } from "./chart.js";
+import { backoff, pause } from "./follower.js";
+import { View, percent, problem, remember, say } from "./job.js";
 
 const POLL_DELAY = 2000;
 const PAGE = 50;
@@ -16,18 +18,6 @@ const find = (id) => document.getElementById(`executor-${id}`);
 const root = find("dashboard");
 const number = new Intl.NumberFormat(document.documentElement.lang);
 const moment = new Intl.DateTimeFormat(document.documentElement.lang, { dateStyle: "medium", timeStyle: "medium" });
-
-/** "340 ms", "1.2 s", "2 min 5 s", "3 d 4 h": a duration as short as can be. */
-function short(seconds) {
-  if (typeof seconds !== "number") return "–";
-  if (seconds < 0.9995) return `${Math.round(seconds * 1000)}\u00a0ms`;
-  if (seconds < 9.95) return `${number.format(Math.round(seconds * 10) / 10)}\u00a0s`;
-  const whole = Math.round(seconds);
-  if (whole < 60) return `${whole}\u00a0s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)}\u00a0min ${whole % 60}\u00a0s`;
-  if (whole < 86400) return `${Math.floor(whole / 3600)}\u00a0h ${Math.floor((whole % 3600) / 60)}\u00a0min`;
-  return `${Math.floor(whole / 86400)}\u00a0d ${Math.floor((whole % 86400) / 3600)}\u00a0h`;
-}
 
 // The server's clock, for the client's may be wrong: when it answered last, and when that was here.
 const clock = { server: Date.now(), here: performance.now() };
@@ -250,59 +240,6 @@ class Details extends View {
   }
 }
 
-function svg(tag, attributes, ...children) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-// Around (0, 0): a disc, a cross, an hourglass; a square for all that was stopped.
-const SHAPES = {
-  succeeded: "M-3.5,0a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0",
-  failed: "M-4,-4L4,4M4,-4L-4,4",
-  lost: "M-4,-4L4,4M4,-4L-4,4",
-  timed_out: "M-4,-4H4L-4,4H4Z",
-  other: "M-3.5,-3.5H3.5V3.5H-3.5Z",
-};
-
-// Seconds, each about ten times the one before, and round in its own unit.
-const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36_000, 86_400, 864_000, 8_640_000];
-
-/** One mark for each job that ended: the later the further right, the longer the higher, on a logarithmic scale. */
-function drawChart(recent) {
-  const place = find("chart");
-  const ran = recent.filter(({ seconds }) => typeof seconds === "number");
-  place.hidden = !ran.length;
-  const [width, height, margin, side] = [place.clientWidth, 184, 10, 56];
-  if (!ran.length || !width) return;
-  const sorted = ran.map(({ seconds }) => Math.max(seconds, TICKS[0])).sort((a, b) => a - b);
-  const low = Math.max(0, TICKS.findLastIndex((tick) => tick <= sorted[0]));
-  const high = Math.max(low + 1, TICKS.findIndex((tick) => tick >= sorted.at(-1)));
-  const [bottom, top] = [Math.log(TICKS[low]), Math.log(TICKS[high])];
-  const y = (seconds) => margin + ((top - Math.log(Math.max(seconds, TICKS[0]))) / (top - bottom)) * (height - 2 * margin);
-  const x = (index) => side + 8 + ((index + 0.5) / ran.length) * (width - side - 16);
-  const drawing = svg("svg", { width, height, role: "img", "aria-labelledby": "executor-chart-text" });
-  for (const tick of TICKS.slice(low, high + 1)) {
-    drawing.append(
-      svg("line", { x1: side, x2: width, y1: y(tick), y2: y(tick) }),
-      svg("text", { x: side - 10, y: y(tick), dy: "0.32em", "text-anchor": "end" }, short(tick).split(" ")[0]),
-    );
-  }
-  ran.forEach(({ name, status, seconds }, index) => {
-    const at = `translate(${x(index)} ${y(seconds)})`;
-    const title = svg("title", {}, `${name}: ${say(status)}, ${short(seconds)}`);
-    drawing.append(svg("path", { d: SHAPES[status] ?? SHAPES.other, transform: at, "data-executor-status": status }, title));
-  });
-  place.replaceChildren(drawing);
-  find("chart-text").textContent = say("chart", {
-    n: ran.length,
-    median: short(sorted[Math.floor(sorted.length / 2)]),
-    longest: short(sorted.at(-1)),
-    failed: ran.filter(({ status }) => FAILED.includes(status)).length,
-  });
-}
-
 function showOverview({ counts, sampled, functions, health, workers }) {
   const of = (...statuses) => statuses.reduce((sum, status) => sum + (counts[status] ?? 0), 0);
   const [good, failed] = [of("succeeded"), of(...FAILED)];
@@ -430,13 +367,13 @@ const overview = new Resource(root.dataset.executorOverview);
 const list = new JobList();
 let drawn = null;
 
-new ResizeObserver(() => overview.data && drawChart(overview.data.recent)).observe(find("chart").parentElement);
+new ResizeObserver(() => overview.data && drawChart(find("chart"), find("chart-text"), overview.data.recent)).observe(find("chart").parentElement);
 
 async function tick() {
   await Promise.all([overview.get(), list.refresh()]);
   showOverview(overview.data);
   if (list.loaded) showJobs();
-  if (drawn !== overview.data) drawChart(overview.data.recent);
+  if (drawn !== overview.data) drawChart(find("chart"), find("chart-text"), overview.data.recent);
   drawn = overview.data;
 }
 

@@ -356,7 +356,7 @@ class Controller(Blueprint):
         jobs, more = self._listed()
         base = self._url("index")
         documents = [{**self.describe(job, base), "owner": job.owner} for job in jobs]
-        following = self._url("index", **{**request.args, "before": jobs[-1].id}) if more else None
+        following = self._url("index", **{**request.args, "before": _cursor(jobs[-1])}) if more else None
         return _as_json({"jobs": documents, "next": following})
 
     def _listed(self) -> tuple[Sequence[Job], bool]:
@@ -371,8 +371,7 @@ class Controller(Blueprint):
         most = _MOST_SEARCHED if key or text or before else int(limit) + 1
         found = self.executor.jobs.list(status=status, name=name, owner=owner, limit=most)
         if before is not None:
-            ids = [job.id for job in found]
-            found = found[ids.index(before) + 1 :] if before in ids else []
+            found = _after(found, before)
         matching = [job for job in found if (key is None or describe_key(job.key) == key) and _has(job, text)]
         return matching[: int(limit)], len(matching) > int(limit)
 
@@ -456,6 +455,23 @@ _ENDS = {
 
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
+
+
+def _cursor(job: Job) -> str:
+    """What a page ended with."""
+    return f"{job.queued_at!r}-{job.id}"
+
+
+def _after(jobs: Sequence[Job], cursor: str) -> Sequence[Job]:
+    """Those that come behind; if that job is not there any more, those that were queued before it."""
+    time, _, id = cursor.partition("-")
+    ids = [job.id for job in jobs]
+    if id in ids:
+        return jobs[ids.index(id) + 1 :]
+    try:
+        return [job for job in jobs if job.queued_at < float(time)]
+    except ValueError:
+        refuse(400, f"before is {cursor[:80]!r}; it must be as it stands in 'next' of the page before.")
 
 
 def _has(job: Job, text: str | None) -> bool:

@@ -148,7 +148,11 @@ def _list() -> Schema:
         _parameter("key", text, "only those under this key"),
         _parameter("q", text, "only those with this in name, key, owner or id"),
         _parameter("limit", {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}, "most jobs"),
-        _parameter("before", text, "only those after the job with this id in this list: the next page"),
+        _parameter(
+            "before",
+            {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?-[0-9a-f]*$"},
+            "as it stands in next: the page after that one",
+        ),
     ]
     return operation
 

@@ -422,10 +422,11 @@ def test_filters_and_pages(client: FlaskClient, executor: Executor, admins: Admi
         found += [job["key"] for job in page["jobs"]]
         url, pages = page["next"], pages + 1
     assert (found, pages) == ([f"key {number}" for number in reversed(range(7))], 3)
-    assert keys("before=nothing") == []
+    assert keys("before=0-0") == []
+    assert len(keys(f"before={time.time() + 9}-gone")) == 8
     first = client.get("/jobs/")
     assert client.get("/jobs/", headers={"If-None-Match": first.headers["ETag"]}).status_code == 304
-    for bad in "status=odd", "limit=0", "limit=201", "limit=x", "limit=-1", "limit=²":
+    for bad in "status=odd", "limit=0", "limit=201", "limit=x", "limit=-1", "limit=²", "before=nothing":
         problem(client.get(f"/jobs/?{bad}"), 400)
 
 

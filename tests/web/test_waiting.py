@@ -483,7 +483,7 @@ def test_a_bar_in_a_page_of_the_app(app: Flask, executor: Executor, gate: Gate) 
     stranger = app.test_client()
     document = stranger.get(url).json
     assert document is not None
-    assert document["id"] == futures[0].job_id
+    assert (document["id"], document["name"]) == (futures[0].job_id, futures[0].name)
     assert stranger.get(f"{url}x").status_code == 403
 
 
