@@ -27,7 +27,7 @@ from flask_executor.helpers import InstanceProxy, callable_name
 from flask_executor.jobs import JobOptions
 from flask_executor.pages import job_owner, register_pages
 from flask_executor.retries import Retry
-from flask_executor.waiting import require_request, result_or_answer, starts_anew
+from flask_executor.waiting import require_request, result_or_answer, starts_anew, store_at_hand
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -436,8 +436,9 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         if starts_anew():
             owner = options.owner or job_owner(self.name)  # or the job's page would not be shown
             options = replace(options, again=True, owner=owner)
-        future = self._submit(options, fn, args, kwargs, once=True)
-        return result_or_answer(self._binding()[1], future)
+        with store_at_hand():
+            future = self._submit(options, fn, args, kwargs, once=True)
+            return result_or_answer(self._binding()[1], future)
 
     def _map(
         self,

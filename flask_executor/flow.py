@@ -12,8 +12,9 @@ from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.jobs import JobOptions
 from flask_executor.ledger import Ledger
+from flask_executor.pages import Jobs
 from flask_executor.records import OURS
-from flask_executor.waiting import Waits, require_request, result_or_answer, starts_anew
+from flask_executor.waiting import require_request, result_or_answer, starts_anew, store_at_hand
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,7 +26,7 @@ _FLOW = f"{OURS}flow"  # what the key of a step begins with
 _running: ContextVar[frozenset[Hashable]] = ContextVar("flask_executor_steps", default=frozenset())
 
 
-class RunsOnce(Waits, Protocol):
+class RunsOnce(Jobs, Protocol):
     """What a flow needs of an executor."""
 
     ledger: Ledger
@@ -79,8 +80,9 @@ class Flow:
         require_request()
         name, key = self._next(fn)
         options = JobOptions(name=name, key=key, again=starts_anew())
-        future: FutureProxy[T] = self._submit_once(options, fn, args, kwargs)
-        return result_or_answer(self._binding, future)
+        with store_at_hand():
+            future: FutureProxy[T] = self._submit_once(options, fn, args, kwargs)
+            return result_or_answer(self._binding, future)
 
     def _next(self, fn: Callable[..., Any]) -> tuple[str, Hashable]:
         """Name and key of a step that is met now."""

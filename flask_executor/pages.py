@@ -15,7 +15,7 @@ from flask_executor.futures import FutureProxy
 from flask_executor.jobs import Job
 from flask_executor.live import HTML, live_answer, seconds_between_polls, wanted
 from flask_executor.origins import refuse_from_elsewhere
-from flask_executor.problems import refuse
+from flask_executor.problems import nothing, refuse
 from flask_executor.streams import Places
 
 _NAME = "flask_executor"
@@ -23,8 +23,12 @@ _JOBS = "flask_executor_jobs"  # in app.extensions: what acts on jobs, by the na
 _CONTROLLERS = "flask_executor_controllers"  # in app.extensions: the blueprint's name, by that of the executor
 
 
-class HasJobs(Protocol):
-    """What the buttons need of an executor."""
+class Jobs(Protocol):
+    """What requests need of an executor in one app."""
+
+    @property
+    def name(self) -> str:
+        """The name of the executor."""
 
     def stop_job(self, id: str) -> bool | None:
         """Ask this job to stop; False when it has ended, None when there is none."""
@@ -53,7 +57,7 @@ class HasJobs(Protocol):
         """Those of this process for requests that wait."""
 
 
-def register_pages(app: Flask, executor_name: str, jobs: HasJobs) -> None:
+def register_pages(app: Flask, executor_name: str, jobs: Jobs) -> None:
     """Have an app serve what pages need, and their buttons act on the jobs of an executor."""
     app.extensions.setdefault(_JOBS, {})[executor_name] = jobs
     if _NAME in app.blueprints or _has_begun(app):
@@ -88,7 +92,7 @@ def act() -> WSGIResponse:
         refuse(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
     if wanted(request) == HTML:
         return redirect(permit.page, 303)
-    return Response(status=202 if done else 204)
+    return Response(status=202) if done else nothing()
 
 
 def live(token: str) -> WSGIResponse:
@@ -110,7 +114,7 @@ def _permit_job(endpoint: str, values: dict[str, Any]) -> None:
     if job is None:
         return
     id = job["id"] if isinstance(job, Mapping) else getattr(job, "job_id", None) or job.id
-    executors: Mapping[str, HasJobs] = current_app.extensions[_JOBS]
+    executors: Mapping[str, Jobs] = current_app.extensions[_JOBS]
     for name, jobs in executors.items():
         if len(executors) == 1 or jobs.document(id) is not None:
             values["token"] = sign_permit(current_app, Permit(executor=name, id=id, page=""))
@@ -118,7 +122,7 @@ def _permit_job(endpoint: str, values: dict[str, Any]) -> None:
     raise RuntimeError(f"job {id} cannot be followed: no executor of this app knows it")
 
 
-def _permitted(token: str) -> tuple[Permit, HasJobs]:
+def _permitted(token: str) -> tuple[Permit, Jobs]:
     permit = check_permit(current_app, token)
     jobs = None if permit is None else current_app.extensions[_JOBS].get(permit.executor)
     if permit is None or jobs is None:
@@ -130,14 +134,12 @@ def _permitted(token: str) -> tuple[Permit, HasJobs]:
     return permit, jobs
 
 
-def render_job_page(
-    document: Mapping[str, Any], *, executor_name: str, image: str | None, turn: bool, action: str | None = None
-) -> str:
+def render_job_page(jobs: Jobs, document: Mapping[str, Any], *, turn: bool, action: str | None = None) -> str:
     """The page that shows how a job goes on, at the url of the request.
 
-    :param image: url of an image to show while the job runs.
-    :param action: where the buttons lead; by default to where they are allowed what this page may.
+    :param document: the job's status document.
     :param turn: whether the page becomes another one when the job has succeeded: what the view will return then.
+    :param action: where the buttons lead; by default to where they are allowed what this page may.
     """
     if _NAME not in current_app.blueprints:
         raise RuntimeError(
@@ -146,7 +148,7 @@ def render_job_page(
         )
     # With one slash only in front: two would lead to another site.
     page = "/" + f"{request.script_root}{request.full_path}".lstrip("/").removesuffix("?")
-    permit = Permit(executor=executor_name, id=document["id"], page=page)
+    permit = Permit(executor=jobs.name, id=document["id"], page=page)
     return render_template(
         "flask_executor/waiting.html",
         job=document,
@@ -154,7 +156,7 @@ def render_job_page(
         turn=turn,
         action=action or url_for(f"{_NAME}.act"),
         token=sign_permit(current_app, permit),
-        image=image,
+        image=jobs.waiting_image,
         refresh=None if document["ended"] else seconds_between_polls(document) + 1,
         translate=translator(),
     )
@@ -165,9 +167,9 @@ def translator() -> Callable[[str], str]:
     return cast("Callable[[str], str]", current_app.jinja_env.globals.get("gettext", str))
 
 
-def jobs_of(executor_name: str) -> HasJobs:
+def jobs_of(executor_name: str) -> Jobs:
     """What acts on the jobs of an executor in the current app."""
-    jobs: HasJobs = current_app.extensions[_JOBS][executor_name]
+    jobs: Jobs = current_app.extensions[_JOBS][executor_name]
     return jobs
 
 

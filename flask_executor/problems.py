@@ -1,4 +1,4 @@
-"""Errors over HTTP, as `RFC 9457 <https://www.rfc-editor.org/rfc/rfc9457>`_ has them."""
+"""Errors over HTTP, as `RFC 9457 <https://www.rfc-editor.org/rfc/rfc9457>`_ has them, and the answer that says nothing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, 
     answer = Response(json.dumps(members), status, mimetype=MIMETYPE)
     answer.headers["Cache-Control"] = "no-store"
     answer.headers.update(headers or {})
+    return answer
+
+
+def nothing(headers: dict[str, str] | None = None) -> Response:
+    """The answer 204: all is well, and there is nothing to say."""
+    answer = Response(status=204, headers=headers)
+    del answer.headers["Content-Type"]
     return answer
 
 

@@ -11,9 +11,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from flask_executor.documents import version
+from flask_executor.exceptions import StoreUnavailable
 
 #: Reads a status document; None when the job is gone.
 Read = Callable[[], Mapping[str, Any] | None]
@@ -122,9 +124,13 @@ def events(read: Read, last_id: str | None) -> Iterator[str]:
     :param last_id: that of the last event which the client has seen: nothing is sent before there is news.
     """
     yield "retry: 2000\n\n"
+    with suppress(StoreUnavailable):  # the client asks again, and is told
+        yield from _news(read, last_id)
+
+
+def _news(read: Read, seen: str | None) -> Iterator[str]:
     deadline = time.monotonic() + LIFE
     silent_since = time.monotonic()
-    seen = last_id
     pause = _SHORTEST
     while (document := read()) is not None:
         now = version(document)

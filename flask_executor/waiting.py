@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, wait
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from flask import Response, abort, has_request_context, redirect, request, url_for
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WSGIResponse
 
+from flask_executor.exceptions import StoreUnavailable
 from flask_executor.futures import FutureProxy
 from flask_executor.jobs import Job, JobStatus
 from flask_executor.live import (
@@ -22,33 +24,11 @@ from flask_executor.live import (
     preferred_wait,
     wanted,
 )
-from flask_executor.pages import controller_name, render_job_page
-from flask_executor.streams import Places
+from flask_executor.pages import Jobs, controller_name, render_job_page
+from flask_executor.problems import problem
 
 T = TypeVar("T")
 R = TypeVar("R", bound=WSGIResponse)
-
-
-class Waits(Protocol):
-    """What waiting needs of an executor."""
-
-    @property
-    def name(self) -> str:
-        """The executor's name."""
-
-    @property
-    def places(self) -> Places:
-        """Those of this process for requests that wait."""
-
-    @property
-    def waiting_image(self) -> str | None:
-        """Url of an image to show while a job runs."""
-
-    def document(self, id: str) -> Mapping[str, Any] | None:
-        """The status document of a job; None when there is none."""
-
-    def describe(self, job: Job) -> Mapping[str, Any]:
-        """The status document of a record."""
 
 
 def require_request() -> None:
@@ -63,12 +43,27 @@ def require_request() -> None:
         )
 
 
+@contextmanager
+def store_at_hand() -> Iterator[None]:
+    """Where the jobs cannot be reached, tell a page that asks so: it will ask again.
+
+    :raises HTTPException: the 503.
+    """
+    try:
+        yield
+    except StoreUnavailable as error:
+        if wanted(request) not in (DOCUMENT, EVENTS):
+            raise
+        away = problem(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
+        raise HTTPException(response=away) from error
+
+
 def starts_anew() -> bool:
     """Whether the request asks for a new start of what has failed: a POST does, loading a page again does not."""
     return request.method not in ("GET", "HEAD")
 
 
-def result_or_answer(executor: Waits, future: FutureProxy[T]) -> T:
+def result_or_answer(jobs: Jobs, future: FutureProxy[T]) -> T:
     """What the job returned; if that is not there yet, leave the view with an answer that says how the job stands.
 
     Errors of the job are part of that answer, and its cause.
@@ -76,40 +71,40 @@ def result_or_answer(executor: Waits, future: FutureProxy[T]) -> T:
     :raises HTTPException: the answer. It has no code, so that no error handler of the app takes it for an error.
     """
     if wanted(request) in (DOCUMENT, EVENTS):
-        abort(_report(executor, future))
+        abort(_report(jobs, future))
     seconds = 0.0 if future.done() else preferred_wait(request)
     if seconds:
-        place = executor.places.take(multithreaded=is_multithreaded(request))
+        place = jobs.places.take(multithreaded=is_multithreaded(request))
         if place is not None:
             try:
                 wait([future], seconds)
             finally:
                 place.give_back()
-    if future.done() and future.status is JobStatus.SUCCEEDED:
-        return future.result()
-    raise HTTPException(response=_answer(executor, future)) from _error(future)
+    job = future.record()
+    if job.status is JobStatus.SUCCEEDED:
+        return future.result()  # which may come a moment later
+    raise HTTPException(response=_answer(jobs, job)) from _error(future)
 
 
-def _report(executor: Waits, future: FutureProxy[Any]) -> Response:
+def _report(jobs: Jobs, future: FutureProxy[Any]) -> Response:
     """To a page that asks how the job stands: this, also when it has ended, and never the rest of the view."""
     id = future.job_id
 
     def read() -> Mapping[str, Any] | None:
-        return executor.document(id)
+        return jobs.document(id)
 
-    return _unstored(live_answer(request, read, executor.places))
+    return _unstored(live_answer(request, read, jobs.places))
 
 
-def _answer(executor: Waits, future: FutureProxy[Any]) -> WSGIResponse:
+def _answer(jobs: Jobs, job: Job) -> WSGIResponse:
     """How a job stands that has no result to go on with."""
-    job = future.record()
-    document = executor.describe(job)
+    document = jobs.describe(job)
     as_html = wanted(request) == HTML
     if starts_anew():
-        return _at_its_own_page(executor, document, as_html=as_html)
+        return _at_its_own_page(jobs, document, as_html=as_html)
     status = _status(job)
     if as_html:
-        page = render_job_page(document, executor_name=executor.name, image=executor.waiting_image, turn=True)
+        page = render_job_page(jobs, document, turn=True)
         answer = Response(page, status, mimetype=HTML)
         answer.vary.add("Accept")
     else:
@@ -132,9 +127,9 @@ def _status(job: Job) -> int:
     return 409 if job.status in (JobStatus.STOPPED, JobStatus.KILLED, JobStatus.CANCELLED) else 500
 
 
-def _at_its_own_page(executor: Waits, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
+def _at_its_own_page(jobs: Jobs, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
     """A form was sent: lead to a page that can be loaded again without sending it once more."""
-    controller = controller_name(executor.name)
+    controller = controller_name(jobs.name)
     if controller is None:
         raise RuntimeError(
             f"result_or_202() in answer to a {request.method} leads to the page of the job, and there is none: mount "

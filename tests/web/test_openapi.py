@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Literal
 
 import pytest
 from flask import Flask
 
-from conftest import MakeExecutor, missing
+from conftest import MakeExecutor, require
 from flask_executor import checkpoint, current_job
 from flask_executor.web import Controller
 
-for _name in ("schemathesis", "openapi_spec_validator", "pydantic"):
-    if importlib.util.find_spec(_name) is None:
-        missing_name = _name
-        pytestmark = pytest.mark.usefixtures("without")
-
-
-@pytest.fixture
-def without() -> None:
-    missing(f"{missing_name} is not installed")
+pytestmark = pytest.mark.web
 
 
 def render(month: str, pages: int = 1, format: Literal["pdf", "html"] = "pdf", notes: list[str] | None = None) -> str:
@@ -47,6 +38,7 @@ def served(app: Flask, make_executor: MakeExecutor) -> Flask:
 
 
 def test_the_document_is_valid(served: Flask) -> None:
+    require("openapi_spec_validator")
     from openapi_spec_validator import OpenAPIV31SpecValidator
 
     document = served.test_client().get("/jobs/openapi.json").json
@@ -76,6 +68,7 @@ OPERATIONS = [
 
 
 def test_schemathesis_finds_no_violation(served: Flask) -> None:
+    require("schemathesis")
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
 
