@@ -1,4 +1,4 @@
-"""Errors over HTTP, as `RFC 9457 <https://www.rfc-editor.org/rfc/rfc9457>`_ has them, and the answer that says nothing."""
+"""Answers without content: errors, as `RFC 9457 <https://www.rfc-editor.org/rfc/rfc9457>`_ has them, and the 204."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.test import TestResponse
 
 from conftest import MakeExecutor, wait_until
-from flask_executor import Executor, current_job, job_finished
+from flask_executor import Executor, StoreUnavailable, current_job, job_finished
 from flask_executor.testing import drain
 from flask_executor.web import Controller
 
@@ -528,3 +528,31 @@ def test_the_contexts_of_the_request_are_there(app: Flask, executor: Executor) -
         assert ended.wait(10)
     drain(executor)
     assert app.test_client().get("/where").text == "/where"
+
+
+def test_a_store_that_is_away(client: FlaskClient, executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise StoreUnavailable("sqlite:///jobs", "it is away")
+
+    monkeypatch.setattr(type(executor._binding()[1]), "find", away)
+    answer = client.get("/report", headers=POLL)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2"), "it asks again"
+    assert "StoreUnavailable" in client.get("/report", headers=PAGE).text, "that is for the app to say"
+
+
+def test_a_stream_ends_when_the_store_is_away(client: FlaskClient, executor: Executor, gate: Gate) -> None:
+    client.get("/report")
+    assert wait_until(lambda: running(executor))
+    records, get = executor.jobs, executor.jobs.get
+    reads: list[str] = []
+
+    def get_once(id: str) -> Any:
+        reads.append(id)
+        if len(reads) > 1:
+            raise StoreUnavailable("sqlite:///jobs", "it is away")
+        return get(id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "get", get_once)
+        sent = events(client.get("/report", headers=POLL, environ_overrides=THREADED))
+    assert [event["status"] for event in sent] == ["running"]
