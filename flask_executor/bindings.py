@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
-from flask_executor.abc import Backend, Health, JobChannel, PreparedCall, WorkerState
+from flask_executor.abc import Backend, Health, JobChannel, JobRecords, PreparedCall, WorkerState
 from flask_executor.context import IN_PLACE, CapturedContext, call_to_end, current_app_or_none, is_one_of_many
 from flask_executor.control import RunningJob, running_job
 from flask_executor.documents import describe_job
@@ -290,6 +290,11 @@ class Binding(JobChannel):
         return [WorkerState(pid=os.getpid(), busy=bool(running), job=running[0] if len(running) == 1 else None)]
 
     # ---- one job, by its id ----
+
+    @property
+    def records(self) -> JobRecords:
+        """The records of the app's jobs."""
+        return self.ledger.records
 
     @property
     def waiting_image(self) -> str | None:

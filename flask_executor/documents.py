@@ -11,7 +11,7 @@ from typing import Any
 
 from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus, LogLine
-from flask_executor.records import clean, is_ours, plain
+from flask_executor.records import OURS, clean, is_ours, plain
 
 _CHANGES_BY_ITSELF = ("elapsed", "remaining")
 
@@ -33,7 +33,7 @@ def describe_job(job: Job, *, with_error: bool = False, links: Mapping[str, str]
         "ended": job.status.ended,
         "progress": job.progress,
         "message": clean(job.message),
-        "meta": {name: plain(value) for name, value in job.meta.items()},
+        "meta": {name: plain(value) for name, value in job.meta.items() if not name.startswith(OURS)},
         "attempt": job.attempt,
         "stop_requested": job.stop_requested,
         "queued_at": _timestamp(job.queued_at),

@@ -303,7 +303,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             flow.reset()                     # forgets, so that all runs again
 
         """
-        return Flow(self._binding()[1], _checked_key(key), functools.partial(self._submit, once=True))
+        return Flow(self._binding()[1], _checked_key(key), self._result_or_202, self._options_of)
 
     def add_default_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         """Add a callback to every future made from now on, as ``future.add_done_callback(fn)`` does.
@@ -428,6 +428,10 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         context = CapturedContext(app, binding.config.push_app_context)
         submit = binding.submit_once if once else binding.submit
         return submit(context, options, fn, args, kwargs)
+
+    def _options_of(self, fn: Callable[..., Any]) -> JobOptions:
+        """The options that a function brings along."""
+        return fn._options if isinstance(fn, ExecutorJob) else self._defaults
 
     def _result_or_202(
         self, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -6,15 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.jobs import JobOptions
 from flask_executor.ledger import Ledger
-from flask_executor.pages import Jobs
 from flask_executor.records import OURS
-from flask_executor.waiting import require_request, result_or_answer, starts_anew, store_at_hand
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,7 +25,7 @@ _FLOW = f"{OURS}flow"  # what the key of a step begins with
 _running: ContextVar[frozenset[Hashable]] = ContextVar("flask_executor_steps", default=frozenset())
 
 
-class RunsOnce(Jobs, Protocol):
+class RunsOnce(Protocol):
     """What a flow needs of an executor."""
 
     ledger: Ledger
@@ -45,10 +44,17 @@ class Flow:
     worker, and results must be picklable. A step is kept as long as the record of any job.
     """
 
-    def __init__(self, binding: RunsOnce, key: Hashable, submit_once: Callable[..., FutureProxy[Any]]) -> None:
+    def __init__(
+        self,
+        binding: RunsOnce,
+        key: Hashable,
+        wait_for: Callable[[JobOptions, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+        options_of: Callable[[Callable[..., Any]], JobOptions],
+    ) -> None:
         self.key = key
         self._binding = binding
-        self._submit_once = submit_once
+        self._wait_for = wait_for
+        self._options_of = options_of
         self._calls: Counter[str] = Counter()
 
     def step(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -65,7 +71,7 @@ class Flow:
             raise RuntimeError(f"step {name} of flow {self.key!r} would wait for itself: it is what runs here")
         token = _running.set(running | {key})
         try:
-            options = JobOptions(name=name, key=key, again=True, timeout=math.inf)
+            options = JobOptions(name=self._options_of(fn).name or name, key=key, again=True, timeout=math.inf)
             return self._binding.run_once(options, fn, args, kwargs).result()  # type: ignore[no-any-return]
         finally:
             _running.reset(token)
@@ -74,15 +80,13 @@ class Flow:
         """As :meth:`step`, but in the background: while it runs the request is answered, as by
         :meth:`Executor.result_or_202 <flask_executor.Executor.result_or_202>`.
 
+        What :meth:`Executor.job <flask_executor.Executor.job>` made of a function brings its options along.
+
         :raises HTTPException: the answer, while there is no result.
         :raises RuntimeError: outside of a request.
         """
-        require_request()
-        name, key = self._next(fn)
-        options = JobOptions(name=name, key=key, again=starts_anew())
-        with store_at_hand():
-            future: FutureProxy[T] = self._submit_once(options, fn, args, kwargs)
-            return result_or_answer(self._binding, future)
+        _, key = self._next(fn)
+        return self._wait_for(replace(self._options_of(fn), key=key), fn, args, kwargs)  # type: ignore[no-any-return]
 
     def _next(self, fn: Callable[..., Any]) -> tuple[str, Hashable]:
         """Name and key of a step that is met now."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response as WSGIResponse
 
-from flask_executor.abc import WorkerState
+from flask_executor.abc import JobRecords, WorkerState
 from flask_executor.actions import Permit, check_permit, sign_permit
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.futures import FutureProxy
@@ -29,6 +29,10 @@ class Jobs(Protocol):
     @property
     def name(self) -> str:
         """The name of the executor."""
+
+    @property
+    def records(self) -> JobRecords:
+        """The records of its jobs."""
 
     def stop_job(self, id: str) -> bool | None:
         """Ask this job to stop; False when it has ended, None when there is none."""

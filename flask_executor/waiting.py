@@ -71,6 +71,8 @@ def result_or_answer(jobs: Jobs, future: FutureProxy[T]) -> T:
     :raises HTTPException: the answer. It has no code, so that no error handler of the app takes it for an error.
     """
     if wanted(request) in (DOCUMENT, EVENTS):
+        if _is_for_a_later_one(jobs, future):
+            return future.result()
         abort(_report(jobs, future))
     seconds = 0.0 if future.done() else preferred_wait(request)
     if seconds:
@@ -84,6 +86,15 @@ def result_or_answer(jobs: Jobs, future: FutureProxy[T]) -> T:
     if job.status is JobStatus.SUCCEEDED:
         return future.result()  # which may come a moment later
     raise HTTPException(response=_answer(jobs, job)) from _error(future)
+
+
+def _is_for_a_later_one(jobs: Jobs, future: FutureProxy[Any]) -> bool:
+    """Whether the view waits for several jobs, this one has ended, and the page asks for one behind it."""
+    asked_for = request.headers.get("Executor-Job")
+    if asked_for in (None, future.job_id) or future.status is not JobStatus.SUCCEEDED:
+        return False
+    job = jobs.records.get(asked_for)
+    return job is not None and job.key != future.key  # else it is this one, as it was before it was tried again
 
 
 def _report(jobs: Jobs, future: FutureProxy[Any]) -> Response:

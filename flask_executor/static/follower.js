@@ -65,14 +65,16 @@ export async function* readEvents(body) {
 export class Follower {
   static #streams = 0;
   #url;
+  #job;
   #etag;
   #lastEvent;
   #between = 1000;
   #failures = 0;
   #end = null;
 
-  constructor(url, { onUpdate, onConnection = () => {} }) {
+  constructor(url, job, { onUpdate, onConnection = () => {} }) {
     this.#url = url;
+    this.#job = job;
     this.onUpdate = onUpdate;
     this.onConnection = onConnection;
   }
@@ -105,6 +107,8 @@ export class Follower {
     }
     try {
       const headers = { Accept: streaming ? `${STREAM}, ${DOCUMENT};q=0.9` : DOCUMENT };
+      // A view may wait for several jobs, one after the other; this is the one that it was left at.
+      if (this.#job) headers["Executor-Job"] = this.#job;
       if (this.#etag) headers["If-None-Match"] = this.#etag;
       if (this.#lastEvent) headers["Last-Event-ID"] = this.#lastEvent;
       // To follow a redirect to a login page elsewhere would look like a lost connection.

@@ -85,7 +85,8 @@ class JobView extends View {
 
   async follow() {
     const clock = setInterval(() => this.showTimes(), 1000);
-    const end = await new Follower(this.element.dataset.executorJob, {
+    const { executorJob: url, executorId: id } = this.element.dataset;
+    const end = await new Follower(url, id, {
       onUpdate: (job) => this.update(job),
       onConnection: (state) => this.showConnection(state),
     }).run();

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -14,7 +14,7 @@ from flask import Blueprint, Flask, Response, current_app, redirect, render_temp
 from flask.blueprints import BlueprintSetupState
 from werkzeug.wrappers import Response as WSGIResponse
 
-from flask_executor.documents import describe_key, describe_line
+from flask_executor.documents import describe_line
 from flask_executor.exceptions import (
     ConfigError,
     ExecutorShutdown,
@@ -33,6 +33,7 @@ from flask_executor.pages import Jobs, controller_name, jobs_of, register_contro
 from flask_executor.problems import nothing, problem, refuse
 from flask_executor.records import OURS
 from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
+from flask_executor.web.listing import Query, list_page
 from flask_executor.web.openapi import document as openapi_document
 from flask_executor.web.overview import overview
 
@@ -42,10 +43,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Authorize = Callable[[str, "Job | None"], object]
 
 _RUN = f"{OURS}run"  # what the keys of jobs begin with that were started here, so that their handles are held
-_STARTED = "started_with"  # in the meta of a job: what it was started as, to be started again
+_STARTED = f"{OURS}started_with"  # in the meta of a job: what it was started as, to be started again
 _SESSION = "_flask_executor_owner"
-_MOST_LISTED = 200  # jobs in one answer
-_MOST_SEARCHED = 20_000  # newest jobs that are looked through
 _GONE = "There was such a job, and its record has expired."
 _NONE = "There is no such job, or it is none of yours."
 
@@ -349,27 +348,14 @@ class Controller(Blueprint):
             self.require("dashboard")
             return self.dashboard()
         self.require("list")
-        jobs, more = self._listed()
+        try:
+            jobs, cursor = list_page(self.executor.jobs, Query.parse(request.args))
+        except ValueError as error:
+            refuse(400, str(error))
         describe = self.describer()
-        documents = [{**describe(job), "owner": job.owner} for job in jobs]
-        following = self._url("index", **{**request.args, "before": _cursor(jobs[-1])}) if more else None
+        documents = [{**describe(job), "owner": job.owner, "arguments": _arguments(job)} for job in jobs]
+        following = None if cursor is None else self._url("index", **{**request.args, "before": cursor})
         return _as_json({"jobs": documents, "next": following})
-
-    def _listed(self) -> tuple[Sequence[Job], bool]:
-        """The jobs of the page that is asked for, and whether there is another one."""
-        status, name, owner = (request.args.get(given) or None for given in ("status", "name", "owner"))
-        if status is not None and status not in list(JobStatus):
-            refuse(400, f"status is {status!r}; it must be one of {', '.join(JobStatus)}.")
-        limit = request.args.get("limit", "50")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _MOST_LISTED):
-            refuse(400, f"limit is {limit[:50]!r}; it must be a number from 1 to {_MOST_LISTED}.")
-        key, text, before = (request.args.get(given) or None for given in ("key", "q", "before"))
-        most = _MOST_SEARCHED if key or text or before else int(limit) + 1
-        found = self.executor.jobs.list(status=status, name=name, owner=owner, limit=most)
-        if before is not None:
-            found = _after(found, before)
-        matching = [job for job in found if (key is None or describe_key(job.key) == key) and _has(job, text)]
-        return matching[: int(limit)], len(matching) > int(limit)
 
     def dashboard(self) -> WSGIResponse:
         """The page that shows all jobs, and how the executor is doing."""
@@ -453,29 +439,10 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-def _cursor(job: Job) -> str:
-    """What a page ended with."""
-    return f"{job.queued_at!r}-{job.id}"
-
-
-def _after(jobs: Sequence[Job], cursor: str) -> Sequence[Job]:
-    """Those that come behind; if that job is not there any more, those that were queued before it."""
-    time, _, id = cursor.partition("-")
-    ids = [job.id for job in jobs]
-    if id in ids:
-        return jobs[ids.index(id) + 1 :]
-    try:
-        return [job for job in jobs if job.queued_at < float(time)]
-    except ValueError:
-        refuse(400, f"before is {cursor[:80]!r}; it must be as it stands in 'next' of the page before.")
-
-
-def _has(job: Job, text: str | None) -> bool:
-    """Whether a job is what somebody looks for who has typed this."""
-    if text is None:
-        return True
-    text = text.casefold()
-    return any(text in (field or "").casefold() for field in (job.name, describe_key(job.key), job.owner, job.id))
+def _arguments(job: Job) -> Any:
+    """What a job was started with here."""
+    started = job.meta.get(_STARTED)
+    return started.get("arguments") if isinstance(started, Mapping) else None
 
 
 def _as_json(value: Any) -> Response:

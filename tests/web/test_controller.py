@@ -154,10 +154,10 @@ def test_failure_and_retry(client: FlaskClient) -> None:
     url = client.post("/jobs/run/fail", json={"message": "the password is 1234"}).headers["Location"]
     failed = ended(client, url)
     assert (failed["status"], failed["error"]) == ("failed", None)
-    assert "1234" not in json.dumps({**failed, "meta": {}}), "errors are not told to everybody"
+    assert "1234" not in json.dumps(failed), "errors and arguments are not told to everybody"
     assert problem(client.get(f"{url}/result"), 409)["detail"] == "The job has no result: it has failed."
     again = client.post(failed["links"]["retry"])
-    assert document(again, 202)["meta"]["started_with"]["arguments"] == {"message": "the password is 1234"}
+    assert document(again, 202)["meta"] == {}
     assert again.headers["Location"] != url
     assert ended(client, again.headers["Location"])["status"] == "failed"
 
@@ -423,6 +423,9 @@ def test_filters_and_pages(client: FlaskClient, executor: Executor, admins: Admi
     assert (found, pages) == ([f"key {number}" for number in reversed(range(7))], 3)
     assert keys("before=0-0") == []
     assert len(keys(f"before={time.time() + 9}-gone")) == 8
+    client.post("/jobs/run/add", json={"a": 1})
+    drain(executor)
+    assert document(client.get("/jobs/"))["jobs"][0]["arguments"] == {"a": 1}
     first = client.get("/jobs/")
     assert client.get("/jobs/", headers={"If-None-Match": first.headers["ETag"]}).status_code == 304
     for bad in "status=odd", "limit=0", "limit=201", "limit=x", "limit=-1", "limit=²", "before=nothing":

@@ -197,6 +197,43 @@ def test_head(client: FlaskClient, executor: Executor, gate: Gate) -> None:
     assert client.head("/report", headers=PAGE).status_code == 202
 
 
+@pytest.mark.parametrize("in_flow", [True, False])
+def test_a_view_that_waits_for_one_job_after_the_other(app: Flask, executor: Executor, in_flow: bool) -> None:
+    gates = [Gate(), Gate()]
+
+    @app.get("/two")
+    def two() -> str:
+        if in_flow:
+            flow = executor.flow("two")
+            first, second = flow.result_or_202(gates[0], "a"), flow.result_or_202(gates[1], "b")
+        else:
+            first, second = executor.result_or_202("a", gates[0], "a"), executor.result_or_202("b", gates[1], "b")
+        return f"{first}{second}"
+
+    client = app.test_client()
+
+    def shown() -> str:
+        return client.get("/two", headers=PAGE).text.split('data-executor-id="')[1].split('"')[0]
+
+    def told(id: str) -> tuple[str, str]:
+        answer = client.get("/two", headers={**POLL, "Executor-Job": id})
+        assert answer.mimetype == DOCUMENT
+        assert answer.json is not None
+        return answer.json["id"], answer.json["status"]
+
+    first = shown()
+    assert wait_until(lambda: told(first) == (first, "running"))
+    gates[0].open.set()
+    assert wait_until(lambda: told(first) == (first, "succeeded")), "so that the page is loaded again"
+    second = shown()
+    assert second != first
+    assert wait_until(lambda: told(second) == (second, "running"))
+    gates[1].open.set()
+    assert wait_until(lambda: told(second) == (second, "succeeded"))
+    assert told("0" * 24) == (first, "succeeded"), "it never runs the rest of the view"
+    assert client.get("/two", headers=PAGE).text == "ab"
+
+
 def test_48_pages_start_one_job(client: FlaskClient, app: Flask, gate: Gate) -> None:
     with ThreadPoolExecutor(48) as clients:
         statuses = list(clients.map(lambda _: app.test_client().get("/report", headers=PAGE).status_code, range(48)))
@@ -388,6 +425,34 @@ def test_a_job_and_options(app: Flask, executor: Executor, gate: Gate) -> None:
     assert client.get("/b").text == "from b"
 
 
+def test_a_flow_takes_the_options_of_a_job(app: Flask, executor: Executor, gate: Gate) -> None:
+    attempts: list[int] = []
+
+    @executor.job(name="pack the parcel", retries=1)
+    def pack() -> str:
+        attempts.append(current_job.attempt)
+        if len(attempts) == 1:
+            raise ConnectionError
+        return "packed"
+
+    @executor.job(name="weigh it")
+    def weigh() -> str:
+        return current_job.name
+
+    @app.get("/order")
+    def order() -> str:
+        flow = executor.flow("order")
+        return f"{flow.step(weigh)}, {flow.result_or_202(pack)}"
+
+    client = app.test_client()
+    answer = client.get("/order").json
+    assert answer is not None
+    assert answer["name"] == "pack the parcel"
+    drain(executor)
+    assert client.get("/order").text == "weigh it, packed"
+    assert attempts == [1, 2]
+
+
 def test_a_flow_waits_step_by_step(app: Flask, executor: Executor) -> None:
     gates = [Gate(), Gate()]
     done: list[str] = []
@@ -445,10 +510,16 @@ def test_the_page_of_the_app(app: Flask, executor: Executor, gate: Gate, tmp_pat
     folder.mkdir(parents=True)
     own = '{% extends "flask_executor/base.html" %}{% block content %}one moment, {{ job.name }}{% endblock %}'
     (folder / "waiting.html").write_text(own)
+    (folder / "base.html").write_text(
+        '{% extends "flask_executor/default/base.html" %}{% block header %}<h2>The shop</h2>{% endblock %}'
+    )
     mine = Flask("mine", template_folder=str(tmp_path / "templates"))
     executor.init_app(mine)
     mine.add_url_rule("/x", "x", lambda: executor.options(name="report").result_or_202("x", gate))
-    assert "one moment, report" in mine.test_client().get("/x", headers=PAGE).text
+    page = mine.test_client().get("/x", headers=PAGE).text
+    assert "one moment, report" in page
+    assert "<h2>The shop</h2>" in page
+    assert "executor.css" in page
 
 
 def test_image_and_language(make_executor: MakeExecutor, app: Flask, gate: Gate) -> None:
