@@ -301,9 +301,14 @@ class Binding(JobChannel):
         """Url of an image to show while a job runs."""
         return self.config.waiting_image
 
+    @property
+    def with_errors(self) -> bool:
+        """Whether everybody may see what a job has raised."""
+        return self.config.expose_errors
+
     def describe(self, job: Job) -> dict[str, Any]:
         """The status document of a record."""
-        return describe_job(job, with_error=self.config.expose_errors)
+        return describe_job(job, with_error=self.with_errors)
 
     def document(self, id: str) -> dict[str, Any] | None:
         """The status document of a job; None when there is none."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from flask_executor.exceptions import JobExit
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.jobs import OURS, JobStatus, LiveJob
 from flask_executor.logs import line_of
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class RunningJob:
         :param progress: how much is done, from 0 to 1; None leaves it as it is.
         :param message: what the job is doing; None leaves it as it is.
         :param meta: anything else, kept by name.
-        :raises ValueError: for a progress that is not from 0 to 1.
+        :raises ValueError: for a progress that is not from 0 to 1, and names that begin with ``flask_executor.``.
         """
         job = self._job
         if progress is not None:
@@ -108,6 +108,8 @@ class RunningJob:
         if message is not None:
             job.message = str(message)
         if meta:
+            if any(name.startswith(OURS) for name in meta):
+                raise ValueError(f"names that begin with {OURS!r} are the package's own: {', '.join(meta)}")
             if job.meta is None:
                 job.meta = meta
             else:

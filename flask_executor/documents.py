@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Hashable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from flask_executor.helpers import safe_repr
-from flask_executor.jobs import Job, JobStatus, LogLine
-from flask_executor.records import OURS, clean, is_ours, plain
+from flask_executor.jobs import OURS, Job, JobStatus, LogLine
+from flask_executor.records import clean, is_ours, plain
 
+_TRACEBACK = re.compile(r"\n[ |+]*(?:Exception Group )?Traceback \(most recent call last\):")
 _CHANGES_BY_ITSELF = ("elapsed", "remaining")
 
 
@@ -53,9 +55,13 @@ def describe_key(key: Hashable | None) -> str | None:
     return clean(key if isinstance(key, str) else safe_repr(key))
 
 
-def describe_line(line: LogLine) -> dict[str, str | None]:
-    """A line of a job's log."""
-    return {"time": _timestamp(line.time), "level": line.level, "logger": line.logger, "text": clean(line.text)}
+def describe_line(line: LogLine, *, with_error: bool = False) -> dict[str, str | None]:
+    """A line of a job's log.
+
+    :param with_error: whether with the traceback, where it has one.
+    """
+    text = line.text if with_error else _TRACEBACK.split(line.text, maxsplit=1)[0]
+    return {"time": _timestamp(line.time), "level": line.level, "logger": line.logger, "text": clean(text)}
 
 
 def version(document: Mapping[str, Any]) -> str:

@@ -111,11 +111,11 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             bindings[self] = Binding(self, app, config, self._default_done_callbacks, self._worker_initializers)
             self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
-        register_pages(app, self.name, bindings[self])
+        register_pages(app, self, bindings[self])
 
     # ---- submitting ----
 
-    def submit(self, /, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:  # type: ignore[override]
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """Run ``fn(*args, **kwargs)`` in the background.
 
         :param fn: the function; an ``async def`` one runs as the app runs its async views.
@@ -440,6 +440,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         if starts_anew():
             owner = options.owner or job_owner(self.name)  # or the job's page would not be shown
             options = replace(options, again=True, owner=owner)
+        options = replace(options, keep=True)
         with store_at_hand():
             future = self._submit(options, fn, args, kwargs, once=True)
             return result_or_answer(self._binding()[1], future)
@@ -471,7 +472,7 @@ class ExecutorWithOptions:
         self._executor = executor
         self._options = options
 
-    def submit(self, /, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit`; with a key as :meth:`Executor.submit_stored`."""
         return self._executor._submit(self._options, fn, args, kwargs)
 
@@ -586,6 +587,11 @@ def _options(
     for text in ("name", "owner"):  # an owner is often a number in a database
         if given.get(text) is not None:
             given[text] = str(given[text])
+    meta = given.get("meta")
+    if meta is not None:
+        if not all(isinstance(name, str) for name in meta):
+            raise ValueError(f"the names in meta must be strings: {', '.join(map(repr, meta))}")
+        given["meta"] = {**(base.meta or {}), **meta}
     retry: dict[str, Any] = {"retries": retries, "backoff": backoff}
     for name, errors in (("retry_on", retry_on), ("no_retry_on", no_retry_on)):
         retry[name] = (errors,) if isinstance(errors, type) else errors

@@ -11,9 +11,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import callable_name
-from flask_executor.jobs import JobOptions
+from flask_executor.jobs import OURS, JobOptions
 from flask_executor.ledger import Ledger
-from flask_executor.records import OURS
 
 P = ParamSpec("P")
 T = TypeVar("T")

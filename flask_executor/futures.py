@@ -323,14 +323,17 @@ class FutureCollection(Generic[F]):
 
     :param max_length: most futures to hold, None for no bound. When it is exceeded finished ones leave first,
         oldest first. An unfinished one that has to leave can still be found by key until it ends.
+    :param max_kept: most futures to hold beyond those, which were put in to be kept; None for no bound.
     """
 
-    # Who owns what: everything is changed under _lock. _held counts the keys of each future in _futures.
+    # Who owns what: everything is changed under _lock. _held counts the keys of each future in _futures and _kept.
 
-    def __init__(self, max_length: int | None = 50) -> None:
+    def __init__(self, max_length: int | None = 50, max_kept: int | None = None) -> None:
         self.max_length = max_length
+        self._max_kept = max_kept
         self._lock = threading.RLock()  # a future's finalizer may run in the middle and look here
         self._futures: dict[Hashable, F] = {}
+        self._kept: dict[Hashable, F] = {}
         self._held: Counter[F] = Counter()
         self._left_unfinished: weakref.WeakValueDictionary[Hashable, F] = weakref.WeakValueDictionary()
 
@@ -344,12 +347,15 @@ class FutureCollection(Generic[F]):
                 raise KeyExists(future_key)
             self._put(future_key, future)
 
-    def setdefault(self, future_key: Hashable, future: F) -> F:
-        """The future under this key; ``future``, now held, if there was none."""
+    def setdefault(self, future_key: Hashable, future: F, *, keep: bool = False) -> F:
+        """The future under this key; ``future``, now held, if there was none.
+
+        :param keep: whether it does not count, and stays when others have to leave.
+        """
         with self._lock:
             there = self._get(future_key)
             if there is None:
-                self._put(future_key, future)
+                self._put(future_key, future, keep=keep)
             return future if there is None else there
 
     def get(self, future_key: Hashable) -> F | None:
@@ -360,7 +366,7 @@ class FutureCollection(Generic[F]):
     def pop(self, future_key: Hashable) -> F | None:
         """Take a future out, and free its key; None for an unknown key."""
         with self._lock:
-            future = self._futures.pop(future_key, None)
+            future = self._futures.pop(future_key, None) or self._kept.pop(future_key, None)
             if future is None:
                 return self._left_unfinished.pop(future_key, None)
             self._release(future)
@@ -372,17 +378,17 @@ class FutureCollection(Generic[F]):
         :param within: only those that are longer tuples which begin with this.
         """
         with self._lock:
-            keys = list(self._futures)
+            keys = [*self._futures, *self._kept]
         return [key for key in keys if _is_within(key, within)] if within else keys
 
     def __contains__(self, item: object) -> bool:
         """Whether a future is held, or a key."""
         if isinstance(item, Future):
             return item in self._held
-        return item in self._futures
+        return item in self._futures or item in self._kept
 
     def __len__(self) -> int:
-        return len(self._futures)
+        return len(self._futures) + len(self._kept)
 
     def __getattr__(self, attr: str) -> Callable[..., Any]:
         if attr.startswith("__"):  # copy, pickle and the like ask for optional methods
@@ -404,24 +410,22 @@ class FutureCollection(Generic[F]):
     def _get(self, future_key: Hashable) -> F | None:
         future = self._futures.get(future_key)
         if future is None:
+            future = self._kept.get(future_key)
+        if future is None:
             future = self._left_unfinished.get(future_key)
             if future is not None and future.done():
                 del self._left_unfinished[future_key]
                 return None
         return future
 
-    def _put(self, future_key: Hashable, future: F) -> None:
-        self._futures[future_key] = future
+    def _put(self, future_key: Hashable, future: F, *, keep: bool = False) -> None:
         self._held[future] += 1
-        self._make_room()
-
-    def _make_room(self) -> None:
-        if self.max_length is None:
-            return
-        while len(self._futures) > self.max_length:
-            oldest = next(iter(self._futures))
-            key = next((key for key, future in self._futures.items() if future.done()), oldest)
-            future = self._futures.pop(key)
+        futures, most = (self._kept, self._max_kept) if keep else (self._futures, self.max_length)
+        futures[future_key] = future
+        while most is not None and len(futures) > most:
+            oldest = next(iter(futures))
+            key = next((key for key, future in futures.items() if future.done()), oldest)
+            future = futures.pop(key)
             self._release(future)
             if not future.done():
                 self._left_unfinished[key] = future

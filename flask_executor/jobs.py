@@ -15,6 +15,9 @@ from flask_executor.forks import after_fork_in_child
 from flask_executor.helpers import describe_error
 from flask_executor.retries import Retry
 
+#: What the first element of a key begins with, or a name in ``meta``, that this package has made and not the user.
+OURS = "flask_executor."
+
 #: Most lines of its log that are kept with a job; the oldest leave first.
 LOG_LINES = 500
 
@@ -72,6 +75,8 @@ class JobOptions:
     priority: int = 0
     #: What is known of it beforehand, by name.
     meta: Mapping[str, Any] | None = None
+    #: Whether its handle is held for as long as its record, however many there are.
+    keep: bool = False
     #: Whether ``submit_once`` starts anew what has failed.
     again: bool = False
 

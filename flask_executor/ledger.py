@@ -29,9 +29,10 @@ class Ledger:
         self._config = config
         self._memory = MemoryStore(config.store_max_records, config.result_ttl)
         self.records: JobRecords = self._memory
-        self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.futures_max_length, config.result_ttl)
+        most, ttl = config.store_max_records, config.result_ttl
+        self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.futures_max_length, most, ttl)
         #: Those under keys that this package has made, which the other bound would be too small for.
-        self.hidden: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.store_max_records, config.result_ttl)
+        self.hidden: FutureCollection[FutureProxy[Any]] = ExpiringFutures(most, most, ttl)
 
     def reconfigure(self, config: Config) -> None:
         """Take another configuration. The store, and what it was made with, stays."""
@@ -56,7 +57,7 @@ class Ledger:
         there = futures.get(key)
         if there is not None and call.options.again and has_failed(there):
             futures.pop(key)
-        there = futures.setdefault(key, call.future)
+        there = futures.setdefault(key, call.future, keep=call.options.keep)
         return None if there is call.future else there  # somebody may have added it by hand just now
 
     def handle(self, job: Job) -> FutureProxy[Any] | None:
@@ -120,8 +121,8 @@ class ExpiringFutures(FutureCollection[FutureProxy[Any]]):
     :param ttl: seconds for which the handle of a job that has ended is held.
     """
 
-    def __init__(self, max_length: int | None, ttl: float) -> None:
-        super().__init__(max_length)
+    def __init__(self, max_length: int | None, max_kept: int, ttl: float) -> None:
+        super().__init__(max_length, max_kept)
         self._ttl = ttl
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:

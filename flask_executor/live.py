@@ -10,7 +10,7 @@ from typing import Any
 from flask import Request, Response
 
 from flask_executor.documents import version
-from flask_executor.problems import problem
+from flask_executor.problems import nothing, problem
 from flask_executor.streams import Places, Read, events, hold
 
 HTML = "text/html"
@@ -46,9 +46,12 @@ def live_answer(request: Request, read: Read, places: Places, *, as_events: bool
     :param as_events: whether this url gives streams, where the client has no other wish.
     """
     if request.method == "GET" and (wanted(request) == EVENTS or (as_events and _takes(request, EVENTS))):
+        last = request.headers.get("Last-Event-ID")
+        if last is not None and _is_the_end(read(), last):
+            return nothing()  # by which the standard tells a client not to ask again
         place = places.take(multithreaded=is_multithreaded(request))
         if place is not None:
-            answer = Response(events(read, request.headers.get("Last-Event-ID")), mimetype=EVENTS)
+            answer = Response(events(read, last), mimetype=EVENTS)
             answer.call_on_close(place.give_back)
             answer.headers["Cache-Control"] = "no-store"
             answer.headers["X-Accel-Buffering"] = "no"  # or nginx would collect it
@@ -64,6 +67,11 @@ def live_answer(request: Request, read: Read, places: Places, *, as_events: bool
     if waited:
         answer.headers["Preference-Applied"] = "wait"
     return answer
+
+
+def _is_the_end(document: Mapping[str, Any] | None, last: str) -> bool:
+    """Whether a client has seen all there is."""
+    return document is not None and document["ended"] and version(document) == last
 
 
 def _takes(request: Request, mimetype: str) -> bool:
@@ -91,7 +99,8 @@ def document_answer(request: Request, document: Mapping[str, Any], status: int =
     answer.set_etag(version(document), weak=True)
     if not document["ended"]:
         answer.headers["Retry-After"] = str(seconds_between_polls(document))
-    answer.make_conditional(request)
+    if status < 300:  # RFC 9110, 13.2.1: others are what they are
+        answer.make_conditional(request)
     return answer
 
 

@@ -19,7 +19,11 @@ def is_from_elsewhere(request: Request) -> bool:
     if site is not None:
         return site not in ("same-origin", "none")
     origin = request.headers.get("Origin")
-    return origin is not None and urlsplit(origin).netloc != request.host
+    try:
+        # Not the scheme: behind a proxy that ends TLS the app may not know its own.
+        return origin is not None and urlsplit(origin).netloc != request.host
+    except ValueError:  # http://[
+        return True
 
 
 def refuse_from_elsewhere(request: Request) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
+from urllib.parse import quote
 
-from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, url_for
+from flask import Blueprint, Flask, Request, Response, current_app, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response as WSGIResponse
 
 from flask_executor.abc import JobRecords, WorkerState
-from flask_executor.actions import Permit, check_permit, sign_permit
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.futures import FutureProxy
 from flask_executor.jobs import Job
 from flask_executor.live import HTML, live_answer, seconds_between_polls, wanted
 from flask_executor.origins import refuse_from_elsewhere
+from flask_executor.permits import ACT, FOLLOW, Permit, check_permit, sign_permit
 from flask_executor.problems import nothing, refuse
 from flask_executor.streams import Places
 
 _NAME = "flask_executor"
+_QUERY = "%/?:@!$&'()*+,;=~"  # what stays as it is in a query, which was encoded already
 _JOBS = "flask_executor_jobs"  # in app.extensions: what acts on jobs, by the name of the executor
+_JOBS_OF = "flask_executor_jobs_of"  # the same by the executor, as two may have the same name
 _CONTROLLERS = "flask_executor_controllers"  # in app.extensions: the blueprint's name, by that of the executor
 
 
@@ -53,6 +56,10 @@ class Jobs(Protocol):
         """The workers of this process."""
 
     @property
+    def with_errors(self) -> bool:
+        """Whether everybody may see what a job has raised."""
+
+    @property
     def waiting_image(self) -> str | None:
         """Url of an image to show while a job runs."""
 
@@ -61,10 +68,14 @@ class Jobs(Protocol):
         """Those of this process for requests that wait."""
 
 
-def register_pages(app: Flask, executor_name: str, jobs: Jobs) -> None:
+def register_pages(app: Flask, executor: Any, jobs: Jobs) -> None:
     """Have an app serve what pages need, and their buttons act on the jobs of an executor."""
-    app.extensions.setdefault(_JOBS, {})[executor_name] = jobs
-    if _NAME in app.blueprints or _has_begun(app):
+    app.extensions.setdefault(_JOBS, {})[jobs.name] = jobs
+    app.extensions.setdefault(_JOBS_OF, {})[executor] = jobs
+    there = app.blueprints.get(_NAME)
+    if there is not None and there.import_name != __name__:
+        raise ValueError(f"the app has a blueprint {_NAME!r} already; the pages of this package need that name")
+    if there is not None or _has_begun(app):
         return  # too late for new urls; a page will say so
     pages = Blueprint(
         _NAME,
@@ -86,14 +97,16 @@ def _has_begun(app: Flask) -> bool:
 def act() -> WSGIResponse:
     """Do what a button of a page says, and go back to the page."""
     refuse_from_elsewhere(request)
-    permit, jobs = _permitted(request.form.get("token", ""))
-    act = {"stop": jobs.stop_job, "retry": jobs.make_way}.get(request.form.get("action", ""))
-    if act is None:
+    permit, jobs = _permitted(ACT, request.form.get("token", ""))
+    do = {"stop": jobs.stop_job, "retry": jobs.make_way}.get(request.form.get("action", ""))
+    if do is None:
         refuse(400, "The action is missing: it must be 'stop' or 'retry'.")
     try:
-        done = act(permit.id)
+        done = do(permit.id)
     except StoreUnavailable:
         refuse(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
+    if done is None:
+        refuse(404, "This job is not known here (any more).")
     if wanted(request) == HTML:
         return redirect(permit.page, 303)
     return Response(status=202) if done else nothing()
@@ -101,8 +114,11 @@ def act() -> WSGIResponse:
 
 def live(token: str) -> WSGIResponse:
     """How the job stands that a page shows."""
-    permit, jobs = _permitted(token)
-    return live_answer(request, lambda: jobs.document(permit.id), jobs.places)
+    permit, jobs = _permitted(FOLLOW, token)
+    try:
+        return live_answer(request, lambda: jobs.document(permit.id), jobs.places)
+    except StoreUnavailable:
+        refuse(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
 
 
 def _permit_job(endpoint: str, values: dict[str, Any]) -> None:
@@ -121,13 +137,13 @@ def _permit_job(endpoint: str, values: dict[str, Any]) -> None:
     executors: Mapping[str, Jobs] = current_app.extensions[_JOBS]
     for name, jobs in executors.items():
         if len(executors) == 1 or jobs.document(id) is not None:
-            values["token"] = sign_permit(current_app, Permit(executor=name, id=id, page=""))
+            values["token"] = sign_permit(current_app, FOLLOW, Permit(executor=name, id=id))
             return
     raise RuntimeError(f"job {id} cannot be followed: no executor of this app knows it")
 
 
-def _permitted(token: str) -> tuple[Permit, Jobs]:
-    permit = check_permit(current_app, token)
+def _permitted(what: str, token: str) -> tuple[Permit, Jobs]:
+    permit = check_permit(current_app, what, token)
     jobs = None if permit is None else current_app.extensions[_JOBS].get(permit.executor)
     if permit is None or jobs is None:
         refuse(
@@ -150,8 +166,7 @@ def render_job_page(jobs: Jobs, document: Mapping[str, Any], *, turn: bool, acti
             "The page that waits needs urls for its script and style, and the app had answered its first request "
             "before init_app(app) was called: call it earlier, where the app is made."
         )
-    # With one slash only in front: two would lead to another site.
-    page = "/" + f"{request.script_root}{request.full_path}".lstrip("/").removesuffix("?")
+    page = _path_of(request)
     permit = Permit(executor=jobs.name, id=document["id"], page=page)
     return render_template(
         "flask_executor/waiting.html",
@@ -159,11 +174,19 @@ def render_job_page(jobs: Jobs, document: Mapping[str, Any], *, turn: bool, acti
         url=page,
         turn=turn,
         action=action or url_for(f"{_NAME}.act"),
-        token=sign_permit(current_app, permit),
+        token="" if action else sign_permit(current_app, ACT, permit),
         image=jobs.waiting_image,
         refresh=None if document["ended"] else seconds_between_polls(document) + 1,
         translate=translator(),
     )
+
+
+def _path_of(request: Request) -> str:
+    """The url of a request without the host, as a browser has it."""
+    # With one slash only in front, and none of what browsers take for one: two would lead to another site.
+    path = "/" + quote(f"{request.root_path}{request.path}".lstrip("/"), safe="/:@!$&'()*+,;=~")
+    query = request.query_string.decode("latin-1")
+    return f"{path}?{quote(query, safe=_QUERY)}" if query else path
 
 
 def translator() -> Callable[[str], str]:
@@ -171,9 +194,9 @@ def translator() -> Callable[[str], str]:
     return cast("Callable[[str], str]", current_app.jinja_env.globals.get("gettext", str))
 
 
-def jobs_of(executor_name: str) -> Jobs:
+def jobs_of(executor: Any) -> Jobs:
     """What acts on the jobs of an executor in the current app."""
-    jobs: Jobs = current_app.extensions[_JOBS][executor_name]
+    jobs: Jobs = current_app.extensions[_JOBS_OF][executor]
     return jobs
 
 

@@ -10,10 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flask_executor.helpers import safe_repr
-from flask_executor.jobs import Job, JobStatus, LogLine
-
-#: What the first element of a key begins with that this package has given to a job for a purpose of its own.
-OURS = "flask_executor."
+from flask_executor.jobs import OURS, Job, JobStatus, LogLine
 
 
 def is_ours(key: Hashable) -> bool:
@@ -90,7 +87,10 @@ def plain(value: object) -> Any:
 
 def decode_meta(text: str | None) -> MappingProxyType[str, Any]:
     """The meta that :func:`encode_meta` made ``text`` of."""
-    return MappingProxyType({} if text is None else json.loads(text))
+    try:
+        return MappingProxyType({} if text is None else json.loads(text))
+    except RecursionError:  # the stack is deeper here than where it was written
+        return MappingProxyType({})
 
 
 def encode_job(job: Job, **more: Any) -> str:

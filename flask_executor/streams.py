@@ -43,9 +43,9 @@ class Places:
         :param multithreaded: whether the server handles several requests of this process at the same time. Where it
             does not, a request that waits would be the only one.
         """
-        limit = self._limit
-        if limit is None:
-            limit = max(1, threads_like_this() // 4) if multithreaded else 0
+        if not multithreaded:
+            return None
+        limit = max(1, threads_like_this() // 4) if self._limit is None else self._limit
         with self._lock:
             if self._taken >= limit:
                 return None

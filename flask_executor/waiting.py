@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from flask import Response, abort, has_request_context, redirect, request, url_for
+from flask import Response, abort, current_app, has_request_context, redirect, request, url_for
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WSGIResponse
 
@@ -24,7 +24,8 @@ from flask_executor.live import (
     preferred_wait,
     wanted,
 )
-from flask_executor.pages import Jobs, controller_name, render_job_page
+from flask_executor.pages import Jobs, controller_name, job_owner, render_job_page
+from flask_executor.permits import FOLLOW, Permit, sign_permit
 from flask_executor.problems import problem
 
 T = TypeVar("T")
@@ -45,14 +46,14 @@ def require_request() -> None:
 
 @contextmanager
 def store_at_hand() -> Iterator[None]:
-    """Where the jobs cannot be reached, tell a page that asks so: it will ask again.
+    """Where the jobs cannot be reached, tell those who can ask again; what browsers see is the app's to say.
 
     :raises HTTPException: the 503.
     """
     try:
         yield
     except StoreUnavailable as error:
-        if wanted(request) not in (DOCUMENT, EVENTS):
+        if wanted(request) == HTML:
             raise
         away = problem(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
         raise HTTPException(response=away) from error
@@ -70,7 +71,7 @@ def result_or_answer(jobs: Jobs, future: FutureProxy[T]) -> T:
 
     :raises HTTPException: the answer. It has no code, so that no error handler of the app takes it for an error.
     """
-    if wanted(request) in (DOCUMENT, EVENTS):
+    if wanted(request) in (DOCUMENT, EVENTS) and not starts_anew():
         if _is_for_a_later_one(jobs, future):
             return future.result()
         abort(_report(jobs, future))
@@ -112,7 +113,7 @@ def _answer(jobs: Jobs, job: Job) -> WSGIResponse:
     document = jobs.describe(job)
     as_html = wanted(request) == HTML
     if starts_anew():
-        return _at_its_own_page(jobs, document, as_html=as_html)
+        return _at_its_own_page(jobs, job, document, as_html=as_html)
     status = _status(job)
     if as_html:
         page = render_job_page(jobs, document, turn=True)
@@ -138,7 +139,7 @@ def _status(job: Job) -> int:
     return 409 if job.status in (JobStatus.STOPPED, JobStatus.KILLED, JobStatus.CANCELLED) else 500
 
 
-def _at_its_own_page(jobs: Jobs, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
+def _at_its_own_page(jobs: Jobs, job: Job, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
     """A form was sent: lead to a page that can be loaded again without sending it once more."""
     controller = controller_name(jobs.name)
     if controller is None:
@@ -147,7 +148,10 @@ def _at_its_own_page(jobs: Jobs, document: Mapping[str, Any], *, as_html: bool) 
             "a Controller (app.register_blueprint(Controller(executor))), or start the job with submit_once() and "
             "redirect to a view that takes GET and calls result_or_202()"
         )
-    url = url_for(f"{controller}.job", id=document["id"])
+    own = job.owner is not None and job.owner == job_owner(jobs.name)
+    # The job may have been started by somebody else, and the view has let this request see it.
+    permit = sign_permit(current_app, FOLLOW, Permit(executor=jobs.name, id=document["id"]))
+    url = url_for(f"{controller}.job", id=document["id"], permit=None if own else permit)
     if as_html:
         return _unstored(redirect(url, 303))
     answer = document_answer(request, document, 202)

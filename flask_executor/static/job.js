@@ -154,7 +154,7 @@ class JobView extends View {
     // Not the attribute disabled: it would take the focus from who has just pressed it.
     button?.removeAttribute("disabled");
     button?.setAttribute("aria-disabled", String(this.stopping(job)));
-    this.show("stop", !job.ended);
+    this.show("stop", !job.ended && (this.page === "turn" || Boolean(job.links?.stop)));
     this.show("retry", job.ended && job.status !== "succeeded" && (this.page === "turn" || Boolean(job.links?.retry)));
     this.show("hint", !job.ended);
     if (focused && job.ended) (this.parts.retry?.querySelector("button") ?? this.parts.name)?.focus();

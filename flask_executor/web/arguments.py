@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -51,7 +53,8 @@ class Parameters(Protocol):
 def parameters_of(fn: Callable[..., Any]) -> Parameters:
     """What ``fn`` takes, checked by pydantic where that is installed, else by its simpler annotations.
 
-    :raises TypeError: for a function that cannot be called with keyword arguments only.
+    :raises TypeError: for a function that cannot be called with keyword arguments only, or has annotations that cannot
+        be resolved.
     """
     accepted: dict[str, inspect.Parameter] = {}
     more = False
@@ -65,16 +68,29 @@ def parameters_of(fn: Callable[..., Any]) -> Parameters:
             )
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             accepted[name] = parameter
-    try:
-        hints = typing.get_type_hints(inspect.unwrap(fn), include_extras=True)
-    except Exception:  # an annotation that is no type, or is not there at run time: it is documentation then
-        hints = {}
+    hints = _hints(fn)
     annotated = {name: (hints.get(name, Any), parameter.default) for name, parameter in accepted.items()}
     try:
         import pydantic
     except ImportError:
         return PlainParameters(annotated, more)
     return PydanticParameters(pydantic, annotated, more)
+
+
+def _hints(fn: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, as types."""
+    fn = inspect.unwrap(fn)
+    while isinstance(fn, functools.partial):
+        fn = inspect.unwrap(fn.func)
+    if not (inspect.isroutine(fn) or inspect.isclass(fn)):  # an object that can be called
+        fn = type(fn).__call__
+    try:
+        return typing.get_type_hints(fn.__init__ if inspect.isclass(fn) else fn, include_extras=True)
+    except NameError as error:
+        raise TypeError(
+            f"{fn!r} cannot be exposed, as its arguments cannot be checked: {error}. Import what its annotations name "
+            "also at run time."
+        ) from error
 
 
 class PlainParameters:
@@ -112,7 +128,7 @@ class PlainParameters:
 
 
 class PydanticParameters:
-    """Checks and converts as pydantic does, in its lax mode."""
+    """Checks and converts as pydantic does with JSON in strict mode: a date is made of text, but a number is not."""
 
     def __init__(self, pydantic: Any, annotated: Mapping[str, tuple[Any, Any]], more: bool) -> None:
         self._pydantic = pydantic
@@ -132,7 +148,7 @@ class PydanticParameters:
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            model = self._model.model_validate(dict(given))
+            model = self._model.model_validate_json(json.dumps(given), strict=True)
         except self._pydantic.ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
             raise MismatchError(*(Mismatch(pointer=_pointer(one["loc"]), detail=one["msg"]) for one in found)) from None

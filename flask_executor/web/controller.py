@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -25,14 +26,16 @@ from flask_executor.exceptions import (
     UntrustedResult,
 )
 from flask_executor.executor import Executor, ExecutorJob
+from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
-from flask_executor.jobs import Job, JobStatus
+from flask_executor.jobs import OURS, Job, JobStatus
 from flask_executor.live import HTML, document_answer, live_answer, wanted
 from flask_executor.origins import refuse_from_elsewhere
 from flask_executor.pages import Jobs, controller_name, jobs_of, register_controller, render_job_page, translator
+from flask_executor.permits import FOLLOW, Permit, check_permit
 from flask_executor.problems import nothing, problem, refuse
-from flask_executor.records import OURS
 from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
+from flask_executor.web.bodies import read_object
 from flask_executor.web.listing import Query, list_page
 from flask_executor.web.openapi import document as openapi_document
 from flask_executor.web.overview import overview
@@ -45,6 +48,8 @@ Authorize = Callable[[str, "Job | None"], object]
 _RUN = f"{OURS}run"  # what the keys of jobs begin with that were started here, so that their handles are held
 _STARTED = f"{OURS}started_with"  # in the meta of a job: what it was started as, to be started again
 _SESSION = "_flask_executor_owner"
+_OF_SESSION = "session:"  # what an owner begins with whom only the session knows
+_MOST_KEPT = 8 * 1024  # characters of name and arguments that are kept, to start a job again
 _GONE = "There was such a job, and its record has expired."
 _NONE = "There is no such job, or it is none of yours."
 
@@ -123,13 +128,15 @@ class Controller(Blueprint):
         :param fn: a function, or what :meth:`Executor.job <flask_executor.Executor.job>` made of one, with its options.
         :param name: how it is called in the url; by default as jobs of it are.
         :raises TypeError: for a function that cannot be called with keyword arguments only.
-        :raises ValueError: for a name that is taken or has a slash.
+        :raises ValueError: for a name that is taken or has a slash, and for a job of another executor.
         """
         name = name or callable_name(fn)
         if "/" in name:
             raise ValueError(f"the name {name!r} has a slash; give another one: expose(fn, name=...)")
         if name in self.exposed:
             raise ValueError(f"{name!r} is exposed already; give another name: expose(fn, name=...)")
+        if isinstance(fn, ExecutorJob) and fn.executor is not self.executor:
+            raise ValueError(f"{name!r} is a job of another executor; expose it on a controller of that one")
         self.exposed[name] = Exposed(name=name, fn=fn, parameters=parameters_of(fn))
         return fn
 
@@ -146,17 +153,27 @@ class Controller(Blueprint):
                 raise ConfigError(
                     "SECRET_KEY", None, "set, so that a session can tell whose a job is, or pass owner= to Controller"
                 )
-            owner = session[_SESSION] = f"session:{secrets.token_urlsafe(16)}"
+            token = session[_SESSION] = secrets.token_urlsafe(16)
+            owner = _owner_of_session(token)
         return owner
 
     def _known_owner(self) -> str | None:
         owner = None if self._owner is None else self._owner()
-        return str(owner) if owner is not None else session.get(_SESSION)
+        if owner is None or owner is False or owner == "":  # what apps say for nobody
+            token = session.get(_SESSION)
+            return None if token is None else _owner_of_session(token)
+        if str(owner).startswith(_OF_SESSION):
+            raise ValueError(f"owner() gave {owner!r}; what begins with {_OF_SESSION!r} is for those it does not know")
+        return str(owner)
 
     def may(self, action: str, job: Job | None = None) -> bool:
         """Whether the current request may do this: its own jobs it may do everything with."""
-        if job is not None and job.owner is not None and job.owner == self._known_owner():
-            return True
+        if job is not None:
+            if job.owner is not None and job.owner == self._known_owner():
+                return True
+            permit = self._permit() if action in ("status", "result") else None
+            if permit is not None and permit.id == job.id:
+                return True
         return self._authorize is not None and bool(self._authorize(action, job))
 
     def require(self, action: str) -> None:
@@ -174,94 +191,125 @@ class Controller(Blueprint):
             refuse(404, _NONE)
         return job
 
+    def check_origin(self) -> None:
+        """Leave the view if a page of another site has made this request; to be overridden to allow some."""
+        refuse_from_elsewhere(request)
+
+    def _permit(self) -> Permit | None:
+        """What the url permits, whoever has it: to follow one job."""
+        token = request.args.get("permit")
+        permit = None if token is None else check_permit(current_app, FOLLOW, token)
+        return permit if permit is not None and permit.executor == self.executor.name else None
+
     # ---- starting ----
 
     def run(self, name: str) -> WSGIResponse:
         """``POST /run/<name>``: start what is exposed under this name."""
-        refuse_from_elsewhere(request)
+        self.check_origin()
         if name not in self.exposed:
             refuse(404, f"Nothing is exposed as {name!r}.")
-        return self.start(name, self.read_arguments(), self.owner())
+        return self.start(name, read_object(request, self.max_body))
 
-    def read_arguments(self) -> dict[str, Any]:
-        """The JSON object in the body of the request; an empty one for no body."""
-        if (request.content_length or 0) > self.max_body:
-            refuse(413, f"The body has {request.content_length} bytes; {self.max_body} are allowed.")
-        body = request.stream.read(self.max_body + 1)
-        if len(body) > self.max_body:
-            refuse(413, f"The body has more than the {self.max_body} bytes that are allowed.")
-        request.stream = io.BytesIO(body)  # for the job, which may read it too
-        if not body:
-            return {}
-        if not request.is_json:
-            refuse(415, "The arguments must be a JSON object: send it with Content-Type: application/json.")
-        try:
-            arguments = json.loads(body, parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
-            refuse(400, f"The body cannot be read as JSON: {str(error)[:200]}.")
-        if not isinstance(arguments, dict):
-            refuse(400, "The body must be a JSON object, with the arguments by name.")
-        return arguments
+    def check_start(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Called before anything is started, also again: to be overridden by what leaves the view where it is refused.
 
-    def start(self, name: str, arguments: Mapping[str, Any], owner: str | None) -> WSGIResponse:
-        """Start a job, and tell where it is."""
-        exposed = self.exposed[name]
+        :param name: of what is exposed.
+        :param arguments: as they came; they fit the signature.
+        """
+
+    def start(self, name: str, arguments: Mapping[str, Any], owner: str | None = None) -> WSGIResponse:
+        """Start a job in the contexts of the current request, and tell where it is.
+
+        :param owner: whose it is; None for whom :meth:`owner` tells.
+        """
+        kwargs = self._checked(name, arguments)
+        return self._accepted(self._submit(name, arguments, kwargs, self.owner() if owner is None else owner))
+
+    def _checked(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments as the function is to get them."""
         try:
-            kwargs = exposed.parameters.check(arguments)
+            kwargs = self.exposed[name].parameters.check(arguments)
         except MismatchError as error:
             wrong = [{"pointer": one.pointer, "detail": one.detail} for one in error.args]
             refuse(422, f"The arguments do not fit {name!r}.", errors=wrong)
-        options: dict[str, Any] = {
-            "owner": owner,
-            "key": (_RUN, secrets.token_hex(8)),
-            "meta": {_STARTED: {"name": name, "arguments": dict(arguments)}},
-        }
-        submit: Callable[..., Any]
-        if isinstance(exposed.fn, ExecutorJob):
-            submit = exposed.fn.options(**options).submit
+        self.check_start(name, arguments)
+        return kwargs
+
+    def _submit(self, name: str, arguments: Mapping[str, Any], kwargs: dict[str, Any], owner: str | None) -> Job:
+        fn = self.exposed[name].fn
+        options: dict[str, Any] = {"owner": owner, "key": (_RUN, secrets.token_hex(8))}
+        started = json.dumps({"name": name, "arguments": dict(arguments)})
+        if len(started) <= _MOST_KEPT:
+            options["meta"] = {_STARTED: started}
+        submit: Callable[..., FutureProxy[Any]]
+        if isinstance(fn, ExecutorJob):
+            submit = fn.options(**options).submit
         else:
-            submit = partial(self.executor.options(name=name, **options).submit, exposed.fn)
+            submit = partial(self.executor.options(name=name, **options).submit, fn)
         try:
-            future = submit(**kwargs)
+            return submit(**kwargs).record()
         except QueueFull:
             refuse(503, "So many jobs are waiting that no more are accepted. Try again.", headers={"Retry-After": "5"})
         except ExecutorShutdown:
             refuse(503, "This process ends and accepts no more jobs. Try again.", headers={"Retry-After": "5"})
-        document = self.describer()(future.record())
+
+    def _accepted(self, job: Job) -> WSGIResponse:
+        document = self.describer()(job)
         answer = document_answer(request, document, 202)
         answer.headers["Location"] = document["links"]["self"]
         return answer
 
     def retry(self, id: str) -> WSGIResponse:
-        """``POST /<id>/retry``: start a job again that was started here, and has not succeeded."""
-        refuse_from_elsewhere(request)
-        job = self.find("retry", id)
-        started = self._can_be_started_again(job)
-        if started is None:
-            refuse(409, "Only a job that was started here, and has ended other than by success, can be started again.")
-        return self.start(started["name"], started["arguments"], job.owner)
+        """``POST /<id>/retry``: start a job again that was started here, and has not succeeded.
 
-    def _can_be_started_again(self, job: Job) -> Mapping[str, Any] | None:
-        """What it was started with."""
-        started = job.meta.get(_STARTED)
-        if not job.status.ended or job.status is JobStatus.SUCCEEDED or not isinstance(started, Mapping):
+        The job of somebody else is started without the current request and session: what it does is not to be done
+        with the rights of whoever has pressed a button.
+        """
+        self.check_origin()
+        job = self.find("retry", id)
+        started = self._started(job)
+        if started is None:
+            refuse(
+                409,
+                "Only a job that was started here, with arguments of moderate size, and has ended other than by "
+                "success can be started again.",
+            )
+        if job.owner is not None and job.owner == self._known_owner():
+            return self.start(started["name"], started["arguments"])
+        kwargs = self._checked(started["name"], started["arguments"])
+        app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+        again = partial(self._submit, started["name"], started["arguments"], kwargs, job.owner)
+        return self._accepted(Context().run(_in_app_context, app, again))
+
+    def _started(self, job: Job) -> dict[str, Any] | None:
+        """Name and arguments of a job that can be started again."""
+        text = job.meta.get(_STARTED)
+        if text is None or not job.status.ended or job.status is JobStatus.SUCCEEDED:
             return None
-        return started if started.get("name") in self.exposed else None
+        started: dict[str, Any] = json.loads(text)
+        return started if started["name"] in self.exposed else None
 
     # ---- one job ----
 
-    def describer(self) -> Callable[[Job], dict[str, Any]]:
-        """What makes the status document of a job, with the urls that belong to it; also when the request is over."""
+    def describer(self, job: Job | None = None) -> Callable[[Job], dict[str, Any]]:
+        """What makes the status document of a job, with the urls that belong to it; also when the request is over.
+
+        :param job: the only one that it is for: then only what the current request may do is told.
+        """
         base, jobs = self._url("index"), self.jobs
+        allowed = None if job is None else {action for action in ("stop", "retry", "log") if self.may(action, job)}
+        permit = f"?permit={request.args['permit']}" if self._permit() is not None else ""
 
         def describe(job: Job) -> dict[str, Any]:
             itself = f"{base}{job.id}"
-            links = {"self": itself, "events": f"{itself}/events", "log": f"{itself}/log"}
-            if not job.status.ended:
+            links = {"self": itself + permit, "events": f"{itself}/events{permit}"}
+            if allowed is None or "log" in allowed:
+                links["log"] = f"{itself}/log"
+            if not job.status.ended and (allowed is None or "stop" in allowed):
                 links["stop"] = itself
-            elif job.status is JobStatus.SUCCEEDED:
-                links["result"] = f"{itself}/result"
-            elif self._can_be_started_again(job) is not None:
+            if job.status is JobStatus.SUCCEEDED:
+                links["result"] = f"{itself}/result{permit}"
+            if (allowed is None or "retry" in allowed) and self._started(job) is not None:
                 links["retry"] = f"{itself}/retry"
             return {**jobs.describe(job), "links": links}
 
@@ -271,8 +319,8 @@ class Controller(Blueprint):
         """``GET /<id>``: how a job stands, as a document, or as a page."""
         job = self.find("status", id)
         if wanted(request) != HTML:
-            return live_answer(request, self._reader(id), self.jobs.places)
-        page = render_job_page(self.jobs, self.describer()(job), turn=False, action=self._url("job", id=id))
+            return live_answer(request, self._reader(job), self.jobs.places)
+        page = render_job_page(self.jobs, self.describer(job)(job), turn=False, action=self._url("job", id=id))
         answer = Response(page, mimetype=HTML)
         answer.headers["Cache-Control"] = "no-store"
         answer.vary.add("Accept")
@@ -280,12 +328,12 @@ class Controller(Blueprint):
 
     def events(self, id: str) -> WSGIResponse:
         """``GET /<id>/events``: the same as it goes on, as server-sent events."""
-        self.find("status", id)
-        return live_answer(request, self._reader(id), self.jobs.places, as_events=True)
+        job = self.find("status", id)
+        return live_answer(request, self._reader(job), self.jobs.places, as_events=True)
 
-    def _reader(self, id: str) -> Callable[[], Mapping[str, Any] | None]:
+    def _reader(self, job: Job) -> Callable[[], Mapping[str, Any] | None]:
         """Reads the status document, also when the request is over."""
-        records, describe = self.executor.jobs, self.describer()
+        id, records, describe = job.id, self.executor.jobs, self.describer(job)
 
         def read() -> Mapping[str, Any] | None:
             job = records.get(id)
@@ -295,7 +343,7 @@ class Controller(Blueprint):
 
     def stop(self, id: str) -> WSGIResponse:
         """``DELETE /<id>``: ask a job to stop."""
-        refuse_from_elsewhere(request)
+        self.check_origin()
         self.find("stop", id)
         if not self.jobs.stop_job(id):
             return nothing()
@@ -326,7 +374,7 @@ class Controller(Blueprint):
         if future is None:
             refuse(410, "The result is not kept any more.")
         try:
-            body = current_app.json.dumps(result)
+            body = current_app.json.dumps(result, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             refuse(406, f"The result is a {type(result).__name__}, which JSON does not have.")
         answer = Response(body, mimetype="application/json")
@@ -337,8 +385,10 @@ class Controller(Blueprint):
 
     def log(self, id: str) -> WSGIResponse:
         """``GET /<id>/log``: the last lines that it has logged."""
-        self.find("log", id)
-        return _as_json({"lines": [describe_line(line) for line in self.executor.jobs.log(id)]})
+        job = self.find("log", id)
+        with_errors = self.jobs.with_errors or bool(self._authorize is not None and self._authorize("log", job))
+        lines = [describe_line(line, with_error=with_errors) for line in self.executor.jobs.log(id)]
+        return _as_json({"lines": lines})
 
     # ---- all jobs ----
 
@@ -349,12 +399,13 @@ class Controller(Blueprint):
             return self.dashboard()
         self.require("list")
         try:
-            jobs, cursor = list_page(self.executor.jobs, Query.parse(request.args))
+            query = Query.parse(request.args)
         except ValueError as error:
             refuse(400, str(error))
+        jobs, cursor = list_page(self.executor.jobs, query)
         describe = self.describer()
-        documents = [{**describe(job), "owner": job.owner, "arguments": _arguments(job)} for job in jobs]
-        following = None if cursor is None else self._url("index", **{**request.args, "before": cursor})
+        documents = [{**describe(job), "owner": job.owner, "started_with": job.meta.get(_STARTED)} for job in jobs]
+        following = None if cursor is None else self._url("index", **{**query.given(), "before": cursor})
         return _as_json({"jobs": documents, "next": following})
 
     def dashboard(self) -> WSGIResponse:
@@ -397,7 +448,7 @@ class Controller(Blueprint):
     @property
     def jobs(self) -> Jobs:
         """What acts on the jobs of the executor in the current app."""
-        return jobs_of(self.executor.name)
+        return jobs_of(self.executor)
 
     def _url(self, endpoint: str, **values: Any) -> str:
         mounted = request.blueprint
@@ -435,14 +486,14 @@ _ENDS = {
 }
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
+def _owner_of_session(token: str) -> str:
+    """Whose the jobs are of a session. Who sees that in a list cannot make the session of it."""
+    return _OF_SESSION + hashlib.blake2b(token.encode(), digest_size=9).hexdigest()
 
 
-def _arguments(job: Job) -> Any:
-    """What a job was started with here."""
-    started = job.meta.get(_STARTED)
-    return started.get("arguments") if isinstance(started, Mapping) else None
+def _in_app_context(app: Flask, fn: Callable[[], Job]) -> Job:
+    with app.app_context():
+        return fn()
 
 
 def _as_json(value: Any) -> Response:

@@ -51,6 +51,11 @@ class Query:
             limit=int(limit),
         )
 
+    def given(self) -> dict[str, str]:
+        """What was asked for, as it stands in a url; without ``before``."""
+        asked = {"status": self.status, "name": self.name, "owner": self.owner, "key": self.key, "q": self.text}
+        return {**{name: str(value) for name, value in asked.items() if value is not None}, "limit": str(self.limit)}
+
     def matches(self, job: Job) -> bool:
         """Whether a job is meant, among those of this status, name and owner."""
         key = describe_key(job.key)

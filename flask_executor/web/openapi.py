@@ -84,7 +84,7 @@ _JOB: Schema = {
         "remaining": {**_SECONDS, "description": "seconds, an estimate"},
         "error": _TEXT,
         "owner": {**_TEXT, "description": "in lists"},
-        "arguments": {"type": ["object", "null"], "description": "in lists: what it was started with here"},
+        "started_with": {**_TEXT, "description": "in lists: what it was started with here, as JSON"},
         "links": {"type": "object", "additionalProperties": {"type": "string"}},
     },
     "required": ["id", "name", "key", "status", "ended", "progress", "message", "queued_at", "links"],

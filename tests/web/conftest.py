@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # where it is not installed, other tests run all the same
     from browsers import Shop, Tabs
     from playwright.sync_api import Browser
 
+pytest.register_assert_rewrite("browsers")
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:

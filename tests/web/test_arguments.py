@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, Optional
@@ -77,6 +78,8 @@ def test_what_fits(parameters: Callable[..., Parameters], given: dict[str, Any])
         ({"month": "may", "pages": 1.5}, ["/pages"]),
         ({"month": "may", "scale": "x"}, ["/scale"]),
         ({"month": "may", "draft": []}, ["/draft"]),
+        ({"month": "may", "draft": "yes"}, ["/draft"]),
+        ({"month": "may", "pages": True}, ["/pages"]),
         ({"month": "may", "format": "doc"}, ["/format"]),
         ({"month": "may", "names": {}}, ["/names"]),
         ({"month": "may", "self": 1}, ["/self"]),
@@ -99,10 +102,26 @@ def test_more_than_was_named(parameters: Callable[..., Parameters]) -> None:
     assert parameters(anything).schema()["additionalProperties"] is True
 
 
-@pytest.mark.parametrize("fn", [unresolved, anything])
-def test_what_has_no_types_takes_anything(parameters: Callable[..., Parameters], fn: Callable[..., Any]) -> None:
-    name = "what" if fn is unresolved else "a"
-    assert parameters(fn).check({name: {"x": 1}}) == {name: {"x": 1}}
+def test_what_has_no_types_takes_anything(parameters: Callable[..., Parameters]) -> None:
+    assert parameters(anything).check({"a": {"x": 1}}) == {"a": {"x": 1}}
+
+
+def test_what_cannot_be_resolved_is_not_let_through(parameters: Callable[..., Parameters]) -> None:
+    with pytest.raises(TypeError, match="its arguments cannot be checked: name 'NotThere' is not defined"):
+        parameters(unresolved)
+
+
+class Callable_:
+    def __call__(self, count: int) -> None: ...
+
+
+@pytest.mark.parametrize("fn", [functools.partial(render, "may"), Callable_()])
+def test_partials_and_objects_are_checked_too(parameters: Callable[..., Parameters], fn: Callable[..., Any]) -> None:
+    name = "count" if isinstance(fn, Callable_) else "pages"
+    assert parameters(fn).check({name: 1}) == {name: 1}
+    for wrong in "rm -rf", True, 1.5, None:
+        with pytest.raises(MismatchError):
+            parameters(fn).check({name: wrong})
 
 
 def test_pydantic_converts() -> None:

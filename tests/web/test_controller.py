@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import tasks
-from flask import Flask, request
+from flask import Flask, abort, has_request_context, request, session
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 from werkzeug.wrappers import Response
@@ -425,7 +425,9 @@ def test_filters_and_pages(client: FlaskClient, executor: Executor, admins: Admi
     assert len(keys(f"before={time.time() + 9}-gone")) == 8
     client.post("/jobs/run/add", json={"a": 1})
     drain(executor)
-    assert document(client.get("/jobs/"))["jobs"][0]["arguments"] == {"a": 1}
+    newest = document(client.get("/jobs/"))["jobs"][0]
+    assert json.loads(newest["started_with"])["arguments"] == {"a": 1}
+    assert newest["owner"].startswith("session:")
     first = client.get("/jobs/")
     assert client.get("/jobs/", headers={"If-None-Match": first.headers["ETag"]}).status_code == 304
     for bad in "status=odd", "limit=0", "limit=201", "limit=x", "limit=-1", "limit=²", "before=nothing":
@@ -608,3 +610,214 @@ def test_flask_restful(app: Flask, client: FlaskClient, controller: Controller) 
     assert client.put(url).json == f"put {started['id']}"
     assert client.patch(url).status_code == 405
     assert app.test_client().get(url).status_code == 404
+
+
+# ---- what a reviewer has found ----
+
+
+def test_who_may_only_look_gets_no_buttons(
+    client: FlaskClient, stranger: FlaskClient, admins: Admins, gate: Any
+) -> None:
+    admins.actions = {"status"}
+    url = client.post("/jobs/run/work_until", json={"path": str(gate)}).headers["Location"]
+    page = stranger.get(url, headers=PAGE)
+    assert page.status_code == 200
+    token = page.text.split('name="token" value="')[1].split('"')[0]
+    assert token == ""
+    assert stranger.post("/_executor/act", data={"token": token, "action": "stop"}).status_code == 403
+    assert stranger.post(url, data={"action": "stop"}).status_code == 404
+    assert set(document(stranger.get(url))["links"]) == {"self", "events"}
+    assert {"stop", "log"} <= set(document(client.get(url))["links"])
+
+
+def test_jobs_of_others_are_not_run_again_with_the_rights_of_whoever_asks(
+    app: Flask, make_executor: MakeExecutor
+) -> None:
+    controller = Controller(make_executor(), authorize=lambda action, job: bool(session.get("admin")))
+    seen: list[tuple[object, bool]] = []
+
+    def grant(to: str) -> None:
+        seen.append((to, has_request_context()))
+        raise PermissionError(to)
+
+    controller.expose(grant)
+    app.register_blueprint(controller, url_prefix="/jobs")
+    app.add_url_rule("/login", "login", lambda: str(session.update(admin=True)))
+    mallory, admin = app.test_client(), app.test_client()
+    admin.get("/login")
+    url = mallory.post("/jobs/run/grant", json={"to": "mallory"}).headers["Location"]
+    ended(mallory, url)
+    again = admin.post(f"{url}/retry").headers["Location"]
+    assert ended(mallory, again)["status"] == "failed", "it is still hers"
+    ended(mallory, mallory.post(f"{again}/retry").headers["Location"])
+    assert seen == [("mallory", True), ("mallory", False), ("mallory", True)]
+
+
+def test_a_body_that_was_read_before(app: Flask, client: FlaskClient) -> None:
+    @app.before_request
+    def audit() -> None:
+        request.get_data()
+
+    url = client.post("/jobs/run/add", json={"a": 2, "b": 3}).headers["Location"]
+    done = ended(client, url)
+    assert client.get(done["links"]["result"]).json == 5
+
+
+def test_the_limit_of_the_app(app: Flask, client: FlaskClient) -> None:
+    app.config["MAX_CONTENT_LENGTH"] = 100
+    problem(client.post("/jobs/run/add", json={"a": 1, "b": "x" * 200}), 413)
+
+
+def test_nested_arguments(client: FlaskClient, admins: Admins) -> None:
+    admins.actions = {"list"}
+    for depth in 60, 900, 970, 979, 985, 995:
+        body = '{"a": 1, "b": ' + "[" * depth + "]" * depth + "}"
+        answer = client.post("/jobs/run/add", data=body, content_type="application/json")
+        problem(answer, 422 if depth < 64 else 400)
+    assert client.get("/jobs/").status_code == 200
+
+
+def test_large_arguments_are_not_kept(client: FlaskClient, admins: Admins) -> None:
+    admins.actions = {"list"}
+    url = client.post("/jobs/run/fail", json={"message": "x" * 100_000}).headers["Location"]
+    assert "retry" not in ended(client, url)["links"]
+    problem(client.post(f"{url}/retry"), 409)
+    assert len(client.get("/jobs/").data) < 5000
+
+
+def test_a_job_cannot_change_what_it_was_started_with(app: Flask, make_executor: MakeExecutor) -> None:
+    controller = Controller(make_executor())
+    seen: list[list[int]] = []
+
+    def forge(items: list[int], **more: str) -> None:
+        seen.append(items.copy())
+        items.clear()
+        reported: dict[str, Any] = {"flask_executor.started_with": "[]"}
+        current_job.update(**reported)
+
+    controller.expose(forge)
+    app.register_blueprint(controller)
+    client = app.test_client()
+    url = client.post("/run/forge", json={"items": [1, 2], "fn": "x", "self": "y", "key": "z"}).headers["Location"]
+    assert ended(client, url)["status"] == "failed"
+    ended(client, client.post(f"{url}/retry").headers["Location"])
+    assert seen == [[1, 2], [1, 2]]
+
+
+def test_the_meta_of_the_app_stays(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor()
+    controller = Controller(executor)
+    controller.expose(executor.job(meta={"colour": "red"})(tasks.fail), "fail")
+    app.register_blueprint(controller)
+    client = app.test_client()
+    failed = ended(client, client.post("/run/fail").headers["Location"])
+    assert failed["meta"] == {"colour": "red"}
+    assert "retry" in failed["links"]
+    with pytest.raises(ValueError, match="the names in meta must be strings"):
+        executor.options(meta={(1, 2): 3})  # type: ignore[dict-item]
+
+
+def test_every_start_is_checked(app: Flask, make_executor: MakeExecutor) -> None:
+    left = [1]
+
+    class Quota(Controller):
+        def check_start(self, name: str, arguments: Mapping[str, Any]) -> None:
+            if not left:
+                abort(429)
+            left.pop()
+
+    controller = Quota(make_executor())
+    controller.expose(tasks.fail)
+    app.register_blueprint(controller)
+    client = app.test_client()
+    url = client.post("/run/fail").headers["Location"]
+    ended(client, url)
+    assert client.post(f"{url}/retry").status_code == 429
+    assert client.post("/run/fail").status_code == 429
+
+
+@pytest.mark.parametrize("nobody", ["", False, None])
+def test_nobody_is_not_a_user(app: Flask, executor: Executor, nobody: object) -> None:
+    controller = Controller(executor, owner=lambda: nobody, name="owned")
+    controller.expose(tasks.add)
+    app.register_blueprint(controller, url_prefix="/jobs")
+    url = app.test_client().post("/jobs/run/add", json={"a": 1}).headers["Location"]
+    assert app.test_client().get(url).status_code == 404
+
+
+def test_a_user_cannot_be_called_like_a_session(app: Flask, executor: Executor) -> None:
+    app.testing = True
+    controller = Controller(executor, owner=lambda: "session:abc", name="owned")
+    controller.expose(tasks.add)
+    app.register_blueprint(controller)
+    with pytest.raises(ValueError, match="what begins with 'session:' is for those it does not know"):
+        app.test_client().post("/run/add", json={"a": 1})
+
+
+def test_tracebacks_in_the_log_are_for_those_who_may_see_them(
+    app: Flask, make_executor: MakeExecutor, admins: Admins
+) -> None:
+    controller = Controller(make_executor(), authorize=admins)
+
+    def work() -> None:
+        try:
+            raise ValueError("the password is 1234")
+        except ValueError:
+            app.logger.exception("it did not work")
+
+    controller.expose(work)
+    app.register_blueprint(controller)
+    client = app.test_client()
+    url = client.post("/run/work").headers["Location"]
+    ended(client, url)
+    assert [line["text"] for line in document(client.get(f"{url}/log"))["lines"]] == ["it did not work"]
+    admins.actions = {"log"}
+    assert "1234" in document(client.get(f"{url}/log"))["lines"][0]["text"]
+
+
+def test_jobs_of_another_executor(make_executor: MakeExecutor) -> None:
+    one, two = make_executor(), make_executor(name="two")
+    with pytest.raises(ValueError, match="is a job of another executor"):
+        Controller(one).expose(two.job(tasks.add))
+
+
+def test_two_executors_of_one_name(app: Flask, make_executor: MakeExecutor, gate: Any) -> None:
+    first = make_executor()
+    make_executor()
+    controller = Controller(first)
+    controller.expose(tasks.work_until)
+    app.register_blueprint(controller)
+    client = app.test_client()
+    url = client.post("/run/work_until", json={"path": str(gate)}).headers["Location"]
+    assert wait_until(lambda: document(client.get(url))["progress"])
+    assert client.delete(url).status_code == 202
+    assert ended(client, url)["status"] == "stopped"
+
+
+def test_odd_queries(client: FlaskClient, admins: Admins) -> None:
+    admins.actions = {"list"}
+    for _ in range(3):
+        ended(client, client.post("/jobs/run/add", json={"a": 1}).headers["Location"])
+    for odd in "endpoint=x", "self=1", "_anchor=x", "_scheme=ftp", "_external=1", "values=1":
+        found = document(client.get(f"/jobs/?limit=1&{odd}"))["next"]
+        assert found.startswith("/jobs/?")
+        assert odd.split("=")[0] not in found
+
+
+def test_no_session_for_what_was_not_started(client: FlaskClient) -> None:
+    assert "Set-Cookie" not in client.post("/jobs/run/add", json={"a": "x"}).headers
+    assert "Set-Cookie" not in client.get("/jobs/health").headers
+
+
+def test_a_result_that_is_no_number(app: Flask, make_executor: MakeExecutor) -> None:
+    controller = Controller(make_executor())
+    controller.expose(lambda: float("nan"), "nan")
+    app.register_blueprint(controller)
+    client = app.test_client()
+    url = client.post("/run/nan").headers["Location"]
+    ended(client, url)
+    problem(client.get(f"{url}/result"), 406)
+
+
+def test_an_origin_that_is_none(client: FlaskClient) -> None:
+    problem(client.post("/jobs/run/add", json={"a": 1}, headers={"Origin": "http://["}), 403)

@@ -182,7 +182,7 @@ def test_an_event_stream_tells_all_until_the_end(client: FlaskClient, executor: 
     assert (last["status"], last["ended"]) == ("succeeded", True)
     last_id = [line[4:] for line in answer.text.splitlines() if line.startswith("id: ")][-1]
     resumed = client.get("/report", headers={**POLL, "Last-Event-ID": last_id}, environ_overrides=THREADED)
-    assert events(resumed) == [], "there is no news"
+    assert resumed.status_code == 204, "there will be no news: a client that follows the standard asks no more"
 
 
 def test_a_client_that_takes_streams_only(client: FlaskClient, gate: Gate) -> None:
@@ -627,3 +627,106 @@ def test_a_stream_ends_when_the_store_is_away(client: FlaskClient, executor: Exe
         patch.setattr(records, "get", get_once)
         sent = events(client.get("/report", headers=POLL, environ_overrides=THREADED))
     assert [event["status"] for event in sent] == ["running"]
+
+
+# ---- what a reviewer has found ----
+
+
+def test_more_pages_than_futures_are_held(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor(futures_max_length=5)
+    runs: list[int] = []
+    app.add_url_rule("/n/<int:n>", "n", lambda n: str(executor.result_or_202(f"n {n}", note, n)))
+
+    def note(n: int) -> int:
+        runs.append(n)
+        return n
+
+    client = app.test_client()
+    for n in range(30):
+        client.get(f"/n/{n}")
+    drain(executor)
+    assert [client.get(f"/n/{n}").text for n in range(30)] == [str(n) for n in range(30)]
+    assert len(runs) == 30
+    for n in range(30, 50):
+        executor.submit_stored(n, note, n).result()
+    assert len(executor.futures.keys()) == 35
+    assert executor.futures.pop("n 3") is not None
+    assert client.get("/n/3").status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("asked", "page"),
+    [
+        ("/%09/evil.example/x", "/%09/evil.example/x"),
+        ("/%5Cevil.example/x", "/%5Cevil.example/x"),
+        ("/c%23", "/c%23"),
+        ("/what%3F?a=%26&b=%C3%BC", "/what%3F?a=%26&b=%C3%BC"),
+        ("/50%2541", "/50%2541"),
+        ("/%C3%BC", "/%C3%BC"),
+        ("/a?", "/a"),
+    ],
+)
+def test_a_page_asks_at_its_own_url(app: Flask, executor: Executor, gate: Gate, asked: str, page: str) -> None:
+    app.add_url_rule("/<path:path>", "any", lambda path: executor.result_or_202(path, gate))
+    client = app.test_client()
+    answer = client.get(asked, headers=PAGE)
+    url = answer.text.split('data-executor-job="')[1].split('"')[0].replace("&amp;", "&")
+    assert url == page
+    form = {"token": token_of(answer), "action": "stop"}
+    location = client.post("/_executor/act", data=form, headers=PAGE).headers["Location"]
+    assert location == page
+
+
+def test_to_follow_is_not_to_act(app: Flask, executor: Executor, gate: Gate) -> None:
+    template = '{% from "flask_executor/macros.html" import progress %}{{ progress(job) }}'
+    futures = [executor.submit(gate)]
+    app.add_url_rule("/mine", "mine", lambda: render_template_string(template, job=futures[0]))
+    client = app.test_client()
+    token = client.get("/mine").text.split("/_executor/jobs/")[1].split('"')[0]
+    assert client.get(f"/_executor/jobs/{token}").status_code == 200
+    for action in "stop", "retry":
+        assert client.post("/_executor/act", data={"token": token, "action": action}).status_code == 403
+
+
+def test_a_post_of_somebody_else(
+    app: Flask, executor: Executor, client: FlaskClient, gate: Gate, views: list[str]
+) -> None:
+    app.register_blueprint(Controller(executor), url_prefix="/jobs")
+    client.get("/report")
+    for browser in app.test_client(), app.test_client():
+        url = browser.post("/report", headers=PAGE).headers["Location"]
+        page = browser.get(url, headers=PAGE)
+        assert page.status_code == 200
+        assert 'data-executor-part="stop" hidden' in page.text
+        assert browser.delete(url).status_code == 404
+    gate.open.set()
+    drain(executor)
+    document = browser.get(url).json
+    assert document is not None
+    assert browser.get(document["links"]["result"]).json == "the report"
+    assert app.test_client().get(document["links"]["result"].partition("?")[0]).status_code == 404
+
+
+def test_a_failure_is_not_not_modified(client: FlaskClient, executor: Executor, gate: Gate) -> None:
+    gate.error = ValueError()
+    gate.open.set()
+    client.get("/report")
+    drain(executor)
+    answer = client.get("/report")
+    assert client.get("/report", headers={"If-None-Match": answer.headers["ETag"]}).status_code == 500
+
+
+def test_a_job_that_is_not_there(client: FlaskClient, executor: Executor, gate: Gate) -> None:
+    page = client.get("/report", headers=PAGE)
+    gate.open.set()
+    drain(executor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(executor._binding()[1]), "stop_job", lambda *_: None)
+        answer = client.post("/_executor/act", data={"token": token_of(page), "action": "stop"})
+    assert answer.status_code == 404
+
+
+def test_a_blueprint_of_that_name(app: Flask) -> None:
+    app.register_blueprint(Blueprint("flask_executor", "mine"))
+    with pytest.raises(ValueError, match="the app has a blueprint 'flask_executor' already"):
+        Executor(app)

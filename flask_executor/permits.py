@@ -1,0 +1,51 @@
+"""What somebody may do who was given a page or a url: follow a job, or also stop it and have it run again.
+
+A page is given a token for its own job. So the access checks of the view that has made the page guard its buttons too,
+as far as they can be made beforehand: the buttons have a url of their own, as a view may take no POST.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from flask import Flask
+from itsdangerous import BadData, URLSafeTimedSerializer
+
+#: What a permit is for, and the seconds for which it is good. That to follow stands in urls, and so in logs.
+FOLLOW, ACT = "follow", "act"
+_LIFE = {FOLLOW: 24 * 3600, ACT: 4 * 3600}
+_MADE_UP = "flask_executor_permit_key"  # in app.extensions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Permit:
+    """To do something with one job."""
+
+    #: The name of the executor that has the job.
+    executor: str
+    #: The id of the job.
+    id: str
+    #: The path of the page that was given it, to go back to.
+    page: str = ""
+
+
+def sign_permit(app: Flask, what: str, permit: Permit) -> str:
+    """The permit as a token, for what it is: FOLLOW or ACT."""
+    return _serializer(app, what).dumps([permit.executor, permit.id, permit.page])
+
+
+def check_permit(app: Flask, what: str, token: str) -> Permit | None:
+    """The permit for this that a token is; None when it is none of ours, or too old."""
+    try:
+        executor, id, page = _serializer(app, what).loads(token, max_age=_LIFE[what])
+    except BadData:
+        return None
+    return Permit(executor=executor, id=id, page=page)
+
+
+def _serializer(app: Flask, what: str) -> URLSafeTimedSerializer:
+    fallbacks = app.config.get("SECRET_KEY_FALLBACKS") or ()
+    # Without a secret key jobs are seen by this process alone, or it is told where they are shared; so is this.
+    key = app.secret_key or app.extensions.setdefault(_MADE_UP, secrets.token_bytes(32))
+    return URLSafeTimedSerializer([*fallbacks, key], salt=f"flask-executor.permit.{what}")
