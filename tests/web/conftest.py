@@ -16,6 +16,12 @@ if TYPE_CHECKING:  # where it is not installed, other tests run all the same
 pytest.register_assert_rewrite("browsers")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is deselected anyway is not imported: the libraries it needs may not be there."""
+    deselected = config.option.markexpr == "not web" and collection_path.name.startswith("test_browser_")
+    return deselected or None
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     from browsers import launched

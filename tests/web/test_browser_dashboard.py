@@ -13,6 +13,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from conftest import wait_until
 
+pytestmark = pytest.mark.web
+
 OpenShop = Callable[..., Shop]
 
 
