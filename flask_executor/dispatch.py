@@ -1,7 +1,7 @@
 """Who runs which call: the queue, and what each worker process was given.
 
 Everything here happens under one lock, which is held for short and never while something is waited for. How the parts
-work together stands at the top of :mod:`flask_executor.backends.process`.
+work together stands at the top of :mod:`flask_executor.supervisor`.
 """
 
 from __future__ import annotations
