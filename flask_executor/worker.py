@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import os
 import pickle
@@ -23,9 +24,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from flask_executor.apps import import_app
 from flask_executor.control import RunningJob, running_job
@@ -34,7 +35,7 @@ from flask_executor.inherited import die_with, let_go, let_go_of_engines, own_pr
 from flask_executor.jobs import LiveJob
 from flask_executor.lines import IncomingCalls, Wire, pickle_parts
 from flask_executor.logs import know_jobs
-from flask_executor.messages import Dropped, Kind, Leave, Logged, Message, NotReady, Progressed, Ready, Up
+from flask_executor.messages import Broadcast, Dropped, Kind, Leave, Logged, Message, NotReady, Progressed, Ready, Up
 from flask_executor.runner import pack_error, run_packed
 
 if TYPE_CHECKING:
@@ -58,6 +59,30 @@ class WorkerSettings:
     initializers: Sequence[Callable[[], object]]
     #: Levels by logger, where they are not inherited.
     log_levels: Mapping[str, int]
+    #: What lives in the process, if anything does.
+    resident: Resident | None = None
+
+
+class Resident(Protocol):
+    """What lives in a worker process, and is there for every call; used by its main thread, but for :meth:`hear`."""
+
+    #: Readable when :meth:`tend` is to be called.
+    wakes: socket.socket
+
+    def move_in(self, app: Flask, send: Callable[[Message], None]) -> None:
+        """Get ready. What this raises ends the process."""
+
+    def patience(self) -> float | None:
+        """Seconds until :meth:`tend` is to be called unasked; None for as long as nothing happens."""
+
+    def tend(self) -> None:
+        """Do what is due. Never raises."""
+
+    def hear(self, message: Broadcast) -> None:
+        """Take a message that is for all workers; in the listener thread."""
+
+    def move_out(self) -> None:
+        """The process ends."""
 
 
 def main(
@@ -79,7 +104,7 @@ def main(
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED),
             after_in_child=outbox.mute,
         )
-    worker = Worker(outbox, IncomingCalls(wire, packets))
+    worker = Worker(outbox, IncomingCalls(wire, packets), settings.resident)
     try:
         if settings.app is not None:
             let_go()  # before there is a second thread
@@ -98,15 +123,18 @@ def main(
     outbox.say(Ready())
     with contextlib.suppress(EOFError):  # the parent wants no more of this worker
         worker.work(app)
+    if settings.resident is not None:
+        settings.resident.move_out()
     logging.shutdown()
 
 
 class Worker:
     """Runs the calls that come."""
 
-    def __init__(self, outbox: Outbox, calls: IncomingCalls) -> None:
+    def __init__(self, outbox: Outbox, calls: IncomingCalls, resident: Resident | None = None) -> None:
         self._outbox = outbox
         self._calls = calls
+        self._resident = resident
         self._lock = threading.Lock()
         self._running: RunningJob | None = None
         self._early: Leave | None = None  # for a job that is not here yet
@@ -126,6 +154,8 @@ class Worker:
         for initialize in settings.initializers:
             with app.app_context():
                 initialize()
+        if self._resident is not None:
+            self._resident.move_in(app, self._outbox.say)
         return app
 
     def work(self, app: Flask) -> None:
@@ -133,7 +163,11 @@ class Worker:
 
         :raises EOFError: when there will be no more.
         """
-        while True:
+        if self._resident is not None:
+            calls: Iterator[None] = self._between_calls(self._resident)
+        else:
+            calls = itertools.repeat(None)
+        for _ in calls:
             number, attempt, payload = self._calls.next()
             kind, body = run_packed(app, attempt, payload, self._adopt)
             del payload
@@ -142,6 +176,20 @@ class Worker:
                 self._running = None
             self._outbox.send(kind, body, number)
             del body
+
+    def _between_calls(self, resident: Resident) -> Iterator[None]:
+        """Have the resident do what is due until there is a call; again and again."""
+        selector = selectors.DefaultSelector()
+        calls = selector.register(self._calls, selectors.EVENT_READ)
+        wakes = selector.register(resident.wakes, selectors.EVENT_READ)
+        while True:
+            ready = {key for key, _ in selector.select(resident.patience())}
+            if wakes in ready:
+                resident.wakes.recv(4096)
+            if ready != {calls}:
+                resident.tend()
+            if calls in ready:
+                yield
 
     def _adopt(self, job: LiveJob) -> RunningJob:
         running = RunningJob(job, self._outbox.report, is_remote=True)
@@ -172,7 +220,11 @@ class Worker:
     def _hear(self, control: Wire) -> None:
         try:
             for _, _, body in control.receive():
-                self._leave(pickle.loads(body))
+                message = pickle.loads(body)
+                if isinstance(message, Leave):
+                    self._leave(message)
+                elif self._resident is not None:
+                    self._resident.hear(message)
         except EOFError:
             _die_with_what_was_started()
 
