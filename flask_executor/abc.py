@@ -464,6 +464,10 @@ class WorkerState:
     busy: bool
     #: The id of that; None where several run.
     job: str | None = None
+    #: Whether it is ready for a job.
+    ready: bool = True
+    #: The name of the service that lives in it; None for one that runs jobs.
+    service: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

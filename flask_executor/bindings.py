@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 from werkzeug.utils import ImportStringError, import_string
 
 from flask_executor.abc import Backend, Health, JobChannel, JobRecords, PreparedCall, WorkerState
-from flask_executor.context import IN_PLACE, CapturedContext, call_to_end, current_app_or_none, is_one_of_many
+from flask_executor.context import (
+    IN_PLACE,
+    NO_CONTEXT,
+    CapturedContext,
+    call_to_end,
+    current_app_or_none,
+    is_one_of_many,
+)
 from flask_executor.control import RunningJob, running_job
+from flask_executor.crews import Services
 from flask_executor.documents import describe_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
 from flask_executor.exits import leave_in_order
@@ -29,6 +37,7 @@ from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.pending import Retries, Unfinished
 from flask_executor.runner import Call, Chunk
+from flask_executor.serial import callbacks_of_this_thread
 from flask_executor.sharing import open_ledger
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.streams import Places
@@ -71,6 +80,12 @@ class Binding(JobChannel):
         self._warned = False
         self._retries = Retries()
         self.initializers = initializers
+        self.services = Services(
+            self,
+            lambda: self.config.backend_options(self._app, self.initializers),
+            executor.services,
+            executor.handlers,
+        )
         self._set_config(config)
         know_jobs(running_job)
 
@@ -162,6 +177,11 @@ class Binding(JobChannel):
                 call.run()
         return there
 
+    def call(self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: Args) -> FutureProxy[Any]:
+        """Start a job of a service, without contexts, on the backend of that."""
+        call = self._prepare(NO_CONTEXT, options, fn, args, {}, None, apart=True)
+        return self._start(call, backend)
+
     def find(self, key: Hashable, *, again: bool) -> FutureProxy[Any] | None:
         """The job under this key; None when one would be started now."""
         return self.ledger.find(key, again=again)
@@ -232,6 +252,8 @@ class Binding(JobChannel):
         args: Args,
         kwargs: Kwargs,
         limit: int | None,
+        *,
+        apart: bool = False,
     ) -> Call[FutureProxy[Any]]:
         if self._closed:
             raise ExecutorShutdown(
@@ -246,7 +268,7 @@ class Binding(JobChannel):
             job.meta = dict(options.meta)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
-        if not self.unfinished.add(call, limit):
+        if not self.unfinished.add(call, limit, apart=apart):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
 
@@ -256,7 +278,7 @@ class Binding(JobChannel):
             return None
         return self.backend.capacity + pending
 
-    def _start(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any]:
+    def _start(self, call: Call[FutureProxy[Any]], backend: Backend | None = None) -> FutureProxy[Any]:
         future = call.future
         try:
             self.ledger.add(call)
@@ -265,7 +287,7 @@ class Binding(JobChannel):
                     future.add_done_callback(callback)
             if job_queued.receivers:
                 self._send(job_queued, call.job.record())
-            call.backend = self.backend
+            call.backend = backend or self.backend
             call.backend.enqueue(call)
         except BaseException as error:
             self._refuse(future, error)
@@ -283,11 +305,15 @@ class Binding(JobChannel):
 
     def crew(self) -> Sequence[WorkerState]:
         """The workers of this process: worker processes, and where there are none the process itself."""
+        services = [worker for crew in self.services.started() for worker in crew.crew()]
         crew = () if self._backend is None else self._backend.crew()
         if crew or self.remote:
-            return crew
+            return [*crew, *services]
         running = [future.job_id for future in self.unfinished.all() if future.status is JobStatus.RUNNING]
-        return [WorkerState(pid=os.getpid(), busy=bool(running), job=running[0] if len(running) == 1 else None)]
+        return [
+            WorkerState(pid=os.getpid(), busy=bool(running), job=running[0] if len(running) == 1 else None),
+            *services,
+        ]
 
     # ---- one job, by its id ----
 
@@ -371,7 +397,8 @@ class Binding(JobChannel):
     def settled(self, future: Future[Any], call_back: Callable[[], object] | None) -> None:
         if call_back is not None:
             self._aside(call_back)
-        if self._backend is not None and self._backend.lagging:
+        callbacks = callbacks_of_this_thread()
+        if callbacks or (self._backend is not None and self._backend.lagging):
             self._aside(lambda: self.unfinished.discard(future))  # behind what was passed there
         else:
             self.unfinished.discard(future)
@@ -453,11 +480,13 @@ class Binding(JobChannel):
         self._aside(lambda: self._send(signal, record))
 
     def _aside(self, fn: Callable[[], object]) -> None:
-        backend = self._backend
-        if backend is None:
-            fn()
-        else:
+        backend, callbacks = self._backend, callbacks_of_this_thread()
+        if callbacks is not None:
+            callbacks.run(fn)
+        elif backend is not None:
             backend.aside(fn)
+        else:
+            fn()
 
     def _send(self, signal: NamedSignal, record: Job) -> None:
         app = self.app
@@ -509,6 +538,7 @@ class Binding(JobChannel):
             backend = self._backend
         for call, error in self._retries.clear():
             call.give_up(error)
+        self.services.close(wait=wait)
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
@@ -522,6 +552,7 @@ class Binding(JobChannel):
                 self._cut_off()
         if self._backend is not None:
             self._backend.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
+        self.services.leave(max(deadline, time.monotonic() + self.config.stop_grace))
         self.ledger.give_up(self.config.stop_grace)
         self.ledger.close(wait=False)
 
@@ -550,6 +581,7 @@ class Binding(JobChannel):
         self._lock = threading.RLock()
         self._retries = Retries()
         self._backend = None
+        self.services.after_fork()
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
             self.unfinished = Unfinished()
         self._key_lock = threading.RLock()

@@ -17,6 +17,7 @@ from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.handles import Task, WorkerHandle
 from flask_executor.jobs import JobStatus
 from flask_executor.logs import logger
+from flask_executor.messages import Broadcast, Message
 from flask_executor.queues import PriorityQueue
 
 _AHEAD = 8  # calls that a worker is given beyond the one it runs
@@ -31,9 +32,19 @@ class Dispatcher:
     :param max_tasks: calls after which a worker is retired; None for never.
     :param exit_grace: seconds that a worker may take to end.
     :param wake_up: has the supervisor call :meth:`tend` soon.
+    :param standing: whether there are always as many workers, and not just as many as there is work for.
     """
 
-    def __init__(self, max_workers: int, max_tasks: int | None, exit_grace: float, wake_up: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        max_workers: int,
+        max_tasks: int | None,
+        exit_grace: float,
+        wake_up: Callable[[], None],
+        *,
+        standing: bool = False,
+    ) -> None:
+        self._standing = standing
         self._max_workers = max_workers
         self._max_tasks = max_tasks
         self._exit_grace = exit_grace
@@ -47,6 +58,8 @@ class Dispatcher:
         self._levels = False  # whether there ever was a priority other than 0
         self._unhurried = True  # whether the supervisor may sleep until something happens
         self.closing = False
+        #: Messages that were sent to all workers.
+        self.broadcasts = 0
 
     # ---- any thread ----
 
@@ -108,6 +121,15 @@ class Dispatcher:
                 worker.kill()
             self._hand_out()
 
+    def broadcast(self, data: bytes) -> int:
+        """Send something to all workers, for them to do before any call that comes after this; to how many."""
+        with self._lock:
+            self.broadcasts += 1
+            for worker in self._workers:
+                self._say(worker, Broadcast(self.broadcasts, data))
+            self._wake_up()  # to send on the rest
+            return len(self._workers)
+
     def kill_all(self) -> None:
         """End all workers by force."""
         with self._lock:
@@ -140,7 +162,10 @@ class Dispatcher:
         """The worker processes, and what they do."""
         with self._lock:
             running = [(worker, worker.tasks[0].id if worker.tasks else None) for worker in self._workers]
-            return [WorkerState(pid=worker.process.pid or 0, busy=id is not None, job=id) for worker, id in running]
+            return [
+                WorkerState(pid=worker.process.pid or 0, busy=id is not None, job=id, ready=worker.ready)
+                for worker, id in running
+            ]
 
     def call(self, id: str) -> PreparedCall | None:
         """The call of the job with this id, if it is queued or with a worker."""
@@ -148,6 +173,10 @@ class Dispatcher:
         return None if task is None else task.call
 
     # ---- the supervisor ----
+
+    def waiting(self) -> int:
+        """How many calls no worker has got."""
+        return len(self._queue)
 
     @property
     def done(self) -> bool:
@@ -180,8 +209,10 @@ class Dispatcher:
                 for worker in self._workers:
                     if not worker.retired:
                         worker.retire(self._exit_grace)
-            starting = sum(not worker.ready for worker in self._workers)
-            missing = min(len(self._queue) - starting, self._max_workers - len(self._workers))
+            missing = self._max_workers - len(self._workers)
+            if not self._standing or self.closing:
+                starting = sum(not worker.ready for worker in self._workers)
+                missing = min(len(self._queue) - starting, missing)
             left, self._left = self._left, []
             return missing, list(self._workers), left
 
@@ -189,11 +220,18 @@ class Dispatcher:
         """Send what the worker did not take at once."""
         with self._lock, contextlib.suppress(OSError):  # it is dead; its sentinel will say so
             worker.wire.flush()
+            worker.control.flush()
 
     def hired(self, worker: WorkerHandle) -> None:
         """A worker was started."""
         with self._lock:
             self._workers.append(worker)
+            if self.broadcasts:
+                self._say(worker, Broadcast(self.broadcasts, None))
+
+    def _say(self, worker: WorkerHandle, message: Message) -> None:
+        with contextlib.suppress(OSError):  # it is dead; its sentinel will say so
+            worker.control.say(message)
 
     def ready(self, worker: WorkerHandle) -> None:
         """A worker waits for its first call."""

@@ -45,6 +45,8 @@ class WorkerHandle:
     """A worker process, seen from outside, with the parent's ends of its lines."""
 
     def __init__(self, context: BaseContext, settings: WorkerSettings) -> None:
+        # Memory that both processes see: what is marked there is known even of a worker that was killed.
+        self._mark: Any = None if settings.resident is None else context.RawValue("Q", 0)
         here, there = zip(*(socket.socketpair() for _ in range(3)), strict=True)
         packets = packet_pair()
         for line in (*here, *(packets or ())):
@@ -54,7 +56,7 @@ class WorkerHandle:
         self.calls = Calls(self.wire, packets)
         inside = None if packets is None else packets[1].dup()
         self.process: Any = context.Process(  # type: ignore[attr-defined]
-            target=main, args=(settings, *there, inside), name="flask-executor-worker", daemon=False
+            target=main, args=(settings, *there, inside, self._mark), name="flask-executor-worker", daemon=False
         )
         forking.worker = True
         try:
@@ -81,7 +83,7 @@ class WorkerHandle:
         self.retired = False
         #: How many calls it was given so far, and when it began with the one it runs, or was started (monotonic).
         self.given = 0
-        self.since = time.monotonic()
+        self.since = self.born = time.monotonic()
         self._number = 0  # of the call that it was given last
         #: Whether it will send nothing more.
         self.silent = False
@@ -115,6 +117,11 @@ class WorkerHandle:
             self.tasks = deque(task for task in self.tasks if task.number not in numbers)
             self.given -= len(back)
         return back
+
+    @property
+    def mark(self) -> int:
+        """What the resident has marked last."""
+        return 0 if self._mark is None else int(self._mark.value)
 
     def leave(self, task: Task, reason: JobStatus) -> None:
         """Tell the job, once."""

@@ -42,8 +42,9 @@ import pickle
 import selectors
 import socket
 import threading
+import time
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, Protocol
 
 from flask_executor.abc import BackendOptions
 from flask_executor.apps import find_import_string
@@ -53,21 +54,44 @@ from flask_executor.handles import Task, WorkerHandle
 from flask_executor.helpers import describe_error
 from flask_executor.inherited import not_for_children
 from flask_executor.jobs import JobStatus
+from flask_executor.lines import Wire
 from flask_executor.logs import line_of, logger
-from flask_executor.messages import Dropped, Kind, Logged, Message, NotReady, Progressed, Ready, Up
+from flask_executor.messages import Dropped, Kind, Logged, Message, NotReady, Progressed, Ready, Sent, Up
 from flask_executor.runner import settle_packed, unpack_error
-from flask_executor.serial import SerialThread
-from flask_executor.worker import WorkerSettings, log_levels
+from flask_executor.serial import SerialThread, serve_this_thread
+from flask_executor.worker import Resident, WorkerSettings, log_levels
 
 _MOST_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
+_PAUSE = 0.1  # seconds until a worker is started again that should stand; twice as long each time
+_LONGEST_PAUSE = 30.0  # seconds
+_STEADY = 10.0  # seconds after which a worker is taken to have started well
 _LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
+
+
+class Tenancy(Protocol):
+    """Whoever wants the same number of workers at all times, with something living in them."""
+
+    #: Makes that, in each worker; inherited or pickled.
+    resident: Callable[[], Resident]
+
+    def started(self) -> None:
+        """A worker is ready."""
+
+    def failed(self, error: BaseException, pause: float) -> None:
+        """A worker could not start, or died. Others are started in so many seconds."""
+
+    def sent(self, message: Sent) -> None:
+        """A resident has sent a message. Quick, and runs no code of the user's."""
 
 
 class Supervisor:
     """Starts worker processes, listens to them and buries them; see the top of this module."""
 
-    def __init__(self, options: BackendOptions, context: BaseContext, max_workers: int) -> None:
+    def __init__(
+        self, options: BackendOptions, context: BaseContext, max_workers: int, tenancy: Tenancy | None = None
+    ) -> None:
         self._options = options
+        self._tenancy = tenancy
         self._context = context
         self._pid = os.getpid()
         self._wakes, self._wake = map(not_for_children, socket.socketpair())
@@ -78,8 +102,16 @@ class Supervisor:
         self._thread: threading.Thread | None = None
         self._app_import: str | None = None
         self._failed_starts = 0  # one after the other
+        self._crashes = 0  # of what should stand, one after the other
+        self._resume = 0.0  # when to start workers again (monotonic)
         self._abandoned = False
-        self.dispatcher = Dispatcher(max_workers, options.max_tasks_per_child, options.exit_grace, self._wake_up)
+        self.dispatcher = Dispatcher(
+            max_workers,
+            options.max_tasks_per_child,
+            options.exit_grace,
+            self._wake_up,
+            standing=tenancy is not None,
+        )
         #: Runs the user's code.
         self.callbacks = SerialThread("flask-executor-callbacks")
 
@@ -150,9 +182,10 @@ class Supervisor:
     # ---- the supervisor thread ----
 
     def _supervise(self) -> None:
+        serve_this_thread(self.callbacks)
         try:
             while self._tend():
-                for key, events in self._selector.select(self.dispatcher.patience()):
+                for key, events in self._selector.select(self._patience()):
                     if key.data is None:
                         self._wakes.recv(4096)
                     elif isinstance(key.fileobj, int):  # a sentinel
@@ -164,6 +197,14 @@ class Supervisor:
             raise
         finally:
             self._finish()
+
+    def _patience(self) -> float | None:
+        """Seconds until :meth:`_tend` has to be called unasked; None while there is no need."""
+        patience = self.dispatcher.patience()
+        pause = self._resume - time.monotonic()
+        if pause <= 0:
+            return patience
+        return pause if patience is None else min(patience, pause)
 
     def _attend(self, worker: WorkerHandle, events: int) -> None:
         if worker.silent:  # since what came before this in the same round
@@ -180,20 +221,33 @@ class Supervisor:
             task.call.left()
         for worker in workers:
             if not worker.silent:
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.wire.pending else 0)
-                if self._selector.get_key(worker.wire).events != events:
-                    self._selector.modify(worker.wire, events, worker)
+                self._watch(worker, worker.wire, selectors.EVENT_READ)
+                self._watch(worker, worker.control, 0)
         if self.dispatcher.done or self._abandoned:
             return False
-        for _ in range(missing):
-            self._hire()
+        if time.monotonic() >= self._resume:
+            for _ in range(missing):
+                self._hire()
         return True
+
+    def _watch(self, worker: WorkerHandle, line: Wire, events: int) -> None:
+        """Select on a line for these events, and for room if something waits to be sent."""
+        if line.pending:
+            events |= selectors.EVENT_WRITE
+        there = self._selector.get_map().get(line)
+        if there is None:
+            if events:
+                self._selector.register(line, events, worker)
+        elif not events:
+            self._selector.unregister(line)
+        elif there.events != events:
+            self._selector.modify(line, events, worker)
 
     def _hire(self) -> None:
         try:
             worker = WorkerHandle(self._context, self._settings())
         except Exception as error:  # no memory, no processes, or something that cannot be pickled for it
-            self._fail_oldest(_not_started(error))
+            self._start_failed(_not_started(error))
             return
         self.dispatcher.hired(worker)
         self._selector.register(worker.wire, selectors.EVENT_READ, worker)
@@ -207,6 +261,7 @@ class Supervisor:
             app_config_key=self._options.config_key("EXECUTOR_APP"),
             initializers=tuple(self._options.initializers),
             log_levels={} if self._app_import is None else log_levels(),
+            resident=None if self._tenancy is None else self._tenancy.resident,
         )
 
     def _read(self, worker: WorkerHandle) -> bool:
@@ -235,7 +290,9 @@ class Supervisor:
     def _stop_listening(self, worker: WorkerHandle) -> None:
         if not worker.silent:
             worker.silent = True
-            self._selector.unregister(worker.wire)
+            for line in (worker.wire, worker.control):
+                if line in self._selector.get_map():
+                    self._selector.unregister(line)
 
     def _break_with(self, worker: WorkerHandle) -> None:
         """It says what no worker says: that is the end of it, and of the job it runs, but of nothing else."""
@@ -257,12 +314,16 @@ class Supervisor:
             logger.warning("%d log records of worker processes came too fast and are gone.", message.count)
         elif isinstance(message, NotReady):
             worker.retired = True
-            self._fail_oldest(unpack_error(message.error))
+            self._start_failed(unpack_error(message.error))
         elif isinstance(message, Up):
             worker.is_up = True
         elif isinstance(message, Ready):
             self._failed_starts = 0
             self.dispatcher.ready(worker)
+            if self._tenancy is not None:
+                self._tenancy.started()
+        elif isinstance(message, Sent) and self._tenancy is not None:
+            self._tenancy.sent(message)
 
     def _settle(self, task: Task, kind: int, body: bytes) -> None:
         if not task.begun:  # a plain future that was cancelled after its call had been handed out
@@ -284,6 +345,25 @@ class Supervisor:
         if len(self.callbacks) < _LOG_BACKLOG:
             self.callbacks.run(lambda: _handle(record))
 
+    def _start_failed(self, error: BaseException) -> None:
+        self._failed_starts += 1
+        if self._tenancy is None:
+            # What it says is told at once; without a word it is tried again.
+            if not isinstance(error, WorkerLost) or self._failed_starts >= _MOST_STARTS:
+                self._fail_oldest(error)
+            return
+        if self._failed_starts >= _MOST_STARTS:
+            while self.dispatcher.waiting():
+                self._fail_oldest(error)
+        self._pause(self._tenancy, error)
+
+    def _pause(self, tenancy: Tenancy, error: BaseException) -> None:
+        """Start workers again in a while: the longer, the more of them have failed one after the other."""
+        pause = min(_LONGEST_PAUSE, _PAUSE * 2**self._crashes)
+        self._crashes += 1
+        self._resume = time.monotonic() + pause
+        tenancy.failed(error, pause)
+
     def _fail_oldest(self, error: BaseException) -> None:
         """A worker could not be started: somebody has to be told, or it would be tried for ever."""
         task = self.dispatcher.pop_oldest()
@@ -300,18 +380,25 @@ class Supervisor:
         worker.kill()  # what its jobs have started
         worker.buried = True
         exit_code = worker.join()
-        was_retired = worker.retired
+        was_retired, was_killed = worker.retired, False
         for task in self.dispatcher.buried(worker):
             if task.killed:
+                was_killed = True
                 task.call.left(forced=True)
             else:
                 what = f"The worker process died that ran job {task.call.job.name}."
-                task.call.fail(WorkerLost(what, worker.process.pid, exit_code), JobStatus.LOST)
-        if not worker.ready and not was_retired:
-            self._failed_starts += 1
+                lost = WorkerLost(what, worker.process.pid, exit_code)
+                lost.mark = worker.mark
+                task.call.fail(lost, JobStatus.LOST)
+        if was_retired or was_killed:
+            return
+        if not worker.ready:
             # One that was killed before it got to its first job is nobody's loss, but it must not go on for ever.
-            if self._failed_starts >= _MOST_STARTS:
-                self._fail_oldest(WorkerLost(_NO_START, worker.process.pid, exit_code))
+            self._start_failed(WorkerLost(_NO_START, worker.process.pid, exit_code))
+        elif self._tenancy is not None:
+            if time.monotonic() - worker.born > _STEADY:
+                self._crashes = 0
+            self._pause(self._tenancy, WorkerLost("A worker process died.", worker.process.pid, exit_code))
 
     def _finish(self) -> None:
         """Close everything; the last thing that happens."""

@@ -59,8 +59,8 @@ class WorkerSettings:
     initializers: Sequence[Callable[[], object]]
     #: Levels by logger, where they are not inherited.
     log_levels: Mapping[str, int]
-    #: What lives in the process, if anything does.
-    resident: Resident | None = None
+    #: Makes what lives in the process, if anything does.
+    resident: Callable[[], Resident] | None = None
 
 
 class Resident(Protocol):
@@ -68,6 +68,8 @@ class Resident(Protocol):
 
     #: Readable when :meth:`tend` is to be called.
     wakes: socket.socket
+    #: Has a ``value``, a number up to 64 bits, that the parent sees too, even when the process was killed.
+    mark: Any
 
     def move_in(self, app: Flask, send: Callable[[Message], None]) -> None:
         """Get ready. What this raises ends the process."""
@@ -91,6 +93,7 @@ def main(
     control: socket.socket,
     life: socket.socket,
     packets: socket.socket | None,
+    mark: Any = None,
 ) -> None:
     """The life of a worker process."""
     own_process_group()
@@ -104,7 +107,10 @@ def main(
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED),
             after_in_child=outbox.mute,
         )
-    worker = Worker(outbox, IncomingCalls(wire, packets), settings.resident)
+    resident = None if settings.resident is None else settings.resident()
+    if resident is not None:
+        resident.mark = mark
+    worker = Worker(outbox, IncomingCalls(wire, packets), resident)
     try:
         if settings.app is not None:
             let_go()  # before there is a second thread
@@ -123,8 +129,8 @@ def main(
     outbox.say(Ready())
     with contextlib.suppress(EOFError):  # the parent wants no more of this worker
         worker.work(app)
-    if settings.resident is not None:
-        settings.resident.move_out()
+    if resident is not None:
+        resident.move_out()
     logging.shutdown()
 
 
@@ -183,10 +189,11 @@ class Worker:
         calls = selector.register(self._calls, selectors.EVENT_READ)
         wakes = selector.register(resident.wakes, selectors.EVENT_READ)
         while True:
-            ready = {key for key, _ in selector.select(resident.patience())}
+            patience = resident.patience()
+            ready = {key for key, _ in selector.select(patience)}
             if wakes in ready:
                 resident.wakes.recv(4096)
-            if ready != {calls}:
+            if patience == 0 or ready != {calls}:
                 resident.tend()
             if calls in ready:
                 yield

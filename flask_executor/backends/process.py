@@ -15,7 +15,7 @@ from flask_executor.exceptions import ConfigError
 from flask_executor.handles import Task
 from flask_executor.jobs import JobStatus
 from flask_executor.runner import PlainCall, pack_call
-from flask_executor.supervisor import Supervisor
+from flask_executor.supervisor import Supervisor, Tenancy
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,13 +28,13 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     chunks = True
     supports_kill = True
 
-    def __init__(self, options: BackendOptions) -> None:
+    def __init__(self, options: BackendOptions, tenancy: Tenancy | None = None) -> None:
         if sys.platform == "win32":  # where a thread cannot wait for sockets and processes at once
             raise ConfigError(options.config_key("EXECUTOR_TYPE"), "process", "'thread' on Windows")
         # The standard pool's own constructor would make queues that nobody uses.
         self._mp_context = multiprocessing.get_context(options.start_method)
         self._max_workers = options.max_workers or os.cpu_count() or 1
-        self._supervisor = Supervisor(options, self._mp_context, self._max_workers)
+        self._supervisor = Supervisor(options, self._mp_context, self._max_workers, tenancy)
         self._dispatcher = self._supervisor.dispatcher
         # An app that is thrown away takes its workers along.
         finalizer = weakref.finalize(self, self._supervisor.shutdown, wait=False)
@@ -47,6 +47,24 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         task = Task(call, parts)
         self._supervisor.start()
         self._dispatcher.add(task)
+
+    def start(self) -> None:
+        """Start the workers that are to stand; others start when they are needed."""
+        self._supervisor.start()
+
+    def broadcast(self, data: bytes) -> int:
+        """Send something to the residents of all workers; to how many."""
+        return self._dispatcher.broadcast(data)
+
+    @property
+    def broadcasts(self) -> int:
+        """How many there were."""
+        return self._dispatcher.broadcasts
+
+    @property
+    def waiting(self) -> int:
+        """How many calls no worker has got."""
+        return self._dispatcher.waiting()
 
     def withdraw(self, call: PreparedCall) -> bool:
         return self._dispatcher.withdraw(call.job.id)

@@ -1,0 +1,318 @@
+"""The services of an app, seen from one of its processes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flask_executor.abc import Backend, BackendOptions, WorkerState
+from flask_executor.backends.process import ProcessBackend
+from flask_executor.context import call_to_end
+from flask_executor.exceptions import QueueFull
+from flask_executor.futures import FutureProxy
+from flask_executor.helpers import describe_error
+from flask_executor.jobs import JobOptions
+from flask_executor.logs import logger
+from flask_executor.mailbox import Mailbox
+from flask_executor.messages import Sent
+from flask_executor.residents import ServiceResident, answer
+from flask_executor.runner import pickled
+from flask_executor.serial import SerialThread
+from flask_executor.services import ServiceDefinition, ServiceStatus, check_handler
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+Handlers = Mapping[tuple[str, str], Callable[[Any], object]]
+
+
+class Owner(Protocol):
+    """What a crew needs of the binding it belongs to."""
+
+    @property
+    def app(self) -> Flask | None:
+        """The app, None when it is gone."""
+
+    def call(
+        self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...]
+    ) -> FutureProxy[Any]:
+        """Start a job of a service on the backend of that."""
+
+
+class Services:
+    """The services of an app in this process, by name.
+
+    :param definitions: those that the app wants; more may come.
+    :param handlers: what the app does with their messages, by service and type; more may come.
+    """
+
+    # _crews is changed under _lock.
+
+    def __init__(
+        self,
+        owner: Owner,
+        options: Callable[[], BackendOptions],
+        definitions: Mapping[str, ServiceDefinition],
+        handlers: Handlers,
+    ) -> None:
+        self._owner = owner
+        self._options = options
+        self._definitions = definitions
+        self._handlers = handlers
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+        self._crews: dict[str, Crew] = {}
+        self._incoming = SerialThread("flask-executor-messages")
+
+    def crew(self, name: str) -> Crew:
+        """The workers of a service in this process, started now if they were not."""
+        with self._lock:
+            crew = self._crews.get(name)
+            if crew is None:
+                crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._route)
+                crew.start()
+            return crew
+
+    def start(self) -> None:
+        """Start all that were not."""
+        for name in list(self._definitions):
+            self.crew(name)
+
+    def started(self) -> list[Crew]:
+        """Those that were."""
+        with self._lock:
+            return list(self._crews.values())
+
+    def stop(self, name: str, timeout: float | None) -> None:
+        """Stop one; it is started again when it is used again."""
+        with self._lock:
+            crew = self._crews.pop(name, None)
+        if crew is not None:
+            crew.stop(timeout)
+
+    def leave(self, deadline: float) -> None:
+        """The process ends: stop all, by force what goes on at ``deadline`` (:func:`time.monotonic`)."""
+        for crew in self.started():
+            crew.stop(max(0.0, deadline - time.monotonic()))
+        self._incoming.close(wait=True)
+
+    def status(self, name: str) -> ServiceStatus:
+        """How one is doing."""
+        with self._lock:
+            crew = self._crews.get(name)
+        definition = self._definitions[name]
+        return ServiceStatus(name=name, workers=definition.workers) if crew is None else crew.status()
+
+    def close(self, *, wait: bool) -> None:
+        """Accept no more messages."""
+        for crew in self.started():
+            crew.close(wait=wait)
+
+    def after_fork(self) -> None:
+        """In the child of a fork: those of the parent are not here."""
+        self._reset()
+
+    def _route(self, sender: str, message: Sent) -> None:
+        """In a supervisor thread: a service has sent a message."""
+        self._incoming.run(lambda: self._deliver(sender, message))
+
+    def _deliver(self, sender: str, message: Sent) -> None:
+        body = pickle.loads(message.body)
+        if message.to is not None:
+            try:
+                self.crew(message.to).send(message.type, packed(message.type, body))
+            except (KeyError, ValueError, QueueFull) as error:
+                logger.error("Service %r sent a message to %r, which is lost: %s", sender, message.to, error)
+            return
+        handler = self._handlers.get((sender, message.type))
+        app = self._owner.app
+        if handler is None or app is None:
+            logger.error(
+                "Service %r sent %r to the app, which has no @executor.on(%r, %r) for it.",
+                sender,
+                message.type,
+                sender,
+                message.type,
+            )
+            return
+        with app.app_context():
+            call_to_end(handler, (body,), {})
+
+
+class Crew:
+    """The workers of one service in this process.
+
+    :param route: takes the messages that the service sends.
+    """
+
+    def __init__(
+        self, definition: ServiceDefinition, owner: Owner, options: BackendOptions, route: Callable[[str, Sent], None]
+    ) -> None:
+        self.definition = definition
+        self.resident = functools.partial(ServiceResident, definition.name, definition.cls, definition.args)
+        self._owner = owner
+        self._route = route
+        self._failures = 0
+        self._last_error: str | None = None
+        options = replace(options, max_workers=definition.workers, max_tasks_per_child=None)
+        self._backend = ProcessBackend(options, self)
+        self._mailbox = Mailbox(
+            definition.name, self._backend.submit, lambda: self._backend.broadcasts, 2 * definition.workers
+        )
+
+    def start(self) -> None:
+        """Start the workers, if they were not."""
+        self._backend.start()
+
+    def call(self, type: str, body: object, timeout: float | None) -> FutureProxy[Any]:
+        """Have a worker handle a message; what it says."""
+        name = self.definition.name
+        check_handler(self.definition.cls, name, type)
+        self._check_room()
+        self._mailbox.flush()
+        options = JobOptions(name=f"{name}.{type}", timeout=math.inf if timeout is None else timeout)
+        return self._owner.call(self._backend, options, answer, (self._backend.broadcasts, type, body))
+
+    def send(self, type: str, message: bytes) -> None:
+        """Have a worker handle a message: its type and body, pickled."""
+        check_handler(self.definition.cls, self.definition.name, type)
+        self._check_room()
+        self._mailbox.put(message)
+
+    def broadcast(self, type: str, message: bytes) -> None:
+        """Have every worker handle a message, before those that come from now on."""
+        check_handler(self.definition.cls, self.definition.name, type)
+        self._backend.broadcast(message)
+
+    def _check_room(self) -> None:
+        if len(self._mailbox) + self._backend.waiting >= self.definition.max_pending:
+            raise QueueFull(f"max_pending of service {self.definition.name!r}", self.definition.max_pending)
+
+    def status(self) -> ServiceStatus:
+        """How it is doing."""
+        workers = self._backend.crew()
+        return ServiceStatus(
+            name=self.definition.name,
+            pids=tuple(worker.pid for worker in workers),
+            workers=self.definition.workers,
+            ready=sum(worker.ready for worker in workers),
+            busy=sum(worker.busy for worker in workers),
+            waiting=len(self._mailbox) + self._backend.waiting,
+            failures=self._failures,
+            last_error=self._last_error,
+            supervisor=os.getpid(),
+        )
+
+    def crew(self) -> list[WorkerState]:
+        """The workers."""
+        return [replace(worker, service=self.definition.name) for worker in self._backend.crew()]
+
+    def close(self, *, wait: bool) -> None:
+        """Accept no more messages, and end the workers after what was accepted."""
+        self._mailbox.flush()
+        self._backend.shutdown(wait=wait)
+
+    def stop(self, timeout: float | None) -> None:
+        """End the workers, after what was accepted; by force, if that takes longer than so many seconds."""
+        self.close(wait=timeout is None)
+        if timeout is not None:
+            self._backend.abandon(timeout)
+
+    # ---- the tenancy ----
+
+    def failed(self, error: BaseException, pause: float) -> None:
+        """A worker could not start, or died."""
+        self._failures += 1
+        self._last_error = describe_error(error)
+        logger.error(
+            "Service %r: %s Another worker is started in %.1f s.",
+            self.definition.name,
+            self._last_error,
+            pause,
+            exc_info=error,
+        )
+
+    def sent(self, message: Sent) -> None:
+        """The service has sent a message."""
+        self._route(self.definition.name, message)
+
+
+class ServiceHandle:
+    """A service, as the app uses it; what :meth:`Executor.service <flask_executor.Executor.service>` returns.
+
+    :param services: gives the services of the current app.
+    """
+
+    def __init__(self, name: str, services: Callable[[], Services]) -> None:
+        self.name = name
+        self._services = services
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+    def call(self, type: str, body: object = None, *, timeout: float | None = None) -> FutureProxy[Any]:
+        """Have one of the workers handle a message.
+
+        :param type: which of its handlers: ``@on(type)``.
+        :param body: anything that can be pickled.
+        :param timeout: seconds that the handler may take; then it has to leave as a job that is asked to stop, and the
+            result is a :exc:`~flask_executor.JobTimeout`. None for no limit.
+        :return: the handle of what it returns or raises; a :exc:`~flask_executor.WorkerLost` when its process dies.
+        :raises ValueError: when nothing handles messages of this type.
+        :raises NotPicklable: for a body that cannot be sent.
+        :raises QueueFull: when too many messages wait.
+        """
+        return self._services().crew(self.name).call(type, body, timeout)
+
+    def send(self, type: str, body: object = None) -> None:
+        """Have one of the workers handle a message, and do not wait for it. An error that it raises is logged.
+
+        With one worker messages are handled in the order in which they were sent, calls included.
+
+        :raises ValueError: when nothing handles messages of this type.
+        :raises NotPicklable: for a body that cannot be sent.
+        :raises QueueFull: when too many messages wait.
+        """
+        self._services().crew(self.name).send(type, packed(type, body))
+
+    def broadcast(self, type: str, body: object = None) -> None:
+        """Have every worker handle a message, before those that are sent from now on, and before those that wait.
+
+        A worker that is started later does not get it.
+
+        :raises ValueError: when nothing handles messages of this type.
+        :raises NotPicklable: for a body that cannot be sent.
+        """
+        self._services().crew(self.name).broadcast(type, packed(type, body))
+
+    def start(self) -> None:
+        """Start the workers now, and not at the first request."""
+        self._services().crew(self.name)
+
+    def status(self) -> ServiceStatus:
+        """How it is doing."""
+        return self._services().status(self.name)
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End the workers after what was accepted; each runs ``teardown``. When it is used again they are started again.
+
+        :param timeout: seconds after which they are ended by force; None for as long as it takes.
+        """
+        self._services().stop(self.name, timeout)
+
+
+def packed(type: str, body: object) -> bytes:
+    """A message as bytes.
+
+    :raises NotPicklable: for a body that cannot be sent.
+    """
+    return b"".join(pickled((type, body), f"The body of message {type!r}", "be sent to a worker process"))
