@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
-from flask_executor.abc import Backend, Health, JobChannel, JobRecords, PreparedCall, WorkerState
+from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
 from flask_executor.context import (
     IN_PLACE,
     NO_CONTEXT,
@@ -126,6 +126,9 @@ class Binding(JobChannel):
                         backend.shutdown()
                     self._backend = backend
         return backend
+
+    def _service_options(self) -> BackendOptions:
+        return self.config.backend_options(self._app, self.initializers)
 
     @property
     def app(self) -> Flask | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flask_executor.abc import Backend, BackendOptions, WorkerState
 from flask_executor.backends.process import ProcessBackend
 from flask_executor.context import call_to_end
-from flask_executor.exceptions import QueueFull
+from flask_executor.exceptions import QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
 from flask_executor.jobs import JobOptions
@@ -26,6 +26,7 @@ from flask_executor.residents import ServiceResident, answer
 from flask_executor.runner import pickled
 from flask_executor.serial import SerialThread
 from flask_executor.services import ServiceDefinition, ServiceStatus, check_handler
+from flask_executor.worker import Resident
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -158,7 +159,9 @@ class Crew:
         self, definition: ServiceDefinition, owner: Owner, options: BackendOptions, route: Callable[[str, Sent], None]
     ) -> None:
         self.definition = definition
-        self.resident = functools.partial(ServiceResident, definition.name, definition.cls, definition.args)
+        self.resident: Callable[[], Resident] = functools.partial(
+            ServiceResident, definition.name, definition.cls, definition.args
+        )
         self._owner = owner
         self._route = route
         self._failures = 0
@@ -232,13 +235,13 @@ class Crew:
     def failed(self, error: BaseException, pause: float) -> None:
         """A worker could not start, or died."""
         self._failures += 1
-        self._last_error = describe_error(error)
+        self._last_error = str(error) if isinstance(error, WorkerLost) else describe_error(error)
         logger.error(
             "Service %r: %s Another worker is started in %.1f s.",
             self.definition.name,
             self._last_error,
             pause,
-            exc_info=error,
+            exc_info=None if isinstance(error, WorkerLost) else error,
         )
 
     def sent(self, message: Sent) -> None:
@@ -303,7 +306,7 @@ class ServiceHandle:
         return self._services().status(self.name)
 
     def stop(self, timeout: float | None = None) -> None:
-        """End the workers after what was accepted; each runs ``teardown``. When it is used again they are started again.
+        """End the workers after what was accepted; each runs ``teardown``. They start again when it is used again.
 
         :param timeout: seconds after which they are ended by force; None for as long as it takes.
         """

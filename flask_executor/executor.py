@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import gc
+import inspect
 import re
 import time
 import weakref
@@ -370,7 +371,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
         :raises ValueError: if there is one already.
         """
-        name = service if isinstance(service, str) else getattr(service, "name", None) or service.__name__
+        name: str = service.__name__ if inspect.isclass(service) else getattr(service, "name", service)
 
         def decorate(fn: H) -> H:
             if (name, type) in self.handlers:

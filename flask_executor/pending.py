@@ -49,7 +49,7 @@ class Unfinished:
     def discard(self, future: Future[Any]) -> None:
         """The future is settled."""
         self._calls.pop(future, None)  # type: ignore[call-overload]
-        self._apart.discard(future)  # type: ignore[arg-type]
+        self._apart.discard(future)
         if self._watchers:
             with self._changed:
                 self._changed.notify_all()

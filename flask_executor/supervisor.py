@@ -43,6 +43,7 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol
 
@@ -73,9 +74,6 @@ class Tenancy(Protocol):
 
     #: Makes that, in each worker; inherited or pickled.
     resident: Callable[[], Resident]
-
-    def started(self) -> None:
-        """A worker is ready."""
 
     def failed(self, error: BaseException, pause: float) -> None:
         """A worker could not start, or died. Others are started in so many seconds."""
@@ -320,8 +318,6 @@ class Supervisor:
         elif isinstance(message, Ready):
             self._failed_starts = 0
             self.dispatcher.ready(worker)
-            if self._tenancy is not None:
-                self._tenancy.started()
         elif isinstance(message, Sent) and self._tenancy is not None:
             self._tenancy.sent(message)
 
