@@ -127,6 +127,10 @@ class Binding(JobChannel):
                     self._backend = backend
         return backend
 
+    def start_services(self, sender: object, **_: object) -> None:
+        """A request has come: this process is one that serves, and no reloader or master."""
+        self.services.start()
+
     def _service_options(self) -> BackendOptions:
         return self.config.backend_options(self._app, self.initializers)
 

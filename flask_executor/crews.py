@@ -8,6 +8,7 @@ import os
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -72,6 +73,7 @@ class Services:
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._crews: dict[str, Crew] = {}
+        self._all_started = 0  # how many there were
         self._incoming = SerialThread("flask-executor-messages")
 
     def crew(self, name: str) -> Crew:
@@ -79,14 +81,16 @@ class Services:
         with self._lock:
             crew = self._crews.get(name)
             if crew is None:
-                crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._route)
+                crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._router())
                 crew.start()
             return crew
 
     def start(self) -> None:
-        """Start all that were not."""
-        for name in list(self._definitions):
-            self.crew(name)
+        """Start all that were not; called at every request."""
+        if self._all_started != len(self._definitions):
+            self._all_started = len(self._definitions)
+            for name in list(self._definitions):
+                self.crew(name)
 
     def started(self) -> list[Crew]:
         """Those that were."""
@@ -104,7 +108,6 @@ class Services:
         """The process ends: stop all, by force what goes on at ``deadline`` (:func:`time.monotonic`)."""
         for crew in self.started():
             crew.stop(max(0.0, deadline - time.monotonic()))
-        self._incoming.close(wait=True)
 
     def status(self, name: str) -> ServiceStatus:
         """How one is doing."""
@@ -117,14 +120,25 @@ class Services:
         """Accept no more messages."""
         for crew in self.started():
             crew.close(wait=wait)
+        self._incoming.close(wait=wait)
 
     def after_fork(self) -> None:
         """In the child of a fork: those of the parent are not here."""
         self._reset()
 
-    def _route(self, sender: str, message: Sent) -> None:
-        """In a supervisor thread: a service has sent a message."""
-        self._incoming.run(lambda: self._deliver(sender, message))
+    def _router(self) -> Callable[[str, Sent], None]:
+        """What takes the messages of services in supervisor threads, which must not keep the app alive."""
+        incoming, deliver = self._incoming, weakref.WeakMethod(self._deliver)
+
+        def route(sender: str, message: Sent) -> None:
+            def run() -> None:
+                services = deliver()
+                if services is not None:
+                    services(sender, message)
+
+            incoming.run(run)
+
+        return route
 
     def _deliver(self, sender: str, message: Sent) -> None:
         body = pickle.loads(message.body)
@@ -149,6 +163,39 @@ class Services:
             call_to_end(handler, (body,), {})
 
 
+class Tenant:
+    """A service, for the supervisor of its workers; who must not refer to the crew, or it would never be collected.
+
+    :param route: takes the messages that the service sends, with its name.
+    """
+
+    def __init__(self, definition: ServiceDefinition, route: Callable[[str, Sent], None]) -> None:
+        self.resident: Callable[[], Resident] = functools.partial(
+            ServiceResident, definition.name, definition.cls, definition.args
+        )
+        self.failures = 0
+        self.last_error: str | None = None
+        self._name = definition.name
+        self._route = route
+
+    def failed(self, error: BaseException, pause: float) -> None:
+        """A worker could not start, or died."""
+        self.failures += 1
+        died = isinstance(error, WorkerLost)
+        self.last_error = str(error) if died else describe_error(error)
+        logger.error(
+            "Service %r: %s Another worker is started in %.1f s.",
+            self._name,
+            self.last_error,
+            pause,
+            exc_info=None if died else error,
+        )
+
+    def sent(self, message: Sent) -> None:
+        """The service has sent a message."""
+        self._route(self._name, message)
+
+
 class Crew:
     """The workers of one service in this process.
 
@@ -159,15 +206,10 @@ class Crew:
         self, definition: ServiceDefinition, owner: Owner, options: BackendOptions, route: Callable[[str, Sent], None]
     ) -> None:
         self.definition = definition
-        self.resident: Callable[[], Resident] = functools.partial(
-            ServiceResident, definition.name, definition.cls, definition.args
-        )
         self._owner = owner
-        self._route = route
-        self._failures = 0
-        self._last_error: str | None = None
+        self._tenant = Tenant(definition, route)
         options = replace(options, max_workers=definition.workers, max_tasks_per_child=None)
-        self._backend = ProcessBackend(options, self)
+        self._backend = ProcessBackend(options, self._tenant)
         self._mailbox = Mailbox(
             definition.name, self._backend.submit, lambda: self._backend.broadcasts, 2 * definition.workers
         )
@@ -210,8 +252,8 @@ class Crew:
             ready=sum(worker.ready for worker in workers),
             busy=sum(worker.busy for worker in workers),
             waiting=len(self._mailbox) + self._backend.waiting,
-            failures=self._failures,
-            last_error=self._last_error,
+            failures=self._tenant.failures,
+            last_error=self._tenant.last_error,
             supervisor=os.getpid(),
         )
 
@@ -221,7 +263,7 @@ class Crew:
 
     def close(self, *, wait: bool) -> None:
         """Accept no more messages, and end the workers after what was accepted."""
-        self._mailbox.flush()
+        self._mailbox.close()
         self._backend.shutdown(wait=wait)
 
     def stop(self, timeout: float | None) -> None:
@@ -229,24 +271,6 @@ class Crew:
         self.close(wait=timeout is None)
         if timeout is not None:
             self._backend.abandon(timeout)
-
-    # ---- the tenancy ----
-
-    def failed(self, error: BaseException, pause: float) -> None:
-        """A worker could not start, or died."""
-        self._failures += 1
-        self._last_error = str(error) if isinstance(error, WorkerLost) else describe_error(error)
-        logger.error(
-            "Service %r: %s Another worker is started in %.1f s.",
-            self.definition.name,
-            self._last_error,
-            pause,
-            exc_info=None if isinstance(error, WorkerLost) else error,
-        )
-
-    def sent(self, message: Sent) -> None:
-        """The service has sent a message."""
-        self._route(self.definition.name, message)
 
 
 class ServiceHandle:

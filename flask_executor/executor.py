@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, overload
 
-from flask import Flask
+from flask import Flask, request_started
 
 from flask_executor.abc import Health, JobRecords
 from flask_executor.bindings import Binding
@@ -119,6 +119,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
         register_pages(app, self, bindings[self])
+        if self.services:
+            request_started.connect(bindings[self].start_services, app)
 
     # ---- submitting ----
 
@@ -356,6 +358,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         self.services[name] = ServiceDefinition(
             name=name, cls=cls, args=args, workers=workers, per=per, max_pending=max_pending
         )
+        for app, binding in self._bound():
+            request_started.connect(binding.start_services, app)
         return ServiceHandle(name, self._services)
 
     def on(self, service: str | ServiceHandle | type[Service], type: str) -> Callable[[H], H]:
@@ -371,7 +375,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
         :raises ValueError: if there is one already.
         """
-        name: str = service.__name__ if inspect.isclass(service) else getattr(service, "name", service)
+        name = service if isinstance(service, str) else service.__name__ if inspect.isclass(service) else service.name
 
         def decorate(fn: H) -> H:
             if (name, type) in self.handlers:

@@ -44,6 +44,7 @@ class Mailbox:
         self._under_way: dict[Future[Any], tuple[int, Sequence[bytes]]] = {}
         self._numbers = count(1)
         self._length = 0
+        self._closed = False
         self._crashes: Counter[bytes] = Counter()  # of messages that workers have died of
 
     def __len__(self) -> int:
@@ -51,8 +52,13 @@ class Mailbox:
         return self._length
 
     def put(self, message: bytes) -> None:
-        """Take in a message: its type and body, pickled."""
+        """Take in a message: its type and body, pickled.
+
+        :raises ExecutorShutdown: after :meth:`close`.
+        """
         with self._lock:
+            if self._closed:
+                raise ExecutorShutdown(f"service {self._name!r} was stopped, and takes no more messages")
             self._waiting.append(message)
             self._length += 1
             self._send_off()
@@ -63,6 +69,12 @@ class Mailbox:
             if self._waiting:
                 self._send(list(self._waiting))
                 self._waiting.clear()
+
+    def close(self) -> None:
+        """Take in no more messages, and hand on all that waits."""
+        with self._lock:
+            self._closed = True
+            self.flush()
 
     def _send_off(self) -> None:
         while self._waiting and len(self._under_way) < self._most_batches:

@@ -1,0 +1,421 @@
+"""Long-lived worker processes that answer messages."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from lodgers import Broken, Counter, Ticker
+
+from conftest import MakeExecutor, run_in_threads, wait_until
+from flask_executor import (
+    Executor,
+    ExecutorShutdown,
+    JobStatus,
+    JobStopped,
+    JobTimeout,
+    NotPicklable,
+    QueueFull,
+    Service,
+    WorkerLost,
+    every,
+    on,
+)
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def executor(app: Flask, make_executor: MakeExecutor, request: pytest.FixtureRequest) -> Executor:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    return make_executor(start_method=request.param, stop_grace=0.2)
+
+
+@pytest.fixture
+def forked(make_executor: MakeExecutor) -> Executor:
+    return make_executor(start_method="fork", stop_grace=0.2)
+
+
+def make(executor: Executor, *args: Any, **options: Any) -> Any:
+    return executor.service(Counter, *args, per="process", **options)
+
+
+# ---- calls ----
+
+
+def test_calls_sends_and_broadcasts(executor: Executor) -> None:
+    counter = make(executor)
+    future = counter.call("add", 1)
+    assert future.result(20) == 2
+    assert (future.status, future.name) == (JobStatus.SUCCEEDED, "Counter.add")
+    for number in range(100):
+        counter.send("note", number)
+    assert counter.call("seen").result(20) == list(range(100)), "in order, and before the call"
+    counter.broadcast("step", 10)
+    assert counter.call("add", 1).result(20) == 11
+    assert counter.call("app").result(20) == ("shop", "Counter.app")
+    assert counter.call("async", 1).result(20) == 11
+
+
+def test_a_handler_that_raises_fails_its_call_only(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    counter = make(forked)
+    pid = counter.call("pid").result(10)
+    with pytest.raises(ValueError, match="no paper"):
+        counter.call("fail", "no paper").result(10)
+    counter.send("fail", "no ink")
+    counter.broadcast("fail", "no light")
+    assert counter.call("pid").result(10) == pid
+    assert wait_until(lambda: "no ink" in caplog.text and "no light" in caplog.text)
+    assert "Service 'Counter': a message failed." in caplog.text
+
+
+def test_unknown_handlers(forked: Executor) -> None:
+    counter = make(forked)
+    for send in (counter.call, counter.send, counter.broadcast):
+        with pytest.raises(ValueError, match=r"'Counter' has no handler for 'ad'; with @on.* it has 'add', 'app'"):
+            send("ad", 1)
+
+
+def test_what_cannot_be_sent(forked: Executor) -> None:
+    counter = make(forked)
+    for send in (counter.call, counter.send, counter.broadcast):
+        with pytest.raises(NotPicklable):
+            send("note", lambda: None)
+    assert counter.call("add", 1).result(10) == 2
+
+
+def test_all_workers_share_the_calls(forked: Executor, tmp_path: Path) -> None:
+    counter = make(forked, workers=2)
+    path = tmp_path / "go on"
+    first = counter.call("wait for", str(path))
+    pids = {counter.call("pid").result(10) for _ in range(20)}
+    assert len(pids) == 1, "the other one has work"
+    path.touch()
+    assert first.result(10) == str(path)
+    blocked = [counter.call("block", 0.05) for _ in range(4)]
+    assert [future.result(10) for future in blocked] == ["blocked"] * 4
+    counter.broadcast("step", 5)
+    assert {counter.call("add", 1).result(10) for _ in range(50)} == {6}
+
+
+def test_large_messages(executor: Executor) -> None:
+    counter = make(executor)
+    large = os.urandom(3_000_000)
+    counter.send("note", large)
+    counter.broadcast("note", large)
+    counter.send("note", "small")
+    seen = counter.call("seen").result(20)
+    assert sorted(map(len, seen)) == [5, 3_000_000, 3_000_000]
+    assert seen.count(large) == 2
+
+
+def test_a_call_that_takes_too_long(forked: Executor) -> None:
+    counter = make(forked)
+    pid = counter.call("pid").result(10)
+    with pytest.raises(JobTimeout):
+        counter.call("sleep", 10, timeout=0.1).result(10)
+    assert counter.call("pid").result(10) == pid, "it has left by itself"
+    with pytest.raises(JobTimeout):
+        counter.call("block", 10, timeout=0.1).result(10)
+    assert counter.call("pid").result(10) != pid, "it had to be killed"
+    assert counter.status().failures == 0, "as was wanted"
+
+
+def test_a_call_is_stopped_and_reports(forked: Executor) -> None:
+    counter = make(forked)
+    future = counter.call("loop")
+    assert wait_until(lambda: future.message == "looping")
+    assert (future.progress, future.status) == (0.5, JobStatus.RUNNING)
+    waiting = counter.call("add", 1)
+    assert waiting.cancel()
+    assert future.stop()
+    with pytest.raises(JobStopped):
+        future.result(10)
+
+
+def test_calls_from_many_threads(forked: Executor, app: Flask) -> None:
+    counter = make(forked, workers=2)
+
+    def ask() -> None:
+        for number in range(50):
+            assert counter.call("add", number).result(20) == number + 1
+            counter.send("note", number)
+
+    run_in_threads(8, ask)
+    assert wait_until(lambda: counter.status().waiting == 0)
+
+
+def test_await(forked: Executor, app: Flask) -> None:
+    counter = make(forked)
+
+    @app.get("/")
+    async def view() -> str:
+        return str(await counter.call("add", 2))
+
+    assert app.test_client().get("/").text == "3"
+
+
+# ---- crashes ----
+
+
+def test_a_worker_that_dies(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    counter = make(executor)
+    pid = counter.call("pid").result(20)
+    dying, behind = counter.call("die"), counter.call("add", 1)
+    error = dying.exception(20)
+    assert isinstance(error, WorkerLost)
+    assert (error.pid, error.signal, dying.status) == (pid, "SIGKILL", JobStatus.LOST)
+    assert behind.result(20) == 2, "it waits for the next worker"
+    assert counter.call("pid").result(20) != pid
+    status = counter.status()
+    assert status.failures == 1
+    assert "was killed by SIGKILL" in (status.last_error or "")
+    assert "Another worker is started in 0.1 s." in caplog.text
+
+
+def test_kill_9_from_outside_while_it_is_idle(forked: Executor) -> None:
+    counter = make(forked)
+    pid = counter.call("pid").result(10)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: counter.status().pids not in ((), (pid,)))
+    assert counter.call("pid").result(10) != pid
+
+
+def test_a_poison_message_is_dropped_and_the_others_are_not(
+    forked: Executor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counter = make(forked, str(tmp_path))
+    for number in range(30):
+        counter.send("die if", number)
+    assert wait_until(lambda: counter.status().waiting == 0, 30)
+    handled = {number: len((tmp_path / f"message {number}").read_text().split()) for number in range(30)}
+    assert handled == {**dict.fromkeys(range(30), 1), 13: 3}, "each once, and the poison three times"
+    assert "a message is dropped, as 3 worker processes have died of it" in caplog.text
+    assert len((tmp_path / "setup").read_text().split()) == 4
+
+
+def test_setup_that_fails(forked: Executor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "model"
+    broken = forked.service(Broken, str(path), per="process")
+    future = broken.call("hello", "you")
+    with pytest.raises(LookupError, match="there is no model"):
+        future.result(20)
+    assert broken.status().last_error == "LookupError: there is no model"
+    assert caplog.text.count("Service 'Broken': LookupError: there is no model Another worker") >= 3
+    path.touch()
+    assert broken.call("hello", "you").result(20) == "hello you"
+
+
+def test_the_supervisor_waits_longer_each_time(forked: Executor, tmp_path: Path) -> None:
+    broken = forked.service(Broken, str(tmp_path / "never"), per="process")
+    broken.start()
+    assert wait_until(lambda: broken.status().failures == 4)
+    begin = time.monotonic()
+    assert wait_until(lambda: broken.status().failures == 5)
+    assert time.monotonic() - begin > 0.5
+
+
+# ---- life ----
+
+
+def test_teardown(executor: Executor, tmp_path: Path) -> None:
+    counter = make(executor, str(tmp_path), workers=2)
+    counter.send("note", 1)
+    counter.stop()
+    for what in ("setup", "teardown"):
+        assert len(set((tmp_path / what).read_text().split())) == 2
+    assert counter.status().pids == ()
+    assert counter.call("add", 1).result(20) == 2, "it starts again"
+
+
+def test_stop_handles_first_what_was_accepted(forked: Executor, tmp_path: Path) -> None:
+    counter = make(forked, str(tmp_path))
+    for number in range(12):
+        counter.send("die if", number)
+    future = counter.call("add", 1)
+    counter.stop()
+    assert future.result(0) == 2
+    assert len(list(tmp_path.glob("message *"))) == 12
+
+
+def test_stop_by_force(forked: Executor) -> None:
+    counter = make(forked)
+    future = counter.call("block", 60)
+    assert wait_until(lambda: future.running())
+    counter.stop(timeout=0.1)
+    assert isinstance(future.exception(10), WorkerLost)
+
+
+def test_after_shutdown(forked: Executor) -> None:
+    counter = make(forked)
+    counter.call("add", 1).result(10)
+    forked.shutdown()
+    for send in (counter.call, counter.send):
+        with pytest.raises(ExecutorShutdown):
+            send("note", 1)
+
+
+def test_idle_services_use_no_time(forked: Executor) -> None:
+    counter = make(forked)
+    pid = counter.call("pid").result(10)
+
+    def ticks() -> int:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before, here = ticks(), time.process_time()
+    time.sleep(0.5)  # there is nothing to wait for: that nothing happens is what is measured
+    assert ticks() - before <= 1
+    assert time.process_time() - here < 0.05
+
+
+def test_every(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    ticker = forked.service(Ticker, per="process")
+    assert wait_until(lambda: ticker.call("ticks").result(10) > 6), "also after it has failed, and between messages"
+    assert "Service 'Ticker': tick failed." in caplog.text
+    assert "ValueError: the third tick" in caplog.text
+
+
+def test_they_start_at_the_first_request(forked: Executor, app: Flask, tmp_path: Path) -> None:
+    make(forked, str(tmp_path))
+    assert not (tmp_path / "setup").exists()
+    app.test_client().get("/")
+    assert wait_until((tmp_path / "setup").exists)
+
+
+# ---- messages from services ----
+
+
+def test_messages_to_the_app(executor: Executor, app: Flask) -> None:
+    counter = make(executor)
+    told: list[Any] = []
+
+    @executor.on(counter, "told")
+    def hear(body: Any) -> None:
+        from flask import current_app
+
+        told.append((body, current_app.name))
+
+    for number in range(100):
+        counter.send("tell main", number)
+    assert wait_until(lambda: len(told) == 100, 20)
+    assert told == [(number, "shop") for number in range(100)]
+    with pytest.raises(ValueError, match="there is a handler for 'told' of service 'Counter' already"):
+        executor.on(Counter, "told")(hear)
+
+
+def test_messages_to_other_services(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = make(forked, name="first"), make(forked, name="second")
+    first.send("pass on", ("second", "note", "hello"))
+    assert wait_until(lambda: second.call("seen").result(10) == ["hello"])
+    for message in (("nobody", "note", 1), ("second", "nothing", 1)):
+        first.send("pass on", message)
+    first.send("tell main", 1)
+    assert wait_until(lambda: "to the app, which has no @executor.on('first', 'told')" in caplog.text)
+    assert "sent a message to 'nobody', which is lost" in caplog.text
+    assert "service 'second' has no handler for 'nothing'" in caplog.text
+
+
+def test_a_handler_of_the_app_that_fails(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    counter = make(forked)
+    told: list[Any] = []
+
+    @forked.on("Counter", "told")
+    def hear(body: Any) -> None:
+        told.append(body)
+        raise ValueError("not so loud")
+
+    counter.send("tell main", 1)
+    counter.send("tell main", 2)
+    assert wait_until(lambda: told == [1, 2])
+    assert wait_until(lambda: caplog.text.count("ValueError: not so loud") == 2)
+
+
+# ---- bounds ----
+
+
+def test_the_queue_is_bounded(forked: Executor, tmp_path: Path) -> None:
+    counter = make(forked, max_pending=10)
+    path = tmp_path / "go on"
+    waiting = counter.call("wait for", str(path))
+    assert wait_until(waiting.running)
+    for number in range(10):
+        counter.send("note", number)
+    with pytest.raises(QueueFull, match="max_pending of service 'Counter'"):
+        counter.send("note", 10)
+    assert counter.status().waiting == 10
+    with pytest.raises(QueueFull):
+        counter.call("add", 1)
+    path.touch()
+    assert wait_until(lambda: counter.status().waiting == 0)
+    assert counter.call("seen").result(10) == list(range(10))
+
+
+def test_calls_do_not_count_as_jobs_that_wait(make_executor: MakeExecutor, tmp_path: Path) -> None:
+    executor = make_executor(max_workers=1, max_pending=1)
+    counter = make(executor)
+    path = tmp_path / "go on"
+    calls = [counter.call("wait for", str(path)) for _ in range(5)]
+    assert executor.submit(pow, 2, 3).result(10) == 8
+    path.touch()
+    assert [call.result(10) for call in calls] == [str(path)] * 5
+
+
+# ---- mistakes ----
+
+
+def test_what_is_no_service(forked: Executor) -> None:
+    with pytest.raises(TypeError, match=r"must be a subclass of flask_executor\.Service"):
+        forked.service(int)  # type: ignore[arg-type]
+    make(forked)
+    with pytest.raises(ValueError, match="there is a service 'Counter' already"):
+        make(forked)
+    for options, message in (
+        ({"per": "pod"}, "it must be 'app' or 'process'"),
+        ({"workers": 0}, "workers is 0; it must be 1 or more"),
+        ({"max_pending": 0}, "max_pending is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forked.service(Counter, name="other", **options)
+
+
+def test_two_handlers_for_one_type() -> None:
+    with pytest.raises(TypeError, match="has two handlers for 'a': one and two"):
+
+        class Twice(Service):
+            @on("a")
+            def one(self, body: object) -> None: ...
+
+            @on("a")
+            def two(self, body: object) -> None: ...
+
+    with pytest.raises(ValueError, match="the seconds between two calls must be 0 or more"):
+        every(-1)
+
+
+def test_a_service_that_inherits() -> None:
+    assert Ticker.handlers["add"] == "add"
+    assert Ticker.schedule == {"tick": 0.02}
+    assert Counter.schedule == {}
+
+
+def test_it_is_shown(forked: Executor) -> None:
+    counter = make(forked)
+    pid = counter.call("pid").result(10)
+    status = counter.status()
+    assert (status.name, status.pids, status.workers, status.ready) == ("Counter", (pid,), 1, 1)
+    assert (status.busy, status.waiting, status.failures, status.supervisor) == (0, 0, 0, os.getpid())
+
+
+def test_an_app_that_is_thrown_away_takes_them_along(tmp_path: Path) -> None:
+    def use() -> int:
+        app = Flask("shop")
+        return int(make(Executor(app), str(tmp_path)).call("pid").result(10))
+
+    pid = use()
+    gc.collect()
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
