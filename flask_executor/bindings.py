@@ -127,6 +127,16 @@ class Binding(JobChannel):
                     self._backend = backend
         return backend
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells the app, and this executor of it, from others on this machine."""
+        app = self.app
+        return (self.name, self.config.store, None if app is None else (app.name, app.instance_path))
+
+    def leave_in_order(self) -> None:
+        """See to it that jobs and services end before the process does."""
+        leave_in_order(self)
+
     def start_services(self, sender: object, **_: object) -> None:
         """A request has come: this process is one that serves, and no reloader or master."""
         self.services.start()

@@ -13,18 +13,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flask_executor.abc import Backend, BackendOptions, WorkerState
+from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
 from flask_executor.backends.process import ProcessBackend
 from flask_executor.context import call_to_end
-from flask_executor.exceptions import QueueFull, WorkerLost
+from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
-from flask_executor.jobs import JobOptions
+from flask_executor.jobs import JobOptions, JobStatus
+from flask_executor.leaders import Errand, Line, Seat, meeting_place
 from flask_executor.logs import logger
 from flask_executor.mailbox import Mailbox
 from flask_executor.messages import Sent
 from flask_executor.residents import ServiceResident, answer
-from flask_executor.runner import pickled
+from flask_executor.runner import PlainCall, pickled
 from flask_executor.serial import SerialThread
 from flask_executor.services import ServiceDefinition, ServiceStatus, check_handler
 from flask_executor.worker import Resident
@@ -41,6 +42,13 @@ class Owner(Protocol):
     @property
     def app(self) -> Flask | None:
         """The app, None when it is gone."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells the app, and this executor of it, from others on this machine."""
+
+    def leave_in_order(self) -> None:
+        """See to it that services end before the process does."""
 
     def call(
         self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...]
@@ -75,12 +83,47 @@ class Services:
         self._crews: dict[str, Crew] = {}
         self._all_started = 0  # how many there were
         self._incoming = SerialThread("flask-executor-messages")
+        self._seat: Seat | None = None
+        self._closed = False
+
+    def member(self, name: str) -> Crew | Remote:
+        """The workers of a service: those of this process, or the way to those of the one that leads."""
+        definition = self._definitions[name]
+        if definition.per == "process":
+            return self.crew(name)
+        seat = self._seat_here()
+        return self.crew(name) if seat.take() else Remote(definition, self._owner, seat.line)
+
+    def _seat_here(self) -> Seat:
+        with self._lock:
+            if self._seat is None:
+                if self._closed:
+                    raise ExecutorShutdown("this executor was shut down in this process, and takes no more messages")
+                self._owner.leave_in_order()
+                services = weakref.ref(self)
+                self._seat = Seat(meeting_place(*self._owner.identity), _employer(services), _promoter(services))
+                finalizer = weakref.finalize(self, self._seat.close)
+                finalizer.atexit = False
+            return self._seat
+
+    def lead(self) -> None:
+        """This process leads from now on."""
+        for name, definition in list(self._definitions.items()):
+            if definition.per == "app":
+                self.crew(name)
 
     def crew(self, name: str) -> Crew:
-        """The workers of a service in this process, started now if they were not."""
+        """The workers of a service in this process, started now if they were not.
+
+        :raises KeyError: for a service that there is not.
+        :raises ExecutorShutdown: after :meth:`close`.
+        """
         with self._lock:
             crew = self._crews.get(name)
             if crew is None:
+                if self._closed:
+                    raise ExecutorShutdown("this executor was shut down in this process, and takes no more messages")
+                self._owner.leave_in_order()
                 crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._router())
                 crew.start()
             return crew
@@ -90,7 +133,7 @@ class Services:
         if self._all_started != len(self._definitions):
             self._all_started = len(self._definitions)
             for name in list(self._definitions):
-                self.crew(name)
+                self.member(name)
 
     def started(self) -> list[Crew]:
         """Those that were."""
@@ -98,7 +141,13 @@ class Services:
             return list(self._crews.values())
 
     def stop(self, name: str, timeout: float | None) -> None:
-        """Stop one; it is started again when it is used again."""
+        """Stop one; it is started again when it is used again.
+
+        :raises RuntimeError: when another process looks after it.
+        """
+        status = self.status(name)
+        if status.supervisor not in (None, os.getpid()):
+            raise RuntimeError(f"service {name!r} is looked after by process {status.supervisor}: stop it there")
         with self._lock:
             crew = self._crews.pop(name, None)
         if crew is not None:
@@ -108,19 +157,27 @@ class Services:
         """The process ends: stop all, by force what goes on at ``deadline`` (:func:`time.monotonic`)."""
         for crew in self.started():
             crew.stop(max(0.0, deadline - time.monotonic()))
+        if self._seat is not None:
+            self._seat.close()
 
     def status(self, name: str) -> ServiceStatus:
         """How one is doing."""
         with self._lock:
             crew = self._crews.get(name)
+        if crew is not None:
+            return crew.status()
         definition = self._definitions[name]
-        return ServiceStatus(name=name, workers=definition.workers) if crew is None else crew.status()
+        there = None if definition.per == "process" else self._seat_here().ask(name)
+        return there or ServiceStatus(name=name, workers=definition.workers)
 
     def close(self, *, wait: bool) -> None:
         """Accept no more messages."""
+        self._closed = True
         for crew in self.started():
             crew.close(wait=wait)
         self._incoming.close(wait=wait)
+        if wait and self._seat is not None:
+            self._seat.close()
 
     def after_fork(self) -> None:
         """In the child of a fork: those of the parent are not here."""
@@ -144,8 +201,8 @@ class Services:
         body = pickle.loads(message.body)
         if message.to is not None:
             try:
-                self.crew(message.to).send(message.type, packed(message.type, body))
-            except (KeyError, ValueError, QueueFull) as error:
+                self.member(message.to).send(message.type, packed(message.type, body))
+            except (KeyError, ValueError, QueueFull, ExecutorShutdown) as error:
                 logger.error("Service %r sent a message to %r, which is lost: %s", sender, message.to, error)
             return
         handler = self._handlers.get((sender, message.type))
@@ -161,6 +218,23 @@ class Services:
             return
         with app.app_context():
             call_to_end(handler, (body,), {})
+
+
+def _employer(services: weakref.ref[Services]) -> Callable[[str], Crew | None]:
+    def employ(name: str) -> Crew | None:
+        there = services()
+        return None if there is None else there.crew(name)
+
+    return employ
+
+
+def _promoter(services: weakref.ref[Services]) -> Callable[[], None]:
+    def promoted() -> None:
+        there = services()
+        if there is not None:
+            there.lead()
+
+    return promoted
 
 
 class Tenant:
@@ -218,14 +292,17 @@ class Crew:
         """Start the workers, if they were not."""
         self._backend.start()
 
-    def call(self, type: str, body: object, timeout: float | None) -> FutureProxy[Any]:
+    def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
         """Have a worker handle a message; what it says."""
-        name = self.definition.name
-        check_handler(self.definition.cls, name, type)
+        args = self._next_call(type, message)
+        return self._owner.call(self._backend, options_of(self.definition, type, timeout), answer, args)
+
+    def _next_call(self, type: str, message: bytes) -> tuple[int, bytes]:
+        """What a worker needs to know of a call that comes behind all there is."""
+        check_handler(self.definition.cls, self.definition.name, type)
         self._check_room()
         self._mailbox.flush()
-        options = JobOptions(name=f"{name}.{type}", timeout=math.inf if timeout is None else timeout)
-        return self._owner.call(self._backend, options, answer, (self._backend.broadcasts, type, body))
+        return self._backend.broadcasts, message
 
     def send(self, type: str, message: bytes) -> None:
         """Have a worker handle a message: its type and body, pickled."""
@@ -237,6 +314,30 @@ class Crew:
         """Have every worker handle a message, before those that come from now on."""
         check_handler(self.definition.cls, self.definition.name, type)
         self._backend.broadcast(message)
+
+    # ---- for other processes ----
+
+    def start_call(self, type: str, message: bytes) -> PreparedCall:
+        """Have a worker handle a message for another process."""
+        call = PlainCall(answer, self._next_call(type, message), {})
+        self._backend.enqueue(call)
+        return call
+
+    def adopt(self, call: PreparedCall) -> None:
+        """Take over a call that was to be sent to another process."""
+        _, type, message = call.args
+        call.args = self._next_call(type, message)
+        call.backend = self._backend
+        self._backend.enqueue(call)
+
+    def leave(self, call: PreparedCall, *, forced: bool) -> None:
+        """Have a call leave, or end it by force."""
+        if forced:
+            self._backend.kill(call, call.job.attempt)
+        else:
+            self._backend.leave(call, call.job.attempt, JobStatus.STOPPED)
+
+    # ---- the work ----
 
     def _check_room(self) -> None:
         if len(self._mailbox) + self._backend.waiting >= self.definition.max_pending:
@@ -273,6 +374,38 @@ class Crew:
             self._backend.abandon(timeout)
 
 
+class Remote:
+    """A service whose workers are in the care of another process."""
+
+    def __init__(self, definition: ServiceDefinition, owner: Owner, line: Line) -> None:
+        self._definition = definition
+        self._owner = owner
+        self._line = line
+
+    def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
+        """Have a worker handle a message; what it says."""
+        check_handler(self._definition.cls, self._definition.name, type)
+        args = (self._definition.name, type, message)
+        return self._owner.call(self._line, options_of(self._definition, type, timeout), answer, args)
+
+    def send(self, type: str, message: bytes) -> None:
+        """Have a worker handle a message."""
+        self._post("send", type, message)
+
+    def broadcast(self, type: str, message: bytes) -> None:
+        """Have every worker handle a message."""
+        self._post("broadcast", type, message)
+
+    def _post(self, verb: str, type: str, message: bytes) -> None:
+        check_handler(self._definition.cls, self._definition.name, type)
+        self._line.post(Errand(verb, self._definition.name, type, message))
+
+
+def options_of(definition: ServiceDefinition, type: str, timeout: float | None) -> JobOptions:
+    """Those of the job that a call is."""
+    return JobOptions(name=f"{definition.name}.{type}", timeout=math.inf if timeout is None else timeout)
+
+
 class ServiceHandle:
     """A service, as the app uses it; what :meth:`Executor.service <flask_executor.Executor.service>` returns.
 
@@ -298,7 +431,7 @@ class ServiceHandle:
         :raises NotPicklable: for a body that cannot be sent.
         :raises QueueFull: when too many messages wait.
         """
-        return self._services().crew(self.name).call(type, body, timeout)
+        return self._services().member(self.name).call(type, packed(type, body), timeout)
 
     def send(self, type: str, body: object = None) -> None:
         """Have one of the workers handle a message, and do not wait for it. An error that it raises is logged.
@@ -309,7 +442,7 @@ class ServiceHandle:
         :raises NotPicklable: for a body that cannot be sent.
         :raises QueueFull: when too many messages wait.
         """
-        self._services().crew(self.name).send(type, packed(type, body))
+        self._services().member(self.name).send(type, packed(type, body))
 
     def broadcast(self, type: str, body: object = None) -> None:
         """Have every worker handle a message, before those that are sent from now on, and before those that wait.
@@ -319,11 +452,11 @@ class ServiceHandle:
         :raises ValueError: when nothing handles messages of this type.
         :raises NotPicklable: for a body that cannot be sent.
         """
-        self._services().crew(self.name).broadcast(type, packed(type, body))
+        self._services().member(self.name).broadcast(type, packed(type, body))
 
     def start(self) -> None:
-        """Start the workers now, and not at the first request."""
-        self._services().crew(self.name)
+        """Start the workers now, and not at the first request; or see to it that another process has."""
+        self._services().member(self.name)
 
     def status(self) -> ServiceStatus:
         """How it is doing."""
@@ -333,6 +466,7 @@ class ServiceHandle:
         """End the workers after what was accepted; each runs ``teardown``. They start again when it is used again.
 
         :param timeout: seconds after which they are ended by force; None for as long as it takes.
+        :raises RuntimeError: when another process looks after them.
         """
         self._services().stop(self.name, timeout)
 

@@ -96,21 +96,19 @@ class ServiceResident:
             with self._changed:
                 self._changed.wait_for(lambda: self._heard >= number)
         while self._broadcasts:
-            self._try("a message", self._handle_packed, self._broadcasts.popleft())
-
-    def handle(self, type: str, body: object) -> Any:
-        """What the method returns that handles messages of this type."""
-        check_handler(self._cls, self._name, type)
-        return self._call(self._cls.handlers[type], body)
+            self._try("a message", self.handle_packed, self._broadcasts.popleft())
 
     def handle_batch(self, batch: int, messages: list[bytes]) -> None:
         """Handle messages that nobody waits for."""
         for number, message in enumerate(messages, 1):
             self.mark.value = mark_of(batch, number)
-            self._try("a message", self._handle_packed, message)
+            self._try("a message", self.handle_packed, message)
 
-    def _handle_packed(self, message: bytes) -> None:
-        self.handle(*pickle.loads(message))
+    def handle_packed(self, message: bytes) -> Any:
+        """What the method returns that handles a message."""
+        type, body = pickle.loads(message)
+        check_handler(self._cls, self._name, type)
+        return self._call(self._cls.handlers[type], body)
 
     def _call(self, method: str, *args: object) -> Any:
         with self._app.app_context():
@@ -130,13 +128,13 @@ class ServiceResident:
 _resident: ServiceResident
 
 
-def answer(broadcasts: int, type: str, body: object) -> Any:
-    """In a worker: what the service says to a message.
+def answer(broadcasts: int, message: bytes) -> Any:
+    """In a worker: what the service says to a message: its type and body, pickled.
 
     :param broadcasts: how many are to be handled before.
     """
     _resident.catch_up(broadcasts)
-    return _resident.handle(type, body)
+    return _resident.handle_packed(message)
 
 
 def deliver(broadcasts: int, batch: int, messages: list[bytes]) -> None:

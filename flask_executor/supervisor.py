@@ -348,10 +348,10 @@ class Supervisor:
             if not isinstance(error, WorkerLost) or self._failed_starts >= _MOST_STARTS:
                 self._fail_oldest(error)
             return
+        self._pause(self._tenancy, error)
         if self._failed_starts >= _MOST_STARTS:
             while self.dispatcher.waiting():
                 self._fail_oldest(error)
-        self._pause(self._tenancy, error)
 
     def _pause(self, tenancy: Tenancy, error: BaseException) -> None:
         """Start workers again in a while: the longer, the more of them have failed one after the other."""

@@ -226,6 +226,7 @@ def test_the_supervisor_waits_longer_each_time(forked: Executor, tmp_path: Path)
 def test_teardown(executor: Executor, tmp_path: Path) -> None:
     counter = make(executor, str(tmp_path), workers=2)
     counter.send("note", 1)
+    assert wait_until(lambda: counter.status().ready == 2, 20)
     counter.stop()
     for what in ("setup", "teardown"):
         assert len(set((tmp_path / what).read_text().split())) == 2
