@@ -270,6 +270,20 @@ class Tenant:
         self._route(self._name, message)
 
 
+class RelayedCall(PlainCall):
+    """A call that another process waits for."""
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], begun: Callable[[], object]) -> None:
+        super().__init__(fn, args, {})
+        self._begun = begun
+
+    def begin(self) -> bool:
+        first, claimed = self._claimed is None, super().begin()
+        if first and claimed:
+            self._begun()
+        return claimed
+
+
 class Crew:
     """The workers of one service in this process.
 
@@ -317,9 +331,9 @@ class Crew:
 
     # ---- for other processes ----
 
-    def start_call(self, type: str, message: bytes) -> PreparedCall:
-        """Have a worker handle a message for another process."""
-        call = PlainCall(answer, self._next_call(type, message), {})
+    def start_call(self, type: str, message: bytes, begun: Callable[[], object]) -> PreparedCall:
+        """Have a worker handle a message for another process, which is told when it has begun."""
+        call = RelayedCall(answer, self._next_call(type, message), begun)
         self._backend.enqueue(call)
         return call
 
@@ -332,7 +346,9 @@ class Crew:
 
     def leave(self, call: PreparedCall, *, forced: bool) -> None:
         """Have a call leave, or end it by force."""
-        if forced:
+        if self._backend.withdraw(call):
+            call.future.cancel()
+        elif forced:
             self._backend.kill(call, call.job.attempt)
         else:
             self._backend.leave(call, call.job.attempt, JobStatus.STOPPED)

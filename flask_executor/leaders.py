@@ -73,8 +73,11 @@ class Errand(Message):
 class Workforce(Protocol):
     """What the leader has: the workers of a service."""
 
-    def start_call(self, type: str, message: bytes) -> PreparedCall:
-        """Have a worker handle a message; :class:`~flask_executor.runner.PlainCall`."""
+    def start_call(self, type: str, message: bytes, begun: Callable[[], object]) -> PreparedCall:
+        """Have a worker handle a message.
+
+        :param begun: called when a worker begins with it.
+        """
 
     def adopt(self, call: PreparedCall) -> None:
         """Take over a call of a :class:`Line`."""
@@ -275,6 +278,8 @@ class Visitor(Talk):
     def reply(self, number: int, future: Future[Any]) -> None:
         """A call has ended."""
         self.calls.pop(number, None)
+        if future.cancelled():  # as the other process wanted, which waits for it no more
+            return
         error = future.exception()
         if isinstance(error, JobStopped):
             self.send(Kind.LEFT, [], number)
@@ -374,7 +379,7 @@ class Desk:
 
     def _do_with(self, workforce: Workforce, visitor: Visitor, number: int, errand: Errand) -> None:
         if errand.verb == "call":
-            call = workforce.start_call(errand.type, errand.data)
+            call = workforce.start_call(errand.type, errand.data, lambda: visitor.send(Kind.BEGUN, [], number))
             visitor.calls[number] = workforce, call
             call.future.add_done_callback(lambda future: visitor.reply(number, future))
         elif errand.verb == "send":
@@ -388,10 +393,26 @@ class Desk:
             workforce.leave(call, forced=errand.verb == "kill")
 
 
+@dataclass(slots=True)
+class SentCall:
+    """A call that the leader has."""
+
+    call: PreparedCall
+    #: Whether a worker has begun with it, and its future is claimed.
+    begun: bool = False
+    #: Whether it was to be ended by force.
+    forced: bool = False
+
+    def begin(self) -> bool:
+        """A worker begins with it, or has; False when it was cancelled."""
+        self.begun = self.begun or self.call.begin()
+        return self.begun
+
+
 class Line(Backend):
     """What a process that follows has to say to the leader; a backend for the calls of services.
 
-    A call is in ``_waiting`` or in ``_calls``, and everything is changed under ``_lock``.
+    A call is in ``_waiting`` or in ``_sent``, and everything is changed under ``_lock``.
     """
 
     remote = True
@@ -402,8 +423,7 @@ class Line(Backend):
         self._lock = threading.RLock()
         self._talk: Talk | None = None
         self._waiting: deque[PreparedCall | Errand] = deque()
-        self._calls: dict[int, PreparedCall] = {}
-        self._killed: set[int] = set()  # those of them that were to be ended by force
+        self._sent: dict[int, SentCall] = {}
         self._numbers = count(1)
         self._wakes, self._wake_up = map(not_for_children, socket.socketpair())
         self._wake_up.setblocking(False)
@@ -435,33 +455,43 @@ class Line(Backend):
     def _send(self, talk: Talk, item: PreparedCall | Errand) -> None:
         if isinstance(item, Errand):
             talk.send(Kind.MESSAGE, pickle_parts(item), 0)
-        elif item.begin():
+        else:
             number = next(self._numbers)
-            self._calls[number] = item
+            self._sent[number] = SentCall(item)
             talk.send(Kind.MESSAGE, pickle_parts(Errand("call", *item.args)), number)
 
     def withdraw(self, call: PreparedCall) -> bool:
         with self._lock:
-            if call in self._calls.values():
-                return False
             if call in self._waiting:
                 self._waiting.remove(call)
-            return True
+            number, sent = self._find(call)
+            if sent is None:
+                return True
+            if not sent.begun:
+                self._say("leave", number, sent)
+                del self._sent[number]
+            return not sent.begun
 
     def leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> None:
-        self._about(call, "leave")
+        with self._lock:
+            number, sent = self._find(call)
+            if sent is not None:
+                self._say("leave", number, sent)
 
     def kill(self, call: PreparedCall, attempt: int) -> None:
-        self._about(call, "kill")
-
-    def _about(self, call: PreparedCall, verb: str) -> None:
         with self._lock:
-            for number, other in self._calls.items():
-                if other is call and self._talk is not None:
-                    if verb == "kill":
-                        self._killed.add(number)
-                    errand = Errand(verb, call.args[0], "", b"")
-                    self._talk.send(Kind.MESSAGE, pickle_parts(errand), number)
+            number, sent = self._find(call)
+            if sent is not None:
+                sent.forced = True
+                self._say("kill", number, sent)
+
+    def _find(self, call: PreparedCall) -> tuple[int, SentCall | None]:
+        return next(((number, sent) for number, sent in self._sent.items() if sent.call is call), (0, None))
+
+    def _say(self, verb: str, number: int, sent: SentCall) -> None:
+        if self._talk is not None:
+            errand = Errand(verb, sent.call.args[0], "", b"")
+            self._talk.send(Kind.MESSAGE, pickle_parts(errand), number)
 
     def aside(self, fn: Callable[[], object]) -> None:
         self.callbacks.run(fn)
@@ -529,32 +559,34 @@ class Line(Backend):
                     self._given_back(number, pickle.loads(body))
                     continue
                 with self._lock:
-                    call = self._calls.pop(number, None)
-                    forced = number in self._killed
-                    self._killed.discard(number)
-                if call is not None:
-                    _settle(call, kind, body, forced=forced)
+                    sent = self._sent.get(number)
+                    if sent is None or not sent.begin():  # it was cancelled
+                        self._sent.pop(number, None)
+                        continue
+                    if kind != Kind.BEGUN:
+                        del self._sent[number]
+                if kind != Kind.BEGUN:
+                    _settle(sent.call, kind, body, forced=sent.forced)
 
     def _given_back(self, number: int, errand: Errand) -> None:
         """The leader is ending, and does this no more."""
         with self._lock:
-            call = self._calls.pop(number, None)
-            if call is None:
+            sent = self._sent.pop(number, None)
+            if errand.verb in ("send", "broadcast"):
                 self._waiting.append(errand)
-            elif call.put_back():
-                self._waiting.append(call)
-            else:
-                call.left()
+            elif sent is not None:
+                self._waiting.append(sent.call)
 
     def _hang_up(self) -> None:
         with self._lock:
             self._talk = None
-            calls = list(self._calls.values())
-            self._calls.clear()
-            self._killed.clear()
-        for call in calls:
-            error = WorkerLost(f"The process ended that looked after service {call.args[0]!r}.")
-            call.fail(error, JobStatus.LOST)
+            sent = list(self._sent.values())
+            self._sent.clear()
+            self._waiting.extendleft(reversed([one.call for one in sent if not one.begun]))
+        for one in sent:
+            if one.begun:
+                error = WorkerLost(f"The process ended that looked after service {one.call.args[0]!r}.")
+                one.call.fail(error, JobStatus.LOST)
 
     def hand_over(self, employ: Employ) -> None:
         """This process leads now: have its own workers do what waits."""

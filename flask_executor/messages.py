@@ -117,3 +117,4 @@ class Kind(enum.IntEnum):
     ERROR = 1  # the error, from runner.pack_error()
     LEFT = 2  # nothing: it left as it was asked to
     MESSAGE = 3  # a message, pickled
+    BEGUN = 4  # nothing: a call that was relayed to a worker has begun
