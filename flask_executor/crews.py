@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -145,13 +146,14 @@ class Services:
 
         :raises RuntimeError: when another process looks after it.
         """
-        status = self.status(name)
-        if status.supervisor not in (None, os.getpid()):
-            raise RuntimeError(f"service {name!r} is looked after by process {status.supervisor}: stop it there")
         with self._lock:
             crew = self._crews.pop(name, None)
         if crew is not None:
             crew.stop(timeout)
+            return
+        status = self.status(name)
+        if status.supervisor is not None:
+            raise RuntimeError(f"service {name!r} is looked after by process {status.supervisor}: stop it there")
 
     def leave(self, deadline: float) -> None:
         """The process ends: stop all, by force what goes on at ``deadline`` (:func:`time.monotonic`)."""
@@ -232,7 +234,8 @@ def _promoter(services: weakref.ref[Services]) -> Callable[[], None]:
     def promoted() -> None:
         there = services()
         if there is not None:
-            there.lead()
+            with contextlib.suppress(ExecutorShutdown):  # meanwhile: another one will lead
+                there.lead()
 
     return promoted
 
