@@ -331,7 +331,7 @@ class Dispatcher:
         back = worker.take_back(dead=dead)
         if back and back[0].begun and not begun_too:
             worker.give(back.pop(0))
-        if back and worker.tasks:
+        if worker.tasks:
             self._claim(worker.tasks[0])  # it may have been taken from the middle
         for task in reversed(back):
             task.worker = None
