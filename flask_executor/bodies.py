@@ -58,8 +58,8 @@ def _read(request: Request, most: int) -> bytes:
     if (request.content_length or 0) > most:
         refuse(413, f"The body has {request.content_length} bytes; {most} are allowed.")
     try:
-        if request.content_length is None:  # it ends where it ends: one byte too many is enough to know
-            request.stream = cast(IO[bytes], LimitedStream(request.stream, most + 1, is_max=True))
+        # Not every body has a length: one byte too many is enough to know.
+        request.stream = cast(IO[bytes], LimitedStream(request.stream, most + 1, is_max=True))
         body = request.get_data(cache=True)
     except RequestEntityTooLarge:
         refuse(413, "The body is larger than this app allows.")

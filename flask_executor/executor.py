@@ -106,10 +106,10 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         config = Config.read(app.config, self.name)
         # The app owns what is bound to it, so that an app that is thrown away takes its jobs and threads along.
         bindings: dict[Executor, Binding] = app.extensions.setdefault(_BINDINGS, {})
+        self._check_name(bindings)
         if self in bindings:
             bindings[self].reconfigure(config)
         else:
-            self._check_name(bindings)
             bindings[self] = Binding(self, app, config, self._default_done_callbacks, self._worker_initializers)
             self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
@@ -117,7 +117,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
     def _check_name(self, bindings: Mapping[Executor, Binding]) -> None:
         """Urls and stores tell the executors of an app apart by their names."""
-        if any(executor.name == self.name and not binding.closed for executor, binding in bindings.items()):
+        others = [(executor.name, binding) for executor, binding in bindings.items() if executor is not self]
+        if any(name == self.name and not binding.closed for name, binding in others):
             raise ValueError(
                 f"the app has an executor named {self.name!r} already: use that one, or tell them apart by a name: "
                 "Executor(app, name='reports')"
