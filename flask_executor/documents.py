@@ -16,7 +16,7 @@ from flask_executor.records import clean, is_ours, plain
 
 # What an app has written into its message by itself, as with traceback.format_exc(). Of exceptions in a chain one that
 # was never raised has no traceback, and comes before the others.
-_TRACE = re.compile(r"[\s|+]*(?:(?:Exception Group )?Traceback|Stack) \(most recent call last\):")
+_TRACE = re.compile(r"(?:(?:Exception Group )?Traceback|Stack) \(most recent call last\):")
 _CHAIN = re.compile(r"\n(?:The above exception was the direct cause|During handling of the above exception)")
 _CHANGES_BY_ITSELF = ("elapsed", "remaining")
 
@@ -68,8 +68,10 @@ def describe_line(line: LogLine, *, with_error: bool = False) -> dict[str, str |
 
 
 def _without_trace(text: str) -> str:
-    message = _TRACE.split(text, maxsplit=1)[0]
-    return "" if _CHAIN.search(message) else message
+    message, *trace = _TRACE.split(text, maxsplit=1)
+    if _CHAIN.search(message):
+        return ""
+    return message.rstrip("\n |+") if trace else text
 
 
 def version(document: Mapping[str, Any]) -> str:

@@ -222,4 +222,5 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_in_words, schema["anyOf"]))
     elements = schema.get("items") or schema.get("additionalProperties")
-    return schema.get("type", "anything") + (f" of {_in_words(elements)}" if elements else "")
+    kind = str(schema.get("type", "anything"))
+    return f"{kind} of {_in_words(elements)}" if elements else kind
