@@ -11,7 +11,7 @@
     controller = SampleController(target_task=SampleTask, max_num_process=2)
     api.add_resource(TemplateFactory.MPResource(), "/sample", resource_class_args=(controller,))
 
-Each controller has an :class:`~flask_executor.Executor` of type ``process``, with the controller's name. That is also the
+Each controller has an :class:`~flask_executor.Executor` of type ``process``, with the controller's name, which is the
 prefix of its configuration: ``SAMPLE_EXECUTOR_STORE``.
 """
 
@@ -107,7 +107,7 @@ class MetaMPTask(abc.ABC):
 
 
 class MetaMPLoggerConfigurator(abc.ABC):
-    """Sets up logging, once, when the first controller is made with it. Log records of tasks get there by themselves."""
+    """Sets up logging, once, when the first controller is made with it. What tasks log gets there by itself."""
 
     @staticmethod
     @abc.abstractmethod
