@@ -65,7 +65,7 @@ AbortException = JobExit
 
 _METHODS = ("get", "head", "post", "put", "patch", "delete", "options", "trace")
 _CALLBACK_TIMEOUT = 10.0  # seconds for each step of a callback: to connect, to be answered
-_CALLBACK_RETRIES = 2
+_CALLBACK_RETRIES = 2  # of the one that tells of the end
 _CALLBACK_LAST = 60  # seconds that a leaving process gives callbacks: more than it gives the tasks they tell of
 
 
@@ -273,11 +273,11 @@ class MetaMPController:
         fixed = {"TYPE": "process", "MAX_WORKERS": self._max_num_process, "MAX_PENDING": bound}
         # A fresh process for each task; handles for as long as there are records.
         defaults = {"MAX_TASKS_PER_CHILD": 1, "FUTURES_MAX_LENGTH": 10_000}
-        _bind(self._executor, app, fixed, defaults)
+        _configure(self._executor, app, fixed, defaults)
         if self._callback_url:
             # One at a time, so that the end of a task is told after its beginning.
             fixed = {"TYPE": "thread", "MAX_WORKERS": 1}
-            _bind(self._callbacks, app, fixed, {"MAX_PENDING": 1000, "SHUTDOWN_TIMEOUT": _CALLBACK_LAST})
+            _configure(self._callbacks, app, fixed, {"MAX_PENDING": 1000, "SHUTDOWN_TIMEOUT": _CALLBACK_LAST})
 
     def _nothing_runs(self, key: str, job: Job | None) -> dict[str, Any]:
         """What is answered about a task that has ended, or never was."""
@@ -297,14 +297,15 @@ class MetaMPController:
         return ended
 
     def _tell_begin(self, executor: Executor, job: Job) -> None:
-        self._tell(f"Task with internal uuid {job.key} begin to process", job)
+        # Once: told again later, it could come after the end.
+        self._tell(f"Task with internal uuid {job.key} begin to process", job, retries=0)
 
     def _tell_end(self, executor: Executor, job: Job) -> None:
-        self._tell(f"Task with internal uuid {job.key} ended", job)
+        self._tell(f"Task with internal uuid {job.key} ended", job, retries=_CALLBACK_RETRIES)
 
-    def _tell(self, msg: str, job: Job) -> None:
+    def _tell(self, msg: str, job: Job, *, retries: int) -> None:
         document = {"msg": msg, **_describe(job, self._executor)}
-        options = self._callbacks.options(name=f"{self._name} callback", retries=_CALLBACK_RETRIES, backoff=1.0)
+        options = self._callbacks.options(name=f"{self._name} callback", retries=retries, backoff=1.0)
         options.submit(_post, self._callback_url, document)
 
 
@@ -394,7 +395,12 @@ _binding = threading.Lock()
 _configured: set[type] = set()
 
 
-def _bind(executor: Executor, app: Flask, fixed: dict[str, Any], defaults: dict[str, Any]) -> None:
+def _configure(executor: Executor, app: Flask, fixed: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Bind an app, which may have answered requests already.
+
+    :param fixed: what the controller was made with, by key without prefix.
+    :param defaults: what the app's config may have otherwise.
+    """
     prefix = f"{executor.name.upper()}_EXECUTOR_"
     app.config.update({prefix + key: value for key, value in fixed.items()})
     for key, value in defaults.items():
