@@ -68,6 +68,7 @@ def main(
     packets: socket.socket | None,
 ) -> None:
     """The life of a worker process."""
+    inherited = [*logging._handlerList]  # type: ignore[attr-defined]
     own_process_group()
     die_with(life)
     outbox = Outbox(Wire(wire))
@@ -98,7 +99,8 @@ def main(
     outbox.say(Ready())
     with contextlib.suppress(EOFError):  # the parent wants no more of this worker
         worker.work(app)
-    logging.shutdown()
+    # Not the parent's: it writes them itself, and a thread of it may have held their locks when this one was forked.
+    logging.shutdown([handler for handler in logging._handlerList if handler not in inherited])  # type: ignore[attr-defined]
 
 
 class Worker:
