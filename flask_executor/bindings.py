@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
@@ -159,6 +159,11 @@ class Binding(JobChannel):
         """Whether :meth:`map` can put several calls into one job."""
         return self._backend_class.chunks
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was shut down."""
+        return self._closed
+
     # ---- submitting ----
 
     def submit(
@@ -199,9 +204,9 @@ class Binding(JobChannel):
         call = self._prepare(NO_CONTEXT, options, fn, args, {}, None, apart=True)
         return self._start(call, backend)
 
-    def find(self, key: Hashable, *, again: bool) -> FutureProxy[Any] | None:
-        """The job under this key; None when one would be started now."""
-        return self.ledger.find(key, again=again)
+    def find(self, options: JobOptions) -> FutureProxy[Any] | None:
+        """The job under the key in the options; None when one would be started now."""
+        return self.ledger.find(options)
 
     def _take_key(
         self, options: JobOptions, prepare: Callable[[], Call[FutureProxy[Any]]]
@@ -210,7 +215,7 @@ class Binding(JobChannel):
         self._warn_of_memory()
         with self._key_lock:  # of many who ask at once only one takes a place in the queue
             if not self.ledger.shared:  # where to look costs as much as to take it
-                there = self.ledger.find(options.key, again=options.again)
+                there = self.ledger.find(options)
                 if there is not None:
                     return there, None
             call = prepare()

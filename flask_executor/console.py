@@ -144,7 +144,7 @@ def _moment(seconds: float) -> str:
 
 
 def log_line(line: LogLine) -> str:
-    text = "\n    ".join(map(one_line, line.text.splitlines()))
+    text = "\n    ".join(map(one_line, line.full_text.splitlines()))
     return f"  {datetime.fromtimestamp(line.time):%H:%M:%S} {line.level:<7} {one_line(line.logger)}: {text}"
 
 

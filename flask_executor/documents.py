@@ -14,7 +14,10 @@ from flask_executor.helpers import safe_repr
 from flask_executor.jobs import OURS, Job, JobStatus, LogLine
 from flask_executor.records import clean, is_ours, plain
 
-_TRACEBACK = re.compile(r"\n[ |+]*(?:Exception Group )?Traceback \(most recent call last\):")
+# What an app has written into its message by itself, as with traceback.format_exc(). Of exceptions in a chain one that
+# was never raised has no traceback, and comes before the others.
+_TRACE = re.compile(r"(?:(?:Exception Group )?Traceback|Stack) \(most recent call last\):")
+_CHAIN = re.compile(r"\n(?:The above exception was the direct cause|During handling of the above exception)")
 _CHANGES_BY_ITSELF = ("elapsed", "remaining")
 
 
@@ -58,10 +61,17 @@ def describe_key(key: Hashable | None) -> str | None:
 def describe_line(line: LogLine, *, with_error: bool = False) -> dict[str, str | None]:
     """A line of a job's log.
 
-    :param with_error: whether with the traceback, where it has one.
+    :param with_error: whether with exceptions and tracebacks, where it has some.
     """
-    text = line.text if with_error else _TRACEBACK.split(line.text, maxsplit=1)[0]
+    text = line.full_text if with_error else _without_trace(line.text)
     return {"time": _timestamp(line.time), "level": line.level, "logger": line.logger, "text": clean(text)}
+
+
+def _without_trace(text: str) -> str:
+    message, *trace = _TRACE.split(text, maxsplit=1)
+    if _CHAIN.search(message):
+        return ""
+    return message.rstrip("\n |+") if trace else text
 
 
 def version(document: Mapping[str, Any]) -> str:

@@ -108,10 +108,12 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         Any number of apps can be bound. Binding one again reads its config anew; jobs that were accepted go on.
 
         :raises ConfigError: for a value in ``app.config`` that cannot be used.
+        :raises ValueError: for an app that has another executor of the same name, unless that was shut down.
         """
         config = Config.read(app.config, self.name)
         # The app owns what is bound to it, so that an app that is thrown away takes its jobs and threads along.
         bindings: dict[Executor, Binding] = app.extensions.setdefault(_BINDINGS, {})
+        self._check_name(bindings)
         if self in bindings:
             bindings[self].reconfigure(config)
         else:
@@ -121,6 +123,15 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         register_pages(app, self, bindings[self])
         if self.services:
             request_started.connect(bindings[self].start_services, app)
+
+    def _check_name(self, bindings: Mapping[Executor, Binding]) -> None:
+        """Urls and stores tell the executors of an app apart by their names."""
+        others = [(executor.name, binding) for executor, binding in bindings.items() if executor is not self]
+        if any(name == self.name and not binding.closed for name, binding in others):
+            raise ValueError(
+                f"the app has an executor named {self.name!r} already: use that one, or tell them apart by a name: "
+                "Executor(app, name='reports')"
+            )
 
     # ---- submitting ----
 
@@ -505,7 +516,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         _check_callable(fn)
         app, binding = self._binding()
         if once:
-            there = binding.find(options.key, again=options.again)
+            there = binding.find(options)
             if there is not None:
                 return there
         context = CapturedContext(app, binding.config.push_app_context)
@@ -608,7 +619,7 @@ class ExecutorJob(Generic[P, T]):
         self._submitter = ExecutorWithOptions(executor, self._options)
         self._submitted: ExecutorJob[P, T] = self
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.fn(*args, **kwargs)
 
     def submit(self, /, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:

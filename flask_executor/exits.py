@@ -22,7 +22,8 @@ class Leaves(Protocol):
         """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), stop them, then force them."""
 
 
-_with_backends: weakref.WeakSet[Leaves] = weakref.WeakSet()
+# In the order in which they had their first jobs: those of the first may still have some for the others.
+_with_backends: weakref.WeakKeyDictionary[Leaves, None] = weakref.WeakKeyDictionary()
 _registered = False
 
 
@@ -40,7 +41,7 @@ def leave_in_order(binding: Leaves) -> None:
         except RuntimeError as error:
             raise ExecutorShutdown(f"the process is ending and starts no more jobs: {error}") from error
         _registered = True
-    _with_backends.add(binding)
+    _with_backends.setdefault(binding)
     if multiprocessing.parent_process() is not None:
         # A process of multiprocessing waits for its children before all else, and our workers wait for us.
         Finalize(None, _leave, exitpriority=100)

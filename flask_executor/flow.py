@@ -56,7 +56,7 @@ class Flow:
         self._options_of = options_of
         self._calls: Counter[str] = Counter()
 
-    def step(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def step(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """What ``fn(*args, **kwargs)`` returned when this step was done; it is called now if it was not.
 
         It is called here, in the contexts of the caller, and once: a second request that comes meanwhile waits. What
@@ -75,7 +75,7 @@ class Flow:
         finally:
             _running.reset(token)
 
-    def result_or_202(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def result_or_202(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """As :meth:`step`, but in the background: while it runs the request is answered, as by
         :meth:`Executor.result_or_202 <flask_executor.Executor.result_or_202>`.
 

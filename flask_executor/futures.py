@@ -285,6 +285,11 @@ class FutureProxy(Future[T]):
         finally:
             self._look(-1)
 
+    def report(self) -> None:
+        """Log how the job has failed, if it has, and nobody has seen it yet."""
+        if self._unseen is not None:
+            self._unseen.tell()
+
     def _look(self, change: int) -> None:
         with self._condition:
             self._lookers += change
@@ -308,6 +313,15 @@ class _Unseen:
 
     def __del__(self) -> None:
         self.tell()
+
+
+def has_ended(future: Future[Any], before: float) -> bool:
+    """Whether this is a handle, and not a plain future that was added by hand, and its job ended before this time."""
+    if not Future.done(future):  # its own state: what another process has must not be asked for
+        return False
+    record = getattr(future, "record", None)
+    ended_at = None if record is None else record().ended_at
+    return ended_at is not None and ended_at <= before
 
 
 def _is_within(key: Hashable, within: tuple[Hashable, ...]) -> bool:
@@ -356,7 +370,25 @@ class FutureCollection(Generic[F]):
             there = self._get(future_key)
             if there is None:
                 self._put(future_key, future, keep=keep)
-            return future if there is None else there
+                return future
+            if keep:
+                self.keep(future_key)
+            return there
+
+    def keep(self, future_key: Hashable) -> None:
+        """Have the future under this key, if there is one, count no more, and stay when others have to leave."""
+        with self._lock:
+            if future_key not in self._kept:
+                future = self.pop(future_key)
+                if future is not None:
+                    self._put(future_key, future, keep=True)
+
+    def expire(self, before: float) -> None:
+        """Let go of the handles of jobs that ended before this time, in seconds since the epoch."""
+        with self._lock:
+            for futures in self._futures, self._kept:
+                for key in [key for key, future in futures.items() if has_ended(future, before)]:
+                    self._release(futures.pop(key))
 
     def get(self, future_key: Hashable) -> F | None:
         """The future under this key, None for an unknown key."""

@@ -91,8 +91,15 @@ class LogLine:
     level: str
     #: The name of the logger.
     logger: str
-    #: The message, with the traceback if there is one.
+    #: The message.
     text: str
+    #: The exception that was logged with it, with its traceback, and the stack; None without them.
+    trace: str | None = None
+
+    @property
+    def full_text(self) -> str:
+        """The message, and all that was logged with it."""
+        return "\n".join(part for part in (self.text, self.trace) if part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

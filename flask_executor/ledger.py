@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from flask_executor.abc import JobRecords
 from flask_executor.control import RunningJob
-from flask_executor.futures import FutureCollection, FutureProxy
-from flask_executor.jobs import Job, JobStatus, LiveJob
+from flask_executor.futures import FutureCollection, FutureProxy, has_ended
+from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
 from flask_executor.records import is_ours
 from flask_executor.stores.memory import MemoryStore
 
@@ -33,6 +33,7 @@ class Ledger:
         self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(config.futures_max_length, most, ttl)
         #: Those under keys that this package has made, which the other bound would be too small for.
         self.hidden: FutureCollection[FutureProxy[Any]] = ExpiringFutures(most, most, ttl)
+        self._next_look = 0.0  # when handles are looked through again for those that have expired
 
     def reconfigure(self, config: Config) -> None:
         """Take another configuration. The store, and what it was made with, stays."""
@@ -43,10 +44,15 @@ class Ledger:
         """Where the handle with this key belongs."""
         return self.hidden if is_ours(key) else self.futures
 
-    def find(self, key: Hashable, *, again: bool) -> FutureProxy[Any] | None:
+    def find(self, options: JobOptions) -> FutureProxy[Any] | None:
         """The handle of the job that has this key, unless it is free, or is to be used again as the job has failed."""
-        there = self.under(key).get(key)
-        return None if there is None or (again and has_failed(there)) else there
+        futures = self.under(options.key)
+        there = futures.get(options.key)
+        if there is None or (options.again and has_failed(there)):
+            return None
+        if options.keep:
+            futures.keep(options.key)
+        return there
 
     def take(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
         """Give its key to a call; the handle of the job that has the key, when it is taken.
@@ -68,6 +74,16 @@ class Ledger:
     def add(self, call: Call[FutureProxy[Any]]) -> None:
         """Take up a job that is about to be queued, and has its key if it is to have one."""
         self._memory.add(call.job)
+        self._expire(call.job.queued_at)
+
+    def _expire(self, now: float) -> None:
+        """Let go of results that nobody has asked for in time."""
+        if now < self._next_look:
+            return
+        ttl = self._config.result_ttl
+        self._next_look = now + ttl / 8  # so seldom that it costs next to nothing per job
+        for futures in self.futures, self.hidden:
+            futures.expire(now - ttl)
 
     def remove(self, future: FutureProxy[Any]) -> None:
         """The job was not accepted."""
@@ -133,15 +149,10 @@ class ExpiringFutures(FutureCollection[FutureProxy[Any]]):
 
     def _get(self, future_key: Hashable) -> FutureProxy[Any] | None:
         future = super()._get(future_key)
-        if future is not None and future.done() and self._has_expired(future):
+        if future is not None and has_ended(future, time.time() - self._ttl):
             self.pop(future_key)
             return None
         return future
-
-    def _has_expired(self, future: Any) -> bool:
-        record = getattr(future, "record", None)  # it may be a plain future that was added by hand
-        ended_at = None if record is None else record().ended_at
-        return ended_at is not None and ended_at <= time.time() - self._ttl
 
 
 def has_failed(future: Any) -> bool:

@@ -123,7 +123,7 @@ _formatter = logging.Formatter()
 
 
 def line_of(record: logging.LogRecord) -> LogLine:
-    """A record as a job keeps it: the message, with the traceback if it has one. Never raises."""
+    """A record as a job keeps it. Never raises."""
     try:
         text = logging.LogRecord.getMessage(record)  # not our own, see _JobFields
     except Exception:  # arguments that do not fit the format: logging itself complains of that
@@ -131,10 +131,5 @@ def line_of(record: logging.LogRecord) -> LogLine:
     trace = record.exc_text
     if record.exc_info and not trace:
         trace = _formatter.formatException(record.exc_info)
-    parts = (text, trace, record.stack_info)
-    return LogLine(
-        time=record.created,
-        level=record.levelname,
-        logger=record.name,
-        text="\n".join(part for part in parts if part),
-    )
+    trace = "\n".join(part for part in (trace, record.stack_info) if part)
+    return LogLine(time=record.created, level=record.levelname, logger=record.name, text=text, trace=trace or None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 from urllib.parse import quote
 
@@ -10,19 +11,19 @@ from flask import Blueprint, Flask, Request, Response, current_app, redirect, re
 from werkzeug.wrappers import Response as WSGIResponse
 
 from flask_executor.abc import JobRecords, WorkerState
-from flask_executor.exceptions import StoreUnavailable
+from flask_executor.bodies import read_form
 from flask_executor.futures import FutureProxy
 from flask_executor.jobs import Job
 from flask_executor.live import HTML, live_answer, seconds_between_polls, wanted
 from flask_executor.origins import refuse_from_elsewhere
 from flask_executor.permits import ACT, FOLLOW, Permit, check_permit, sign_permit
-from flask_executor.problems import nothing, refuse
+from flask_executor.problems import nothing, refuse, store_or_problem
 from flask_executor.streams import Places
 
 _NAME = "flask_executor"
 _QUERY = "%/?:@!$&'()*+,;=~"  # what stays as it is in a query, which was encoded already
 _JOBS = "flask_executor_jobs"  # in app.extensions: what acts on jobs, by the name of the executor
-_JOBS_OF = "flask_executor_jobs_of"  # the same by the executor, as two may have the same name
+_JOBS_OF = "flask_executor_jobs_of"  # the same by the executor, as one before may have had the same name
 _CONTROLLERS = "flask_executor_controllers"  # in app.extensions: the blueprint's name, by that of the executor
 
 
@@ -97,28 +98,26 @@ def _has_begun(app: Flask) -> bool:
 def act() -> WSGIResponse:
     """Do what a button of a page says, and go back to the page."""
     refuse_from_elsewhere(request)
-    permit, jobs = _permitted(ACT, request.form.get("token", ""))
-    do = {"stop": jobs.stop_job, "retry": jobs.make_way}.get(request.form.get("action", ""))
+    form = read_form(request)
+    permit, jobs = _permitted(ACT, form.get("token", ""))
+    action = form.get("action", "")
+    do = {"stop": jobs.stop_job, "retry": jobs.make_way}.get(action)
     if do is None:
         refuse(400, "The action is missing: it must be 'stop' or 'retry'.")
-    try:
+    with store_or_problem():
         done = do(permit.id)
-    except StoreUnavailable:
-        refuse(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
-    if done is None:
-        refuse(404, "This job is not known here (any more).")
     if wanted(request) == HTML:
         return redirect(permit.page, 303)
+    if done is None and action == "stop":  # else the key is free, as it should be
+        refuse(404, "This job is not known here (any more).")
     return Response(status=202) if done else nothing()
 
 
 def live(token: str) -> WSGIResponse:
     """How the job stands that a page shows."""
     permit, jobs = _permitted(FOLLOW, token)
-    try:
+    with store_or_problem():
         return live_answer(request, lambda: jobs.document(permit.id), jobs.places)
-    except StoreUnavailable:
-        refuse(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
 
 
 def _permit_job(endpoint: str, values: dict[str, Any]) -> None:
@@ -185,8 +184,8 @@ def _path_of(request: Request) -> str:
     """The url of a request without the host, as a browser has it."""
     # With one slash only in front, and none of what browsers take for one: two would lead to another site.
     path = "/" + quote(f"{request.root_path}{request.path}".lstrip("/"), safe="/:@!$&'()*+,;=~")
-    query = request.query_string.decode("latin-1")
-    return f"{path}?{quote(query, safe=_QUERY)}" if query else path
+    query = quote(request.query_string, safe=_QUERY)
+    return f"{path}?{query}" if query else path
 
 
 def translator() -> Callable[[str], str]:
@@ -209,6 +208,13 @@ def register_controller(app: Flask, executor_name: str, blueprint_name: str, own
     :param owner: tells whose the jobs are that the current request starts.
     """
     app.extensions.setdefault(_CONTROLLERS, {}).setdefault(executor_name, (blueprint_name, owner))
+
+
+def url_within(endpoint: str, **values: Any) -> str:
+    """A url, where a variable of the prefix that a controller is mounted under has the value of the current url."""
+    expects = partial(current_app.url_map.is_endpoint_expecting, endpoint)
+    around = {name: value for name, value in (request.view_args or {}).items() if expects(name)}
+    return url_for(endpoint, **{**around, **values})
 
 
 def controller_name(executor_name: str) -> str | None:

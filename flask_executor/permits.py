@@ -1,4 +1,4 @@
-"""What somebody may do who was given a page or a url: follow a job, or also stop it and have it run again.
+"""What somebody may do who was given a page or a url: follow a job, see what came of it, or stop it and run it again.
 
 A page is given a token for its own job. So the access checks of the view that has made the page guard its buttons too,
 as far as they can be made beforehand: the buttons have a url of their own, as a view may take no POST.
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from flask import Flask
 from itsdangerous import BadData, URLSafeTimedSerializer
 
-#: What a permit is for, and the seconds for which it is good. That to follow stands in urls, and so in logs.
-FOLLOW, ACT = "follow", "act"
-_LIFE = {FOLLOW: 24 * 3600, ACT: 4 * 3600}
+#: What a permit is for: a bar that follows a job; the job's page and its result; the buttons of a page.
+FOLLOW, SHOW, ACT = "follow", "show", "act"
+_LIFE = {FOLLOW: 24 * 3600, SHOW: 24 * 3600, ACT: 4 * 3600}  # seconds; the first two stand in urls, and so in logs
 _MADE_UP = "flask_executor_permit_key"  # in app.extensions
 
 
@@ -31,7 +31,7 @@ class Permit:
 
 
 def sign_permit(app: Flask, what: str, permit: Permit) -> str:
-    """The permit as a token, for what it is: FOLLOW or ACT."""
+    """The permit as a token, for what it is: FOLLOW, SHOW or ACT."""
     return _serializer(app, what).dumps([permit.executor, permit.id, permit.page])
 
 

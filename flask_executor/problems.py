@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, NoReturn
 
 from flask import Response, abort
+
+from flask_executor.exceptions import StoreUnavailable
 
 MIMETYPE = "application/problem+json"
 
@@ -34,3 +38,15 @@ def nothing(headers: dict[str, str] | None = None) -> Response:
 def refuse(status: int, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> NoReturn:
     """Leave the view with a :func:`problem`, which no error handler of the app takes for one of its own."""
     abort(problem(status, detail, headers=headers, **more))
+
+
+@contextmanager
+def store_or_problem() -> Iterator[None]:
+    """Leave the view with a 503 where the jobs cannot be reached.
+
+    :raises HTTPException: the problem.
+    """
+    try:
+        yield
+    except StoreUnavailable:
+        refuse(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})

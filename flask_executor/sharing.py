@@ -130,7 +130,7 @@ class SharedLedger(Ledger):
         return None if there is None else self.handle(there)
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
-        self._memory.add(call.job)
+        super().add(call)
         if self._config.track == "all" and call.job.key is None:
             self._seal()
             self._handles[call.job.id] = call.future

@@ -287,6 +287,9 @@ class SharedFutures(FutureCollection[FutureProxy[Any]]):
             here = None
         return self._handle(job) if here is None and job is not None else here
 
+    def keep(self, future_key: Hashable) -> None:
+        """All stay as long as their records."""
+
     def hold(self, future_key: Hashable, future: FutureProxy[Any]) -> None:
         """Hold the handle of a job of this process, which has the key."""
         with self._lock:

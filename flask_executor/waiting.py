@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from flask import Response, abort, current_app, has_request_context, redirect, request, url_for
+from flask import Response, abort, current_app, has_request_context, redirect, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WSGIResponse
 
-from flask_executor.exceptions import StoreUnavailable
 from flask_executor.futures import FutureProxy
 from flask_executor.jobs import Job, JobStatus
 from flask_executor.live import (
@@ -24,9 +23,9 @@ from flask_executor.live import (
     preferred_wait,
     wanted,
 )
-from flask_executor.pages import Jobs, controller_name, job_owner, render_job_page
-from flask_executor.permits import FOLLOW, Permit, sign_permit
-from flask_executor.problems import problem
+from flask_executor.pages import Jobs, controller_name, job_owner, render_job_page, url_within
+from flask_executor.permits import SHOW, Permit, sign_permit
+from flask_executor.problems import store_or_problem
 
 T = TypeVar("T")
 R = TypeVar("R", bound=WSGIResponse)
@@ -50,13 +49,8 @@ def store_at_hand() -> Iterator[None]:
 
     :raises HTTPException: the 503.
     """
-    try:
+    with nullcontext() if wanted(request) == HTML else store_or_problem():
         yield
-    except StoreUnavailable as error:
-        if wanted(request) == HTML:
-            raise
-        away = problem(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
-        raise HTTPException(response=away) from error
 
 
 def starts_anew() -> bool:
@@ -125,9 +119,12 @@ def _answer(jobs: Jobs, job: Job) -> WSGIResponse:
 
 
 def _error(future: FutureProxy[Any]) -> BaseException | None:
-    """What a job has raised that has ended."""
+    """What a job has raised that has ended; it stands in the log all the same, as few views look at the cause."""
+    if not future.done():
+        return None
+    future.report()
     try:
-        return future.exception() if future.done() else None
+        return future.exception()
     except CancelledError as cancelled:
         return cancelled
 
@@ -150,8 +147,8 @@ def _at_its_own_page(jobs: Jobs, job: Job, document: Mapping[str, Any], *, as_ht
         )
     own = job.owner is not None and job.owner == job_owner(jobs.name)
     # The job may have been started by somebody else, and the view has let this request see it.
-    permit = sign_permit(current_app, FOLLOW, Permit(executor=jobs.name, id=document["id"]))
-    url = url_for(f"{controller}.job", id=document["id"], permit=None if own else permit)
+    permit = sign_permit(current_app, SHOW, Permit(executor=jobs.name, id=document["id"]))
+    url = url_within(f"{controller}.job", id=document["id"], permit=None if own else permit)
     if as_html:
         return _unstored(redirect(url, 303))
     answer = document_answer(request, document, 202)

@@ -96,6 +96,7 @@ def main(
     mark: Any = None,
 ) -> None:
     """The life of a worker process."""
+    inherited = [*logging._handlerList]  # type: ignore[attr-defined]
     own_process_group()
     die_with(life)
     outbox = Outbox(Wire(wire))
@@ -131,7 +132,8 @@ def main(
         worker.work(app)
     if resident is not None:
         resident.move_out()
-    logging.shutdown()
+    # Not the parent's: it writes them itself, and a thread of it may have held their locks when this one was forked.
+    logging.shutdown([handler for handler in logging._handlerList if handler not in inherited])  # type: ignore[attr-defined]
 
 
 class Worker:

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +67,18 @@ def executor(make_executor: MakeExecutor) -> Executor:
     return make_executor(max_workers=4)
 
 
+@contextmanager
+def redis_client(url: str) -> Iterator[Any]:
+    import redis
+
+    client = redis.Redis.from_url(url)
+    try:
+        yield client
+    finally:
+        client.close()
+        client.connection_pool.disconnect()  # close() does not, in redis-py 5.0.0
+
+
 class RedisServer:
     """A real Redis, on a port of its own, which keeps what it has in a folder."""
 
@@ -95,7 +108,7 @@ class RedisServer:
     def _answers(self) -> bool:
         import redis
 
-        with redis.Redis(port=self.port) as client:
+        with redis_client(self.url) as client:
             try:
                 return bool(client.ping())
             except redis.RedisError:
@@ -149,10 +162,8 @@ def any_store(request: pytest.FixtureRequest) -> str:
 def store_url(store: str, request: pytest.FixtureRequest) -> str:
     if store != "redis":
         return store
-    import redis
-
     url: str = request.getfixturevalue("redis_url")
-    with redis.Redis.from_url(url) as client:
+    with redis_client(url) as client:
         client.flushall()
     return url
 

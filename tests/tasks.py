@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -434,3 +435,25 @@ def whatever() -> set[str]:
 
 def body_of_request() -> str:
     return request.get_data(as_text=True)
+
+
+def given(**arguments: Any) -> dict[str, Any]:
+    return arguments
+
+
+def log_exceptions() -> None:
+    """In all the ways in which apps do it; the exceptions have a 1234 in them."""
+    log = logging.getLogger("shop")
+    try:
+        raise ValueError("the password is 1234")
+    except ValueError:
+        log.exception("")
+        log.error(traceback.format_exc())
+        log.error("failed: %s", traceback.format_exc())
+    log.error("plain", exc_info=ValueError("1234"))
+    log.error("stack", stack_info=True)
+    try:
+        raise KeyError("page") from ValueError("1234")
+    except KeyError:
+        log.exception("chained")
+        log.error("by hand: %s", traceback.format_exc())

@@ -383,6 +383,7 @@ class RedisStore(SharedStore):
     def close(self) -> None:
         with suppress(redis.RedisError, OSError):
             self._redis.close()
+            self._redis.connection_pool.disconnect()  # which close() leaves to the garbage collector in redis-py 5.0.0
 
     @contextmanager
     def reaching(self, *, writing: bool = False) -> Iterator[None]:

@@ -39,6 +39,7 @@ _COLUMNS = (
 _FIELDS = _COLUMNS.split(", ")
 _INSERT = f"INSERT INTO jobs (space, has_key, {_COLUMNS}) VALUES ({', '.join('?' * (2 + len(_FIELDS)))})"
 _UPDATE = f"UPDATE jobs SET {', '.join(f'{column} = ?' for column in _FIELDS[4:])} WHERE id = ?"
+_LINE = "time, level, logger, text, trace"
 
 # Each index is one more page to write at each step of a job, so there are no more than are needed. What has not ended
 # has no ended_at; `has_key` is 1 while the job has its key.
@@ -68,7 +69,7 @@ _SCHEMA = (
 
 #: What brings a file of an older version up to date: the statements that lead from version n to n + 1, at n.
 #: Version 0 is an empty file. The number of entries is the version that this module reads and writes.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA,)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA, ("ALTER TABLE log ADD COLUMN trace TEXT",))
 
 
 class SQLiteStore(SharedStore):
@@ -153,9 +154,9 @@ class SQLiteStore(SharedStore):
     def log(self, id: str) -> Sequence[LogLine]:
         with self._reading() as connection:
             rows = connection.execute(
-                "SELECT time, level, logger, text FROM log JOIN jobs USING (number) WHERE id = ? ORDER BY line", (id,)
+                f"SELECT {_LINE} FROM log JOIN jobs USING (number) WHERE id = ? ORDER BY line", (id,)
             ).fetchall()
-        return [LogLine(time=time, level=level, logger=logger, text=text) for time, level, logger, text in rows]
+        return [LogLine(**dict(zip(_LINE.split(", "), row, strict=True))) for row in rows]
 
     def remove(self, id: str) -> None:
         with self._writing() as connection:
@@ -624,8 +625,8 @@ def _stored(row: tuple[Any, ...]) -> Stored | None:
 def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]) -> None:
     (number,) = connection.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
     connection.executemany(
-        "INSERT INTO log (number, time, level, logger, text) VALUES (?, ?, ?, ?, ?)",
-        [(number, line.time, line.level, clean(line.logger), clean(line.text)) for line in lines],
+        f"INSERT INTO log (number, {_LINE}) VALUES (?, ?, ?, ?, ?, ?)",
+        [(number, line.time, line.level, clean(line.logger), clean(line.text), clean(line.trace)) for line in lines],
     )
     connection.execute(
         "DELETE FROM log WHERE number = ? AND line <= "

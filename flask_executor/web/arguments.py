@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Union
+from typing import Annotated, Any, Literal, Protocol, Union
 
 _PLAIN: dict[Any, str] = {
     str: "string",
@@ -46,8 +46,11 @@ class Parameters(Protocol):
         :raises MismatchError: for what does not fit.
         """
 
-    def schema(self) -> dict[str, Any]:
-        """The JSON schema of such an object."""
+    def schema(self, refs: str = "#/$defs/") -> dict[str, Any]:
+        """The JSON schema of such an object.
+
+        :param refs: what the references to its ``$defs`` begin with.
+        """
 
 
 def parameters_of(fn: Callable[..., Any]) -> Parameters:
@@ -109,14 +112,14 @@ class PlainParameters:
         for name, (hint, default) in self._annotated.items():
             if name in given:
                 if not _fits(given[name], hint):
-                    wrong.append(Mismatch(pointer=_pointer([name]), detail=f"must be {_in_words(hint)}"))
+                    wrong.append(Mismatch(pointer=_pointer([name]), detail=f"must be {_in_words(_schema(hint))}"))
             elif default is inspect.Parameter.empty:
                 wrong.append(Mismatch(pointer=_pointer([name]), detail="is missing"))
         if wrong:
             raise MismatchError(*wrong)
         return dict(given)
 
-    def schema(self) -> dict[str, Any]:
+    def schema(self, refs: str = "#/$defs/") -> dict[str, Any]:
         properties = {name: _schema(hint) for name, (hint, _) in self._annotated.items()}
         required = [name for name, (_, default) in self._annotated.items() if default is inspect.Parameter.empty]
         return {
@@ -143,7 +146,9 @@ class PydanticParameters:
             )
             for field, name in self._names.items()
         }
-        config = pydantic.ConfigDict(extra="allow" if more else "forbid", arbitrary_types_allowed=True)
+        config = pydantic.ConfigDict(
+            extra="allow" if more else "forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+        )
         self._model = pydantic.create_model("Arguments", __config__=config, **fields)
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,9 +160,9 @@ class PydanticParameters:
         arguments = {name: getattr(model, field) for field, name in self._names.items() if name in given}
         return {**arguments, **(model.model_extra or {})}
 
-    def schema(self) -> dict[str, Any]:
+    def schema(self, refs: str = "#/$defs/") -> dict[str, Any]:
         try:
-            schema: dict[str, Any] = self._model.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
+            schema: dict[str, Any] = self._model.model_json_schema(by_alias=True, ref_template=f"{refs}{{model}}")
         except self._pydantic.errors.PydanticInvalidForJsonSchema:
             return {"type": "object"}
         schema.pop("title", None)
@@ -168,34 +173,54 @@ def _pointer(path: typing.Iterable[object]) -> str:
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What a type is, and of what: ``list[int]`` is ``list`` and ``(int,)``."""
+    while typing.get_origin(hint) is Annotated:
+        hint = hint.__origin__
     origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(hint))
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in typing.get_args(hint))
-    kind = origin or hint
+    return (Union if origin is types.UnionType else origin or hint), typing.get_args(hint)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    kind, of = _parts(hint)
+    if kind is Union:
+        return any(_fits(value, one) for one in of)
+    if kind is Literal:
+        return any(value == one and type(value) is type(one) for one in of)
     if kind not in _PLAIN:
         return True  # what it means is the function's to say
     if kind is None:
         return value is None
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return False
+    if of and isinstance(value, list):
+        return all(_fits(one, of[0]) for one in value)
+    if of and isinstance(value, dict):
+        return all(_fits(name, of[0]) and _fits(one, of[1]) for name, one in value.items())
+    return True
 
 
 def _schema(hint: Any) -> dict[str, Any]:
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return {"anyOf": [_schema(one) for one in typing.get_args(hint)]}
-    if origin is Literal:
-        return {"enum": list(typing.get_args(hint))}
-    kind = origin or hint
-    return {"type": _PLAIN[kind]} if kind in _PLAIN else {}
+    kind, of = _parts(hint)
+    if kind is Union:
+        return {"anyOf": [_schema(one) for one in of]}
+    if kind is Literal:
+        return {"enum": list(of)}
+    schema: dict[str, Any] = {"type": _PLAIN[kind]} if kind in _PLAIN else {}
+    if kind is list and of:
+        schema["items"] = _schema(of[0])
+    if kind is dict and of:
+        schema["additionalProperties"] = _schema(of[1])
+    return schema
 
 
-def _in_words(hint: Any) -> str:
-    schema = _schema(hint)
+def _in_words(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(map(repr, schema["enum"]))
-    return " or ".join(one.get("type", "anything") for one in schema.get("anyOf", [schema]))
+    if "anyOf" in schema:
+        return " or ".join(map(_in_words, schema["anyOf"]))
+    elements = schema.get("items") or schema.get("additionalProperties")
+    kind = str(schema.get("type", "anything"))
+    return f"{kind} of {_in_words(elements)}" if elements else kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import json
 import secrets
@@ -10,11 +11,14 @@ from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
+from urllib.parse import quote
 
-from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, session, url_for
+from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, session
 from flask.blueprints import BlueprintSetupState
+from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WSGIResponse
 
+from flask_executor.bodies import read_form, read_object
 from flask_executor.documents import describe_line
 from flask_executor.exceptions import (
     ConfigError,
@@ -22,7 +26,6 @@ from flask_executor.exceptions import (
     NotPicklable,
     QueueFull,
     ResultExpired,
-    StoreUnavailable,
     UntrustedResult,
 )
 from flask_executor.executor import Executor, ExecutorJob
@@ -31,11 +34,10 @@ from flask_executor.helpers import callable_name
 from flask_executor.jobs import OURS, Job, JobStatus
 from flask_executor.live import HTML, document_answer, live_answer, wanted
 from flask_executor.origins import refuse_from_elsewhere
-from flask_executor.pages import Jobs, controller_name, jobs_of, register_controller, render_job_page, translator
-from flask_executor.permits import FOLLOW, Permit, check_permit
-from flask_executor.problems import nothing, problem, refuse
+from flask_executor.pages import Jobs, jobs_of, register_controller, render_job_page, translator, url_within
+from flask_executor.permits import SHOW, Permit, check_permit
+from flask_executor.problems import nothing, problem, refuse, store_or_problem
 from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
-from flask_executor.web.bodies import read_object
 from flask_executor.web.listing import Query, list_page
 from flask_executor.web.openapi import document as openapi_document
 from flask_executor.web.overview import overview
@@ -47,6 +49,7 @@ Authorize = Callable[[str, "Job | None"], object]
 
 _RUN = f"{OURS}run"  # what the keys of jobs begin with that were started here, so that their handles are held
 _STARTED = f"{OURS}started_with"  # in the meta of a job: what it was started as, to be started again
+_ACTIONS = ("status", "result", "log", "stop", "retry")  # with one job
 _SESSION = "_flask_executor_owner"
 _OF_SESSION = "session:"  # what an owner begins with whom only the session knows
 _MOST_KEPT = 8 * 1024  # characters of name and arguments that are kept, to start a job again
@@ -174,6 +177,9 @@ class Controller(Blueprint):
             permit = self._permit() if action in ("status", "result") else None
             if permit is not None and permit.id == job.id:
                 return True
+        return self._authorizes(action, job)
+
+    def _authorizes(self, action: str, job: Job | None) -> bool:
         return self._authorize is not None and bool(self._authorize(action, job))
 
     def require(self, action: str) -> None:
@@ -196,9 +202,9 @@ class Controller(Blueprint):
         refuse_from_elsewhere(request)
 
     def _permit(self) -> Permit | None:
-        """What the url permits, whoever has it: to follow one job."""
+        """What the url permits, whoever has it: to see one job."""
         token = request.args.get("permit")
-        permit = None if token is None else check_permit(current_app, FOLLOW, token)
+        permit = None if token is None else check_permit(current_app, SHOW, token)
         return permit if permit is not None and permit.executor == self.executor.name else None
 
     # ---- starting ----
@@ -254,10 +260,13 @@ class Controller(Blueprint):
             refuse(503, "This process ends and accepts no more jobs. Try again.", headers={"Retry-After": "5"})
 
     def _accepted(self, job: Job) -> WSGIResponse:
-        document = self.describer()(job)
-        answer = document_answer(request, document, 202)
-        answer.headers["Location"] = document["links"]["self"]
+        answer = document_answer(request, self.describer(job)(job), 202)
+        answer.headers["Location"] = self._url("job", id=job.id)
         return answer
+
+    def _accepted_of(self, job: Job) -> WSGIResponse:
+        """The same of a job that may be somebody else's: whoever may only act on it is told no more."""
+        return self._accepted(job) if _allows(self.may, "status", job) else Response(status=202)
 
     def retry(self, id: str) -> WSGIResponse:
         """``POST /<id>/retry``: start a job again that was started here, and has not succeeded.
@@ -279,7 +288,7 @@ class Controller(Blueprint):
         kwargs = self._checked(started["name"], started["arguments"])
         app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
         again = partial(self._submit, started["name"], started["arguments"], kwargs, job.owner)
-        return self._accepted(Context().run(_in_app_context, app, again))
+        return self._accepted_of(Context().run(_in_app_context, app, again))
 
     def _started(self, job: Job) -> dict[str, Any] | None:
         """Name and arguments of a job that can be started again."""
@@ -292,28 +301,33 @@ class Controller(Blueprint):
     # ---- one job ----
 
     def describer(self, job: Job | None = None) -> Callable[[Job], dict[str, Any]]:
-        """What makes the status document of a job, with the urls that belong to it; also when the request is over.
+        """What makes the status document of a job, with the urls of what the current request may do with it.
 
-        :param job: the only one that it is for: then only what the current request may do is told.
+        :param job: the only one that it is for: then it can also be used when the request is over.
         """
-        base, jobs = self._url("index"), self.jobs
-        allowed = None if job is None else {action for action in ("stop", "retry", "log") if self.may(action, job)}
-        permit = f"?permit={request.args['permit']}" if self._permit() is not None else ""
+        base, jobs, permit = self._url("index"), self.jobs, self._permit()
+        allowed = None if job is None else self._allowed(job)
+        token = quote(request.args.get("permit", ""), safe="")
 
         def describe(job: Job) -> dict[str, Any]:
+            may = self._allowed(job) if allowed is None else allowed
             itself = f"{base}{job.id}"
-            links = {"self": itself + permit, "events": f"{itself}/events{permit}"}
-            if allowed is None or "log" in allowed:
+            permitted = f"?permit={token}" if permit is not None and permit.id == job.id else ""
+            links = {"self": itself + permitted, "events": f"{itself}/events{permitted}"} if "status" in may else {}
+            if "log" in may:
                 links["log"] = f"{itself}/log"
-            if not job.status.ended and (allowed is None or "stop" in allowed):
+            if "stop" in may and not job.status.ended:
                 links["stop"] = itself
-            if job.status is JobStatus.SUCCEEDED:
-                links["result"] = f"{itself}/result{permit}"
-            if (allowed is None or "retry" in allowed) and self._started(job) is not None:
+            if "result" in may and job.status is JobStatus.SUCCEEDED:
+                links["result"] = f"{itself}/result{permitted}"
+            if "retry" in may and self._started(job) is not None:
                 links["retry"] = f"{itself}/retry"
             return {**jobs.describe(job), "links": links}
 
         return describe
+
+    def _allowed(self, job: Job) -> set[str]:
+        return {action for action in _ACTIONS if _allows(self.may, action, job)}
 
     def job(self, id: str) -> WSGIResponse:
         """``GET /<id>``: how a job stands, as a document, or as a page."""
@@ -344,14 +358,15 @@ class Controller(Blueprint):
     def stop(self, id: str) -> WSGIResponse:
         """``DELETE /<id>``: ask a job to stop."""
         self.check_origin()
-        self.find("stop", id)
+        job = self.find("stop", id)
         if not self.jobs.stop_job(id):
             return nothing()
-        return document_answer(request, self.describer()(self.find("stop", id)), 202)
+        return self._accepted_of(self.executor.jobs.get(id) or job)
 
     def act(self, id: str) -> WSGIResponse:
         """``POST /<id>``: what the buttons of the job's page do."""
-        do = {"stop": self.stop, "retry": self.retry}.get(request.form.get("action", ""))
+        self.check_origin()
+        do = {"stop": self.stop, "retry": self.retry}.get(read_form(request).get("action", ""))
         if do is None:
             refuse(400, "The action is missing: it must be 'stop' or 'retry'.")
         answer = do(id)
@@ -368,7 +383,9 @@ class Controller(Blueprint):
             refuse(409, f"The job has no result: it has {_ENDS[job.status]}.", job=job.status)
         future = self.jobs.handle(id)
         try:
-            result = None if future is None else future.result(timeout=10)
+            result = None if future is None else future.result(timeout=1)  # it comes a moment after the status
+        except concurrent.futures.TimeoutError:
+            refuse(503, "The result is not here yet. Try again.", headers={"Retry-After": "1"})
         except (ResultExpired, UntrustedResult, NotPicklable):
             future = None
         if future is None:
@@ -386,7 +403,7 @@ class Controller(Blueprint):
     def log(self, id: str) -> WSGIResponse:
         """``GET /<id>/log``: the last lines that it has logged."""
         job = self.find("log", id)
-        with_errors = self.jobs.with_errors or bool(self._authorize is not None and self._authorize("log", job))
+        with_errors = self.jobs.with_errors or _allows(self._authorizes, "log", job)
         lines = [describe_line(line, with_error=with_errors) for line in self.executor.jobs.log(id)]
         return _as_json({"lines": lines})
 
@@ -433,7 +450,7 @@ class Controller(Blueprint):
         health = self.executor.health()
         good = health.accepting and health.store_reachable
         document: dict[str, Any] = {"status": "ok" if good else "unavailable"}
-        if self.may("health"):
+        if _allows(self.may, "health"):
             document.update({name: getattr(health, name) for name in health.__dataclass_fields__})
         answer = Response(json.dumps(document), 200 if good else 503, mimetype="application/json")
         answer.headers["Cache-Control"] = "no-store"
@@ -451,13 +468,16 @@ class Controller(Blueprint):
         return jobs_of(self.executor)
 
     def _url(self, endpoint: str, **values: Any) -> str:
-        mounted = request.blueprint
-        if mounted is None or current_app.blueprints.get(mounted) is not self:  # called by a view of the app
-            mounted = controller_name(self.executor.name)
-        return url_for(f"{mounted}.{endpoint}", **values)
+        mounted, blueprints = request.blueprint, current_app.blueprints
+        if mounted is None or blueprints.get(mounted) is not self:  # called by a view of the app
+            mounted = next((name for name, blueprint in blueprints.items() if blueprint is self), None)
+        if mounted is None:
+            raise RuntimeError(f"the controller {self.name!r} is not mounted in this app: app.register_blueprint(...)")
+        return url_within(f"{mounted}.{endpoint}", **values)
 
     def _route(self, rule: str, endpoint: str, **views: Callable[..., WSGIResponse]) -> None:
         """One url; its answers to other methods, and its errors, are problems too."""
+        own = [name for name in ("id", "name") if f"<{name}>" in rule]  # beside those of the prefix
         allowed = sorted({*views, "OPTIONS", *(["HEAD"] if "GET" in views else [])})
 
         def view(**values: str) -> WSGIResponse:
@@ -467,10 +487,8 @@ class Controller(Blueprint):
             if answer is None:
                 allow = {"Allow": ", ".join(allowed)}
                 return problem(405, f"This url takes {', '.join(allowed)}.", headers=allow)
-            try:
-                return answer(**values)
-            except StoreUnavailable:
-                return problem(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
+            with store_or_problem():
+                return answer(**{name: values[name] for name in own})
 
         self.add_url_rule(rule, endpoint, view, methods=_METHODS, provide_automatic_options=False)
 
@@ -484,6 +502,14 @@ _ENDS = {
     JobStatus.LOST: "been lost",
     JobStatus.CANCELLED: "been cancelled",
 }
+
+
+def _allows(rule: Callable[[str, Job | None], bool], action: str, job: Job | None = None) -> bool:
+    """What a rule says, where that only decides what is shown: one that leaves the view says no."""
+    try:
+        return rule(action, job)
+    except HTTPException:
+        return False
 
 
 def _owner_of_session(token: str) -> str:

@@ -39,7 +39,7 @@ class Query:
         status, limit, before = given.get("status"), given.get("limit", "50"), given.get("before")
         if status is not None and status not in list(JobStatus):
             raise ValueError(f"status is {status[:50]!r}; it must be one of {', '.join(JobStatus)}.")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MOST_LISTED):
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= MOST_LISTED):
             raise ValueError(f"limit is {limit[:50]!r}; it must be a number from 1 to {MOST_LISTED}.")
         return cls(
             status=None if status is None else JobStatus(status),

@@ -16,8 +16,8 @@ Schema = dict[str, Any]
 class HasSchema(Protocol):
     """What arguments are described by."""
 
-    def schema(self) -> Schema:
-        """The JSON schema of the arguments, as one object."""
+    def schema(self, refs: str) -> Schema:
+        """The JSON schema of the arguments, as one object; ``refs`` is what references to its ``$defs`` begin with."""
 
 
 class Startable(Protocol):
@@ -50,14 +50,18 @@ def document(base: str, exposed: Iterable[Startable]) -> Schema:
         "/{id}/events": {"parameters": [job], "get": _events()},
         "/{id}/retry": {"parameters": [job], "post": _retry()},
     }
-    for one in exposed:
-        paths[f"/run/{quote(one.name)}"] = {"post": _run(one.name, one.parameters.schema())}
+    schemas: dict[str, Schema] = {"Job": _JOB, "Problem": _PROBLEM, "Overview": {"type": "object"}}
+    for number, one in enumerate(exposed):
+        models = f"run{number}."  # two functions may have different ones of the same name
+        schema = dict(one.parameters.schema(f"#/components/schemas/{models}"))
+        schemas.update((f"{models}{name}", model) for name, model in schema.pop("$defs", {}).items())
+        paths[f"/run/{quote(one.name)}"] = {"post": _run(one.name, schema)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Jobs", "version": "1"},
         "servers": [{"url": base.rstrip("/") or "/"}],
         "paths": paths,
-        "components": {"schemas": {"Job": _JOB, "Problem": _PROBLEM, "Overview": {"type": "object"}}},
+        "components": {"schemas": schemas},
     }
 
 

@@ -26,6 +26,7 @@ from typing import ClassVar
 from werkzeug.wrappers import Response
 
 from flask_executor.exceptions import MissingExtra
+from flask_executor.problems import store_or_problem
 from flask_executor.web.controller import Controller
 
 try:
@@ -42,11 +43,13 @@ class JobsResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no type
 
     def get(self, name: str | None = None) -> Response:
         """List jobs."""
-        return self.controller.index()
+        with store_or_problem():
+            return self.controller.index()
 
     def post(self, name: str) -> Response:
         """Start what is exposed under this name."""
-        return self.controller.run(name)
+        with store_or_problem():
+            return self.controller.run(name)
 
 
 class JobResource(Resource):  # type: ignore[misc]
@@ -57,8 +60,10 @@ class JobResource(Resource):  # type: ignore[misc]
 
     def get(self, id: str) -> Response:
         """How it stands."""
-        return self.controller.job(id)
+        with store_or_problem():
+            return self.controller.job(id)
 
     def delete(self, id: str) -> Response:
         """Ask it to stop."""
-        return self.controller.stop(id)
+        with store_or_problem():
+            return self.controller.stop(id)

@@ -347,7 +347,8 @@ def test_log_records_arrive_with_the_job_and_stay_with_it(executor: Executor, ca
         ("ERROR", "shop.render")
     ]
     assert lines[0].text == "page 0"
-    assert lines[2].text.startswith("failed\nTraceback")
+    assert lines[2].text == "failed"
+    assert str(lines[2].trace).startswith("Traceback")
 
 
 def test_unknown_jobs_have_no_log(executor: Executor) -> None:

@@ -205,7 +205,10 @@ def test_spaces_do_not_see_each_other(make_store: MakeStore) -> None:
 def test_logs_are_appended_and_bounded(store: JobStore) -> None:
     job = started(store)
     other = started(store)
-    lines = [LogLine(time=float(n), level="INFO", logger="shop", text=f"line {n}\n") for n in range(LOG_LINES + 20)]
+    lines = [
+        LogLine(time=float(n), level="INFO", logger="shop", text=f"line {n}\n", trace="no paper" if n % 2 else None)
+        for n in range(LOG_LINES + 20)
+    ]
     for begin in range(0, len(lines), 100):
         store.write([Entry(job=job.record(), holder=HERE, log=lines[begin : begin + 100])])
         store.write([Entry(job=other.record(), holder=HERE, log=lines[begin : begin + 1])])

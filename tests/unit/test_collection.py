@@ -127,3 +127,27 @@ def test_membership_costs_the_same_whatever_the_size() -> None:
         return min(timeit.repeat(lambda: held[-1] in futures, number=2000, repeat=5))
 
     assert cost(10_000) < 20 * cost(10), "a scan would cost a thousand times as much"
+
+
+def test_to_keep_what_is_held() -> None:
+    futures: FutureCollection[Any] = FutureCollection(max_length=1)
+    first = finished(1)
+    futures.add("a", first)
+    assert futures.setdefault("a", finished(2), keep=True) is first
+    futures.keep("a")
+    futures.keep("nothing")
+    futures.add("b", finished())
+    futures.add("c", finished())
+    assert (futures.keys(), len(futures)) == (["c", "a"], 2)
+    assert first in futures
+    assert futures.pop("a") is first
+    assert first not in futures
+
+
+def test_to_keep_what_had_to_leave_unfinished() -> None:
+    futures: FutureCollection[Any] = FutureCollection(max_length=0)
+    future: Future[Any] = Future()
+    futures.add("a", future)
+    futures.keep("a")
+    future.set_result(3)
+    assert futures.get("a") is future

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 from tasks import sleep
 
-from conftest import MakeExecutor
+from conftest import MakeExecutor, redis_client
 from flask_executor import Executor, cli, doctor
 from flask_executor.config import Config
 from flask_executor.doctor import Finding, Server, read_server
@@ -145,14 +145,14 @@ def test_network_file_systems(path: str, kind: str | None) -> None:
 
 
 def test_what_redis_does_when_memory_runs_out(app: Flask, make_executor: MakeExecutor, redis_url: str) -> None:
-    redis = pytest.importorskip("redis")
+    pytest.importorskip("redis")
     make_executor(store=redis_url)
     ((executor, binding),) = app.extensions["flask_executor_bindings"].items()
 
     def examine() -> list[tuple[str, str]]:
         return [pair for pair in levels(doctor.examine(app, executor, binding)) if pair[1] in ("store", "redis")]
 
-    with redis.Redis.from_url(redis_url) as client:
+    with redis_client(redis_url) as client:
         before = {name: client.config_get(name)[name] for name in ("maxmemory", "maxmemory-policy", "appendonly")}
         try:
             client.config_set("maxmemory", "1gb")

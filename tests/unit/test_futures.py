@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import logging
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from conftest import MakeExecutor, wait_until
 from flask_executor import Executor, FutureProxy, JobStatus
 from flask_executor.executor import propagate_exceptions_callback
 from flask_executor.futures import Future
+from flask_executor.testing import drain
 
 
 @pytest.fixture
@@ -254,3 +257,31 @@ def test_racing_cancels_and_workers_agree(executor: Executor) -> None:
     assert executor.wait(10)
     assert sorted(ran) == [number for number, gone in enumerate(cancelled) if not gone]
     assert [future.status == "cancelled" for future in futures] == cancelled
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+def test_results_leave_memory_in_time(make_executor: MakeExecutor, store: str) -> None:
+    class Result:
+        def __reduce__(self) -> tuple[type[int], tuple[()]]:
+            return int, ()
+
+    executor = make_executor(store=store, result_ttl=0.2, store_max_records=5)
+    references: list[weakref.ref[Result]] = []
+
+    def make() -> Result:
+        result = Result()
+        references.append(weakref.ref(result))
+        return result
+
+    for number in range(10):
+        executor.submit_stored(number, make)
+        executor.futures.setdefault(("by hand", number), executor.submit(make))
+    drain(executor)
+
+    def is_let_go() -> bool:
+        executor.submit(str).result(10)
+        gc.collect()
+        return all(reference() is None for reference in references)
+
+    assert wait_until(is_let_go)
+    assert len(references) == 20

@@ -118,6 +118,26 @@ def test_results_are_never_those_of_another_job(make_executor: MakeExecutor) -> 
         thread.join()
 
 
+def test_the_second_call_is_taken_while_the_first_is_taken_back(make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="process", max_workers=1)
+    pid = executor.submit(tasks.pid).result(10)
+    assert wait_until(lambda: not executor.unfinished())
+    os.kill(pid, signal.SIGSTOP)
+    futures = [executor.submit(add, number) for number in range(2)]
+    dispatcher = executor._self._dispatcher
+    (worker,) = dispatcher._workers
+    with dispatcher._lock:
+        first, second = worker.tasks
+        assert worker.calls.take_back() == {first.number, second.number}
+        worker.calls.give(second.number, 1, second.parts)
+        # As if the worker had taken the second in the middle: a race that is seldom.
+        worker.calls.take_back = lambda: {first.number}
+        dispatcher._take_back(worker)
+        del worker.calls.take_back
+    os.kill(pid, signal.SIGCONT)
+    assert {future.result(10) for future in futures} == {0, 1}
+
+
 class TestStoppedWorkers:
     """Workers that the system has stopped: they read nothing, and do not know it."""
 

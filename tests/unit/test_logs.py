@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from flask_executor import Executor, current_job
+from flask_executor import Executor, LogLine, current_job
+from flask_executor.console import log_line
+from flask_executor.records import decode_line, encode_line
 from flask_executor.testing import drain
 
 log = logging.getLogger("shop.logs")
@@ -97,3 +99,27 @@ def test_jobs_in_one_thread_do_not_share_their_lines(executor: Executor) -> None
     futures: list[Any] = [executor.submit(job, str(number)) for number in range(20)]
     drain(executor)
     assert [[line.text for line in future.log()] for future in futures] == [[str(number)] for number in range(20)]
+
+
+def test_a_line_keeps_exceptions_apart(executor: Executor) -> None:
+    def job() -> None:
+        log.error("failed", exc_info=ValueError("no paper"))
+        log.error("", exc_info=ValueError("no ink"), stack_info=True)
+
+    future = executor.submit(job)
+    assert future.exception(10) is None
+    first, second = future.log()
+    assert (first.text, first.trace, first.full_text) == (
+        "failed",
+        "ValueError: no paper",
+        "failed\nValueError: no paper",
+    )
+    assert second.full_text.startswith("ValueError: no ink\nStack (most recent call last):")
+    assert "ValueError: no paper" in log_line(first)
+
+
+def test_lines_that_were_written_before_they_kept_exceptions_apart() -> None:
+    line = LogLine(time=1.0, level="INFO", logger="shop", text="page 1")
+    older = json.loads(encode_line(line))
+    assert older.pop("trace") is None
+    assert decode_line(json.dumps(older)) == line

@@ -392,6 +392,18 @@ def test_many_reports(executor: Executor) -> None:
     assert future.meta == {"number": 19_999}
 
 
+def test_a_worker_that_ends_lets_the_handlers_of_its_parent_alone(executor: Executor, tmp_path: Path) -> None:
+    class Flushed(logging.Handler):
+        def flush(self) -> None:
+            append(str(tmp_path / "flushed"), str(os.getpid()))
+
+    handler = Flushed()  # logging.shutdown() flushes all that there are
+    worker = executor.submit(pid).result(10)
+    executor.shutdown()
+    handler.flush()
+    assert (tmp_path / "flushed").read_text().split() == [str(os.getpid())] != [str(worker)]
+
+
 def test_a_chatty_job_is_not_held_up(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
     blocked, go = threading.Event(), threading.Event()
 

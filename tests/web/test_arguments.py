@@ -6,12 +6,19 @@ import datetime
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 
 from conftest import require
-from flask_executor.web.arguments import MismatchError, Parameters, PlainParameters, PydanticParameters, parameters_of
+from flask_executor.web.arguments import (
+    Mismatch,
+    MismatchError,
+    Parameters,
+    PlainParameters,
+    PydanticParameters,
+    parameters_of,
+)
 
 
 def render(
@@ -150,3 +157,39 @@ def test_schemas(parameters: Callable[..., Parameters]) -> None:
     assert schema["additionalProperties"] is False
     assert schema["properties"]["month"]["type"] == "string"
     assert schema["properties"]["format"]["enum"] == ["pdf", "html"]
+
+
+def inside(
+    count: Annotated[int, "of pages"],
+    numbers: list[int],
+    sizes: dict[str, list[float]],
+    note: Optional[Annotated[str, "for the printer"]] = None,  # noqa: UP045
+) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("wrong", "pointer", "detail"),
+    [
+        ({"count": "7"}, "/count", "must be integer"),
+        ({"numbers": ["x"]}, "/numbers", "must be array of integer"),
+        ({"numbers": [1, True]}, "/numbers", "must be array of integer"),
+        ({"sizes": {"a4": [1, "x"]}}, "/sizes", "must be object of array of number"),
+        ({"note": 5}, "/note", "must be string or null"),
+    ],
+)
+def test_what_is_inside_does_not_fit(
+    parameters: Callable[..., Parameters], wrong: dict[str, Any], pointer: str, detail: str
+) -> None:
+    fits = {"count": 1, "numbers": [1, 2], "sizes": {"a4": [1, 2.5]}}
+    assert parameters(inside).check(fits) == fits
+    with pytest.raises(MismatchError) as caught:
+        parameters(inside).check({**fits, **wrong})
+    assert caught.value.args[0].pointer.startswith(pointer)
+    if isinstance(parameters(inside), PlainParameters):
+        assert caught.value.args == (Mismatch(pointer=pointer, detail=detail),)
+
+
+def test_schemas_of_what_is_inside(parameters: Callable[..., Parameters]) -> None:
+    properties = parameters(inside).schema()["properties"]
+    assert properties["numbers"]["items"] == {"type": "integer"}
+    assert properties["sizes"]["additionalProperties"]["items"] == {"type": "number"}

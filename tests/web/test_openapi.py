@@ -101,3 +101,33 @@ def test_schemathesis_finds_no_violation(served: Flask) -> None:
 
         check()
     assert sorted(asked) == OPERATIONS
+
+
+def test_models_are_found_where_references_lead(app: Flask, make_executor: MakeExecutor) -> None:
+    require("pydantic")
+    require("openapi_spec_validator")
+    import pydantic
+    from openapi_spec_validator import OpenAPIV31SpecValidator
+
+    def prints(kind: type[Any]) -> Any:
+        def print_all(jobs: Any) -> None: ...
+
+        job = pydantic.create_model("Job", count=(kind, ...))
+        print_all.__annotations__["jobs"] = list[job]  # type: ignore[valid-type]
+        return print_all
+
+    controller = Controller(make_executor())
+    controller.expose(prints(int), "one")
+    controller.expose(prints(str), "two")
+    app.register_blueprint(controller)
+    document = app.test_client().get("/openapi.json").json
+    assert document is not None
+    OpenAPIV31SpecValidator(document).validate()
+    kinds = []
+    for name in "one", "two":
+        schema = document["paths"][f"/run/{name}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        *place, model = schema["properties"]["jobs"]["items"]["$ref"].split("/")
+        assert place == ["#", "components", "schemas"]
+        kinds.append(document["components"]["schemas"][model]["properties"]["count"]["type"])
+    assert kinds == ["integer", "string"]
+    assert "status" in document["components"]["schemas"]["Job"]["properties"]

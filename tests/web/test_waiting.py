@@ -730,3 +730,54 @@ def test_a_blueprint_of_that_name(app: Flask) -> None:
     app.register_blueprint(Blueprint("flask_executor", "mine"))
     with pytest.raises(ValueError, match="the app has a blueprint 'flask_executor' already"):
         Executor(app)
+
+
+def test_what_fails_while_a_client_waits_is_in_the_log(
+    app: Flask, executor: Executor, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate.error = ValueError("no paper")
+    app.add_url_rule("/report", "report", lambda: executor.result_or_202("report", gate))
+    timer = threading.Timer(0.2, gate.open.set)
+    timer.start()
+    answer = app.test_client().get("/report", headers={"Prefer": "wait=10"}, environ_overrides=THREADED)
+    timer.join()
+    assert answer.status_code == 500
+    assert sum("no paper" in str(record.exc_info) for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("action", ["stop", "retry"])
+def test_buttons_of_a_page_whose_record_has_expired(
+    app: Flask, make_executor: MakeExecutor, gate: Gate, action: str
+) -> None:
+    executor = make_executor(result_ttl=0.1)
+    gate.error = ValueError()
+    gate.open.set()
+    app.add_url_rule("/report", "report", lambda: executor.result_or_202("report", gate))
+    client = app.test_client()
+    form = {"token": token_of(client.get("/report", headers=PAGE)), "action": action}
+    drain(executor)
+    assert wait_until(lambda: executor.jobs.find("report") is None)
+    answer = client.post("/_executor/act", data=form, headers=PAGE)
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/report")
+    assert client.post("/_executor/act", data=form).status_code == {"stop": 404, "retry": 204}[action]
+
+
+def test_what_was_started_before_is_kept_too(app: Flask, make_executor: MakeExecutor, gate: Gate) -> None:
+    executor = make_executor(futures_max_length=2)
+    gate.open.set()
+    app.add_url_rule("/report", "report", lambda: executor.result_or_202("report", gate))
+    client = app.test_client()
+    executor.submit_once("report", gate).result(10)
+    assert client.get("/report").status_code == 200
+    for number in range(5):
+        executor.submit_stored(number, gate).result(10)
+    assert client.get("/report").text == "the report"
+    assert gate.calls == 6
+    assert len(executor.futures) == 3
+
+
+def test_a_query_of_bytes_that_were_not_encoded(app: Flask, executor: Executor, gate: Gate) -> None:
+    app.add_url_rule("/report", "report", lambda: executor.result_or_202("report", gate))
+    raw: dict[str, Any] = {"QUERY_STRING": "q=é&b=%C3%A9".encode().decode("latin-1")}
+    page = app.test_client().get("/report", headers=PAGE, environ_overrides=raw)
+    assert 'data-executor-job="/report?q=%C3%A9&amp;b=%C3%A9"' in page.text
