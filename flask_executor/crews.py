@@ -359,8 +359,12 @@ class Crew:
     # ---- the work ----
 
     def _check_room(self) -> None:
-        if len(self._mailbox) + self._backend.waiting >= self.definition.max_pending:
+        if self._waiting() >= self.definition.max_pending:
             raise QueueFull(f"max_pending of service {self.definition.name!r}", self.definition.max_pending)
+
+    def _waiting(self) -> int:
+        """Messages that wait, more or less: those of a batch that is being handled count until it has been."""
+        return len(self._mailbox) + max(0, self._backend.waiting - self._mailbox.batches)
 
     def status(self) -> ServiceStatus:
         """How it is doing."""
@@ -371,7 +375,7 @@ class Crew:
             workers=self.definition.workers,
             ready=sum(worker.ready for worker in workers),
             busy=sum(worker.busy for worker in workers),
-            waiting=len(self._mailbox) + self._backend.waiting,
+            waiting=self._waiting(),
             failures=self._tenant.failures,
             last_error=self._tenant.last_error,
             supervisor=os.getpid(),

@@ -29,6 +29,7 @@ import socket
 import stat
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -56,12 +57,13 @@ except ImportError:  # Windows, where there are no worker processes either
 
 _PAUSES = 0.02, 0.5  # seconds before one tries again to lead or to reach the leader: the first time, and at most
 _MOST_UNSENT = 100_000  # messages that wait for a leader
+_WELCOME = 1 << 63  # the number of the frame by which a leader says that it listens: what is sent from then on arrives
 _PATIENCE = 5.0  # seconds to wait for the leader's word
 
 
 @dataclass(slots=True)
 class Errand(Message):
-    """Something that the leader is to do for another process."""
+    """Something that the leader is to do for another process; and word from it that it ends."""
 
     verb: str
     service: str
@@ -207,9 +209,10 @@ class Seat:
                         selector.register(end, selectors.EVENT_READ)
                         if not selector.select(_PATIENCE):
                             return None
-                    for _, _, body in wire.receive():
-                        status: ServiceStatus | None = pickle.loads(body)
-                        return status
+                    for kind, _, body in wire.receive():
+                        if kind == Kind.RESULT:
+                            status: ServiceStatus = pickle.loads(body)
+                            return status
             except (OSError, EOFError):
                 return None
 
@@ -322,30 +325,37 @@ class Desk:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._wakes, selectors.EVENT_READ)
             while not self._closing:
-                for visitor in self._visitors:
-                    selector.modify(visitor.wire, visitor.events(), visitor)
-                for key, events in selector.select():
-                    if key.fileobj is self._wakes:
-                        self._wakes.recv(4096)
-                    elif key.data is None:
-                        self._welcome(selector)
-                    elif not self._attend(key.data, events):
-                        selector.unregister(key.fileobj)
-                        self._visitors.discard(key.data)
-                        key.data.wire.close()
+                self._serve(selector, None)
+            selector.unregister(self._listener)
+            for visitor in self._visitors:
+                visitor.send(Kind.MESSAGE, pickle_parts(Errand("close", "", "", b"")), 0)
+            deadline = time.monotonic() + _PATIENCE
+            while self._visitors and time.monotonic() < deadline:  # until all have got back what they still sent
+                self._serve(selector, 0.1)
         for visitor in self._visitors:
-            with contextlib.suppress(OSError):
-                visitor.wire.socket.settimeout(1.0)
-                visitor.wire.flush(wait=True)
             visitor.wire.close()
         for line in (self._listener, self._wakes, self._wake_up):
             line.close()
+
+    def _serve(self, selector: selectors.BaseSelector, patience: float | None) -> None:
+        for visitor in self._visitors:
+            selector.modify(visitor.wire, visitor.events(), visitor)
+        for key, events in selector.select(patience):
+            if key.fileobj is self._wakes:
+                self._wakes.recv(4096)
+            elif key.data is None:
+                self._welcome(selector)
+            elif not self._attend(key.data, events):
+                selector.unregister(key.fileobj)
+                self._visitors.discard(key.data)
+                key.data.wire.close()
 
     def _welcome(self, selector: selectors.BaseSelector) -> None:
         with contextlib.suppress(OSError):
             visitor = Visitor(Wire(not_for_children(self._listener.accept()[0])), self.wake)
             self._visitors.add(visitor)
             selector.register(visitor.wire, selectors.EVENT_READ, visitor)
+            visitor.send(Kind.BEGUN, [], _WELCOME)
 
     def _attend(self, visitor: Visitor, events: int) -> bool:
         """Hear what a visitor wants; False when it has gone."""
@@ -526,9 +536,7 @@ class Line(Backend):
     def serve(self, wire: Wire) -> None:
         """Talk to the leader, until it is gone."""
         talk = Talk(wire, self.wake)
-        with self._lock:
-            self._talk = talk
-            self._send_waiting(talk)
+        ended = False
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(wire, selectors.EVENT_READ)
@@ -541,8 +549,10 @@ class Line(Backend):
                         elif events & selectors.EVENT_WRITE:
                             talk.flush()
                         if key.fileobj is wire and events & selectors.EVENT_READ:
-                            self._read(wire)
-        except EOFError:
+                            ended = self._read(talk) or ended
+                    if ended and not wire.pending:
+                        wire.socket.shutdown(socket.SHUT_WR)  # that was all
+        except (EOFError, OSError):  # it is gone
             pass
         finally:
             self._hang_up()
@@ -552,11 +562,18 @@ class Line(Backend):
         while self._waiting:
             self._send(talk, self._waiting.popleft())
 
-    def _read(self, wire: Wire) -> None:
+    def _read(self, talk: Talk) -> bool:
+        """Hear what the leader says; whether it is ending."""
+        ended = False
         with contextlib.suppress(BlockingIOError):
-            for kind, number, body in wire.receive():
+            for kind, number, body in talk.wire.receive():
+                if number == _WELCOME:
+                    with self._lock:
+                        self._talk = talk
+                        self._send_waiting(talk)
+                    continue
                 if kind == Kind.MESSAGE:
-                    self._given_back(number, pickle.loads(body))
+                    ended = self._given_back(number, pickle.loads(body)) or ended
                     continue
                 with self._lock:
                     sent = self._sent.get(number)
@@ -567,15 +584,19 @@ class Line(Backend):
                         del self._sent[number]
                 if kind != Kind.BEGUN:
                     _settle(sent.call, kind, body, forced=sent.forced)
+        return ended
 
-    def _given_back(self, number: int, errand: Errand) -> None:
-        """The leader is ending, and does this no more."""
+    def _given_back(self, number: int, errand: Errand) -> bool:
+        """The leader does this no more, as it is ending; whether that was the last of it."""
         with self._lock:
+            if errand.verb == "close":
+                self._talk = None
             sent = self._sent.pop(number, None)
             if errand.verb in ("send", "broadcast"):
                 self._waiting.append(errand)
             elif sent is not None:
                 self._waiting.append(sent.call)
+        return errand.verb == "close"
 
     def _hang_up(self) -> None:
         with self._lock:

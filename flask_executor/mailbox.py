@@ -51,6 +51,11 @@ class Mailbox:
         """How many messages are waiting or in a batch."""
         return self._length
 
+    @property
+    def batches(self) -> int:
+        """How many batches are under way."""
+        return len(self._under_way)
+
     def put(self, message: bytes) -> None:
         """Take in a message: its type and body, pickled.
 
