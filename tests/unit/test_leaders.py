@@ -34,7 +34,7 @@ def join(app: Flask, make_executor: MakeExecutor, tmp_path: Path) -> Callable[..
 
     def join(*args: Any, **options: Any) -> Pair:
         apps.append(Flask("shop", instance_path=str(tmp_path / "instance")))
-        executor = make_executor(apps[-1], stop_grace=0.2, start_method="fork")
+        executor = make_executor(apps[-1], stop_grace=1, start_method="fork")
         return executor, executor.service(Counter, *args, **options)
 
     return join
