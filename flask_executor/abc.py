@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.services import ServiceStatus
 
 if TYPE_CHECKING:
     import weakref
@@ -486,3 +487,5 @@ class Health:
     store_reachable: bool
     #: Whether jobs are accepted: not shut down.
     accepting: bool
+    #: The services of the app, whichever process looks after them.
+    services: tuple[ServiceStatus, ...] = ()

@@ -539,6 +539,7 @@ class Binding(JobChannel):
             oldest_wait=max((time.time() - job.queued_at for job in waiting), default=0.0),
             store_reachable=self._store_is_reachable(),
             accepting=not self._closed,
+            services=self.services.statuses(),
         )
 
     def _store_is_reachable(self) -> bool:

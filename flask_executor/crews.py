@@ -172,6 +172,10 @@ class Services:
         there = None if definition.per == "process" else self._seat_here().ask(name)
         return there or ServiceStatus(name=name, workers=definition.workers)
 
+    def statuses(self) -> tuple[ServiceStatus, ...]:
+        """How all are doing."""
+        return () if self._closed else tuple(map(self.status, list(self._definitions)))
+
     def close(self, *, wait: bool) -> None:
         """Accept no more messages."""
         self._closed = True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -120,6 +123,25 @@ def test_one_set_of_workers(tmp_path: Path, options: tuple[str, ...]) -> None:
     assert len(lines(tmp_path / "setup")) == 1
     assert lines(tmp_path / "teardown") == lines(tmp_path / "setup"), "it has ended in order"
     assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members))
+
+
+def test_the_command_line_sees_them(tmp_path: Path) -> None:
+    def services(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flask", "--app", "served", "executor", "services", *options]
+        environ = {**os.environ, "INSTANCE": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+
+    with gunicorn(tmp_path, APP, "-w", "2", INSTANCE=str(tmp_path)) as (_, port):
+        assert services().returncode == 1, "no request has come yet, and a look starts nothing"
+        answer = get(port, "/kept")
+        found = services("--json")
+        assert found.returncode == 0, found.stderr
+        (service,) = json.loads(found.stdout)
+        assert (service["name"], service["pids"], service["ready"]) == ("Keeper", [answer["service"]], 1)
+        assert service["supervisor"] == answer["supervisor"]
+        lines = services().stdout.splitlines()
+        assert [line.split()[:3] for line in lines] == [["SERVICE", "READY", "BUSY"], ["Keeper", "1/1", "0"]]
+    assert services().returncode == 1
 
 
 def test_one_set_in_each_process(tmp_path: Path) -> None:
