@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import concurrent.futures
 import json
 import os
 import time
@@ -1028,7 +1029,7 @@ def test_a_result_that_is_on_its_way(client: FlaskClient, executor: Executor, mo
     ended(client, url)
 
     def late(timeout: float) -> None:
-        raise TimeoutError
+        raise concurrent.futures.TimeoutError
 
     class Late:
         result = staticmethod(late)
