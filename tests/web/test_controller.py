@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import json
 import os
@@ -1038,7 +1039,7 @@ def test_a_result_that_is_on_its_way(client: FlaskClient, executor: Executor, mo
     ended(client, url)
 
     def late(timeout: float) -> None:
-        raise TimeoutError
+        raise concurrent.futures.TimeoutError
 
     class Late:
         result = staticmethod(late)
