@@ -1,0 +1,1 @@
+"""What code written for other packages imports in place of them."""
