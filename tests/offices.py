@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import http.client
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from servers import serving
+
+from conftest import wait_until
 
 FACTORY = """
 # 1. Import the Manager
@@ -296,6 +302,37 @@ OWN_TEMPLATE = """<!doctype html>
 </html>
 """
 
+
+class Waiting:
+    """The page that waits, with what its script would do."""
+
+    def __init__(self, office: Office, path: str) -> None:
+        self.text = office.get(path)
+        found = re.search(r'data-worker-url="([^"]*)" data-worker-callback="([^"]*)"', self.text)
+        assert found is not None, self.text
+        self.url, self.next = html.unescape(found[1]), html.unescape(found[2]) or path
+        self._office = office
+
+    @property
+    def job_id(self) -> str:
+        return self.url.partition("job_id=")[2]
+
+    @property
+    def status(self) -> str:
+        status: str = json.loads(self._office.get(self.url))["status"]
+        return status
+
+    def end(self) -> str:
+        """The status that the job ends with."""
+        assert wait_until(lambda: self.status not in ("queued", "running"), timeout=60), self.status
+        return self.status
+
+    def follow(self) -> str:
+        """What the page becomes."""
+        assert self.end() == "succeeded"
+        return self._office.get(self.next)
+
+
 _WITHOUT_REDIS = ("from redis", "from rq", "    app.redis", "    app.task_queue")
 _GIF = bytes.fromhex("47494638396101000100800000ffffff00000021f90401000000002c00000000010001000002024401003b")
 
@@ -310,6 +347,26 @@ class Office:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """The status and the text of an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> str:
+        """The text of an answer that is no error."""
+        status, text = self.ask(path)
+        assert status == 200, (status, text)
+        return text
+
+    def wait_at(self, path: str) -> Waiting:
+        """Ask for a page, which has to be the one that waits."""
+        return Waiting(self, path)
 
     def printed(self, *lines: str) -> list[str]:
         """What was printed of these lines, by the app and then by the worker of RQ."""

@@ -20,7 +20,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from flask import Flask, Response, abort, current_app, jsonify, render_template, request, url_for
@@ -50,7 +50,7 @@ _RQ_STATUSES = {
     "stopped": JobStatus.STOPPED,
     "canceled": JobStatus.CANCELLED,
 }
-_STARTS_WITHIN = 60  # seconds; a job that nobody knows so long after it was claimed was never handed over, or is lost
+_STARTS_WITHIN = 60  # seconds from the claim; a job that is not known to who runs it by then never will be
 
 
 class Manager:
@@ -188,8 +188,11 @@ class WorkerMixin(_Call):
     job_finished: Mapped[bool | None] = mapped_column(default=False)
     job_in_progress: Mapped[bool | None] = mapped_column(default=False)
     job_id: Mapped[str | None] = mapped_column(index=True)
-    _loading_img: Mapped[str | None] = mapped_column("_loading_img")
-    _template: Mapped[str | None] = mapped_column("_template")
+    _loading_img: Mapped[str | None]
+    _template: Mapped[str | None]
+
+    if TYPE_CHECKING:
+        employer: Any  # a relationship of the subclass
 
     def __init__(
         self,
@@ -262,7 +265,7 @@ class WorkerMixin(_Call):
 
     def execute_job(self) -> Any:
         """Call the method, here and now; this is what runs in the background."""
-        return self._call(self.method_name, getattr(self, "employer"))  # noqa: B009  # the subclass has it
+        return self._call(self.method_name, self.employer)
 
     def _is_in_progress(self) -> bool:
         if self.job_finished or not self.job_in_progress:
@@ -275,11 +278,10 @@ class WorkerMixin(_Call):
         """Give the job a new id; False when somebody else was faster."""
         session, mapper = _manager().db.session, sqlalchemy.inspect(type(self))
         is_this = [column == value for column, value in zip(mapper.primary_key, _identity(self), strict=True)]
-        new_id = f"{secrets.token_hex(16)}-{time.time():.0f}"
         claimed = session.execute(
             sqlalchemy.update(type(self))
             .where(*is_this, type(self).job_id == self.job_id)
-            .values(job_id=new_id, job_in_progress=True, job_finished=False),
+            .values(job_id=_new_id(), job_in_progress=True, job_finished=False),
             execution_options={"synchronize_session": False},
         )
         session.commit()
@@ -304,6 +306,17 @@ class WorkerMixin(_Call):
 
     def _status_url(self) -> str:
         return url_for("_check_job_status", job_id=self.job_id)
+
+
+def _new_id() -> str:
+    """A job id that cannot be guessed, and tells when it was made."""
+    return f"{secrets.token_hex(16)}-{time.time():.0f}"
+
+
+def _is_fresh(job_id: str | None) -> bool:
+    """Whether a job that nobody knows may be on its way from the claim to who runs it."""
+    made_at = re.fullmatch(r"[0-9a-f]{32}-(\d+)", job_id or "")  # Flask-Worker's own ids were others
+    return made_at is not None and time.time() < int(made_at[1]) + _STARTS_WITHIN
 
 
 def _identity(model: Any) -> Sequence[Any]:
@@ -396,8 +409,7 @@ def _document(worker: WorkerMixin | None, job_id: str | None) -> dict[str, Any]:
         elif not worker.job_in_progress:
             document["status"] = JobStatus.FAILED
         elif not document:
-            claimed_at = int(str(job_id).rpartition("-")[2])
-            document["status"] = JobStatus.QUEUED if time.time() < claimed_at + _STARTS_WITHIN else JobStatus.LOST
+            document["status"] = JobStatus.QUEUED if _is_fresh(job_id) else JobStatus.LOST
     if document:
         status: JobStatus = document["status"]
         document |= {"id": job_id, "ended": status.ended, "job_finished": status is JobStatus.SUCCEEDED}
