@@ -286,6 +286,11 @@ def dismiss(name):
     db.session.commit()
     return 'dismissed'
 
+@app.after_request
+def only_from_here(answer):
+    answer.headers['Content-Security-Policy'] = "default-src 'self'"
+    return answer
+
 @app.get('/favicon.ico')
 def icon():
     return '', 204
