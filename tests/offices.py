@@ -71,7 +71,7 @@ class Employer(db.Model):
         self.name = name
         # 3. Instantiate a worker
         self.worker = Worker(
-            method_name='complex_task', kwargs={'seconds': 1}
+            method_name='complex_task', kwargs={'seconds': 2}
         )
 
     def complex_task(self, seconds):

@@ -50,6 +50,7 @@ _RQ_STATUSES = {
     "stopped": JobStatus.STOPPED,
     "canceled": JobStatus.CANCELLED,
 }
+_OUR_ID = re.compile(r"[0-9a-f]{32}-(?P<at>[0-9]{1,12})")
 _STARTS_WITHIN = 60  # seconds from the claim; a job that is not known to who runs it by then never will be
 
 
@@ -147,8 +148,8 @@ def _with_models(value: Any) -> Any:
         return value.load()
     if isinstance(value, dict):
         return {name: _with_models(item) for name, item in value.items()}
-    if type(value) in (list, tuple, set, MutableList):
-        return (list if isinstance(value, list) else type(value))(map(_with_models, value))
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_with_models, value))
     return value
 
 
@@ -161,7 +162,7 @@ class _Call:
     def _call(self, name: str | None, model: Any) -> Any:
         if model is None or name is None:
             return None
-        return getattr(model, name)(*_with_models(self.args or []), **_with_models(self.kwargs or {}))
+        return getattr(model, name)(*_with_models(list(self.args or ())), **_with_models(self.kwargs or {}))
 
 
 # ---- workers ----
@@ -315,8 +316,8 @@ def _new_id() -> str:
 
 def _is_fresh(job_id: str | None) -> bool:
     """Whether a job that nobody knows may be on its way from the claim to who runs it."""
-    made_at = re.fullmatch(r"[0-9a-f]{32}-(\d+)", job_id or "")  # Flask-Worker's own ids were others
-    return made_at is not None and time.time() < int(made_at[1]) + _STARTS_WITHIN
+    made = _OUR_ID.fullmatch(job_id or "")
+    return made is not None and time.time() < int(made["at"]) + _STARTS_WITHIN
 
 
 def _identity(model: Any) -> Sequence[Any]:
@@ -392,7 +393,8 @@ def _worker_of(job_id: str) -> WorkerMixin | None:
 def _check_job_status() -> Response:
     """How a job stands; whoever has its id may know."""
     job_id = request.args.get("job_id", "")
-    document = _document(_worker_of(job_id), job_id)
+    # Others are for nobody to see: on the executor it is a key, and keys of other jobs can be guessed.
+    document = _document(_worker_of(job_id), job_id) if _OUR_ID.fullmatch(job_id) else {}
     if not document:
         abort(404)
     answer = jsonify(document)
@@ -428,9 +430,7 @@ def _document_of_its_runner(job_id: str | None) -> dict[str, Any]:
 # ---- routers ----
 
 
-def set_route(
-    method: Callable[Concatenate[R, P], T],
-) -> Callable[Concatenate[R, P], T]:
+def set_route(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
     """Decorator: let the router begin here, with the same arguments, the next time."""
 
     @functools.wraps(method)

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def test_example_5_begins_at_the_beginning_again(office: Office) -> None:
 
 def test_what_the_task_prints(office: Office) -> None:
     office.get("/dismiss/employer1")
-    lines = ["Complex task started", "Progress: 0.0%", "Progress: 100.0%", "Complex task finished"]
+    lines = ["Complex task started", "Progress: 0.0%", "Progress: 50.0%", "Progress: 100.0%", "Complex task finished"]
     before = office.printed(*lines)
     assert office.wait_at("/example1").follow() == "Example 1 finished"
     assert office.printed(*lines)[len(before) :] == lines
@@ -111,10 +112,11 @@ def test_what_the_task_prints(office: Office) -> None:
 def test_requests_that_race_start_one_job(office: Office, name: str) -> None:
     job_ids = list[str]()
     run_in_threads(12, lambda: job_ids.append(office.wait_at(f"/work/{name}").job_id))
-    office.finish(name)
-    assert office.wait_at(f"/work/{name}").follow() == "<h1>The work is done</h1>"
     assert len(job_ids) == 12
     assert len(set(job_ids)) == 1
+    page = office.wait_at(f"/work/{name}")
+    office.finish(name)
+    assert page.follow() == "<h1>The work is done</h1>"
     assert office.printed(f"{name} started") == [f"{name} started"]
 
 
@@ -230,8 +232,9 @@ class Router(RouterMixin, db.Model):  # type: ignore[name-defined, misc]
         return f"{people} {more}"
 
 
-@pytest.fixture
-def manager(app: Flask, tmp_path: Path) -> Iterator[Manager]:
+@pytest.fixture(params=["thread"])
+def manager(app: Flask, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Manager]:
+    app.config["EXECUTOR_TYPE"] = request.param
     app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{tmp_path}/data.db"
     db.init_app(app)
     manager = Manager(app, db=db)
@@ -316,6 +319,7 @@ def test_a_callback_on_this_site(app: Flask, client: FlaskClient, callback: str,
         assert f'data-worker-callback="{leads_to}"' in answer.text
 
 
+@pytest.mark.parametrize("manager", ["thread", "process", "immediate"], indirect=True)
 def test_models_as_arguments(app: Flask, client: FlaskClient) -> None:
     with app.app_context():
         boss = Employer(name="Bob")
@@ -379,16 +383,33 @@ def test_a_job_that_nobody_knows_any_more_starts_again(app: Flask, client: Flask
         worker = hire().worker
         worker.job_id, worker.job_in_progress = left_from_flask_worker, True
         db.session.commit()
-    page = f"/_check_job_status?job_id={left_from_flask_worker}"
-    assert client.get(page).json == {
-        "id": left_from_flask_worker,
-        "status": "lost",
-        "ended": True,
-        "job_finished": False,
-    }
     assert left_from_flask_worker not in client.get("/").text
     drain(app.extensions["executor"])
     assert client.get("/").text == "done"
+
+
+def test_a_job_that_was_never_handed_over(app: Flask, client: FlaskClient) -> None:
+    """The process died after it had claimed the job."""
+    just_now, long_ago = (f"{'a' * 32}-{time.time() - age:.0f}" for age in (0, 3600))
+    with app.app_context():
+        worker = hire().worker
+        worker.job_id, worker.job_in_progress = just_now, True
+        db.session.commit()
+    assert just_now in client.get("/").text
+    assert client.get("/_check_job_status", query_string={"job_id": just_now}).json["status"] == "queued"  # type: ignore[index]
+    with app.app_context():
+        the(Worker).job_id = long_ago
+        db.session.commit()
+    assert client.get("/_check_job_status", query_string={"job_id": long_ago}).json["status"] == "lost"  # type: ignore[index]
+    assert long_ago not in client.get("/").text
+    drain(app.extensions["executor"])
+    assert client.get("/").text == "done"
+
+
+def test_jobs_that_are_of_no_worker_are_not_told_of(app: Flask, client: FlaskClient) -> None:
+    app.extensions["executor"].submit_once("the month", pow, 1, 1)
+    drain(app.extensions["executor"])
+    assert client.get("/_check_job_status?job_id=the+month").status_code == 404
 
 
 def test_a_job_that_is_not_accepted_is_tried_again(app: Flask, client: FlaskClient) -> None:
