@@ -34,7 +34,14 @@ from flask_executor.compat.flask_worker import Manager, RouterMixin, WorkerMixin
 # ---- the documented app, on a server of its own ----
 
 
-@pytest.fixture(scope="module", params=["rq and sockets", "rq", "executor and sockets", "executor"])
+VARIANTS = [
+    "executor",
+    # On one Python only: they take long, and what differs is not ours.
+    *(pytest.param(name, marks=pytest.mark.web) for name in ("rq and sockets", "rq", "executor and sockets")),
+]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def office(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
     redis_url = store_url("redis", request) if "rq" in request.param else None
     folder = tmp_path_factory.mktemp("office")
