@@ -80,12 +80,7 @@ class Binding(JobChannel):
         self._warned = False
         self._retries = Retries()
         self.initializers = initializers
-        self.services = Services(
-            self,
-            lambda: self.config.backend_options(self._app, self.initializers),
-            executor.services,
-            executor.handlers,
-        )
+        self.services = self._make_services()
         self._set_config(config)
         know_jobs(running_job)
 
@@ -107,6 +102,8 @@ class Binding(JobChannel):
         if config == self.config and not self._closed:
             return
         with self._lock:
+            if self._closed:
+                self.services = self._make_services()
             self._set_config(config)
             backend, self._backend = self._backend, None
         if backend is not None:
@@ -131,7 +128,7 @@ class Binding(JobChannel):
     def identity(self) -> tuple[object, ...]:
         """What tells the app, and this executor of it, from others on this machine."""
         app = self.app
-        return (self.name, self.config.store, None if app is None else (app.name, app.instance_path))
+        return (self.name, self.config.store, None if app is None else (app.name, app.root_path, app.instance_path))
 
     def leave_in_order(self) -> None:
         """See to it that jobs and services end before the process does."""
@@ -139,7 +136,13 @@ class Binding(JobChannel):
 
     def start_services(self, sender: object, **_: object) -> None:
         """A request has come: this process is one that serves, and no reloader or master."""
-        self.services.start()
+        try:
+            self.services.start()
+        except Exception:  # the request is not to blame, and whoever uses a service gets it as well
+            logger.exception("The services cannot be started.")
+
+    def _make_services(self) -> Services:
+        return Services(self, self._service_options, self._executor.services, self._executor.handlers)
 
     def _service_options(self) -> BackendOptions:
         return self.config.backend_options(self._app, self.initializers)
@@ -277,7 +280,7 @@ class Binding(JobChannel):
         *,
         apart: bool = False,
     ) -> Call[FutureProxy[Any]]:
-        if self._closed:
+        if self._closed and not apart:  # jobs that go on when the process ends may still use services
             raise ExecutorShutdown(
                 "cannot schedule new futures after shutdown: this executor was shut down in this process"
             )
@@ -553,6 +556,7 @@ class Binding(JobChannel):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
         self._close(wait=wait, cancel_futures=cancel_futures)
+        self.services.close(wait=wait)  # after the jobs, which may use them
         self.ledger.close(wait=wait)
 
     def _close(self, *, wait: bool, cancel_futures: bool = False) -> None:
@@ -561,7 +565,6 @@ class Binding(JobChannel):
             backend = self._backend
         for call, error in self._retries.clear():
             call.give_up(error)
-        self.services.close(wait=wait)
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 

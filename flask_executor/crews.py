@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
@@ -17,14 +16,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
 from flask_executor.backends.process import ProcessBackend
 from flask_executor.context import call_to_end
+from flask_executor.errands import Errand
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
 from flask_executor.jobs import JobOptions, JobStatus
-from flask_executor.leaders import Errand, Line, Seat, meeting_place
+from flask_executor.leaders import Seat, meeting_place
 from flask_executor.logs import logger
 from flask_executor.mailbox import Mailbox
 from flask_executor.messages import Sent
+from flask_executor.relays import Relay
 from flask_executor.residents import ServiceResident, answer
 from flask_executor.runner import PlainCall, pickled
 from flask_executor.serial import SerialThread
@@ -93,19 +94,25 @@ class Services:
         if definition.per == "process":
             return self.crew(name)
         seat = self._seat_here()
-        return self.crew(name) if seat.take() else Remote(definition, self._owner, seat.line)
+        if seat.take():
+            return self.crew(name)
+        self._check_open()
+        return Remote(definition, self._owner, seat.relay)
 
     def _seat_here(self) -> Seat:
         with self._lock:
             if self._seat is None:
-                if self._closed:
-                    raise ExecutorShutdown("this executor was shut down in this process, and takes no more messages")
+                self._check_open()
                 self._owner.leave_in_order()
-                services = weakref.ref(self)
-                self._seat = Seat(meeting_place(*self._owner.identity), _employer(services), _promoter(services))
+                identity = self._owner.identity
+                self._seat = Seat(lambda: meeting_place(*identity), weakref.ref(self))
                 finalizer = weakref.finalize(self, self._seat.close)
                 finalizer.atexit = False
             return self._seat
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ExecutorShutdown("this executor was shut down in this process, and takes no more messages")
 
     def lead(self) -> None:
         """This process leads from now on."""
@@ -122,8 +129,7 @@ class Services:
         with self._lock:
             crew = self._crews.get(name)
             if crew is None:
-                if self._closed:
-                    raise ExecutorShutdown("this executor was shut down in this process, and takes no more messages")
+                self._check_open()
                 self._owner.leave_in_order()
                 crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._router())
                 crew.start()
@@ -151,39 +157,59 @@ class Services:
         if crew is not None:
             crew.stop(timeout)
             return
-        status = self.status(name)
-        if status.supervisor is not None:
-            raise RuntimeError(f"service {name!r} is looked after by process {status.supervisor}: stop it there")
-
-    def leave(self, deadline: float) -> None:
-        """The process ends: stop all, by force what goes on at ``deadline`` (:func:`time.monotonic`)."""
-        for crew in self.started():
-            crew.stop(max(0.0, deadline - time.monotonic()))
-        if self._seat is not None:
-            self._seat.close()
+        there = self._ask(name)
+        if there is not None and there.pids:
+            raise RuntimeError(f"service {name!r} is looked after by process {there.supervisor}: stop it there")
 
     def status(self, name: str) -> ServiceStatus:
-        """How one is doing."""
-        with self._lock:
-            crew = self._crews.get(name)
+        """How one is doing, whichever process looks after it."""
+        return self._ask(name) or self.local_status(name)
+
+    def _ask(self, name: str) -> ServiceStatus | None:
+        """What the process says that leads, if it is another one."""
+        if self._definitions[name].per == "process" or name in self._crews:
+            return None
+        seat = self._seat_here()
+        return None if seat.leading else seat.ask(name)
+
+    def local_status(self, name: str) -> ServiceStatus:
+        """How one is doing in this process."""
+        crew = self._crews.get(name)
         if crew is not None:
             return crew.status()
-        definition = self._definitions[name]
-        there = None if definition.per == "process" else self._seat_here().ask(name)
-        return there or ServiceStatus(name=name, workers=definition.workers)
+        definition = self._definitions.get(name)
+        return ServiceStatus(name=name, workers=0 if definition is None else definition.workers)
 
     def statuses(self) -> tuple[ServiceStatus, ...]:
         """How all are doing."""
         return () if self._closed else tuple(map(self.status, list(self._definitions)))
 
     def close(self, *, wait: bool) -> None:
-        """Accept no more messages."""
+        """Accept no more messages, and end when what was accepted is done.
+
+        :param wait: whether to return only then.
+        """
         self._closed = True
         for crew in self.started():
-            crew.close(wait=wait)
-        self._incoming.close(wait=wait)
-        if wait and self._seat is not None:
-            self._seat.close()
+            crew.close(wait=False)
+        if wait:
+            self._finish(None)
+        elif self._crews or self._seat is not None:
+            threading.Thread(target=self._finish, args=(None,), name="flask-executor-closing", daemon=True).start()
+
+    def leave(self, deadline: float) -> None:
+        """The process ends: stop all, by force what goes on at ``deadline`` (:func:`time.monotonic`)."""
+        self._closed = True
+        self._finish(deadline)
+
+    def _finish(self, deadline: float | None) -> None:
+        for crew in self.started():
+            crew.stop(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        while len(self._incoming) and (deadline is None or time.monotonic() < deadline):
+            time.sleep(0.01)
+        self._incoming.close(wait=False)
+        if self._seat is not None:
+            self._seat.close(_LAST_WORDS if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def after_fork(self) -> None:
         """In the child of a fork: those of the parent are not here."""
@@ -226,24 +252,6 @@ class Services:
             call_to_end(handler, (body,), {})
 
 
-def _employer(services: weakref.ref[Services]) -> Callable[[str], Crew | None]:
-    def employ(name: str) -> Crew | None:
-        there = services()
-        return None if there is None else there.crew(name)
-
-    return employ
-
-
-def _promoter(services: weakref.ref[Services]) -> Callable[[], None]:
-    def promoted() -> None:
-        there = services()
-        if there is not None:
-            with contextlib.suppress(ExecutorShutdown):  # meanwhile: another one will lead
-                there.lead()
-
-    return promoted
-
-
 class Tenant:
     """A service, for the supervisor of its workers; who must not refer to the crew, or it would never be collected.
 
@@ -275,6 +283,9 @@ class Tenant:
     def sent(self, message: Sent) -> None:
         """The service has sent a message."""
         self._route(self._name, message)
+
+
+_LAST_WORDS = 30.0  # seconds in which the process that leads may still answer one that ends
 
 
 class RelayedCall(PlainCall):
@@ -315,20 +326,24 @@ class Crew:
 
     def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
         """Have a worker handle a message; what it says."""
+        self._check_room()
         args = self._next_call(type, message)
         return self._owner.call(self._backend, options_of(self.definition, type, timeout), answer, args)
 
     def _next_call(self, type: str, message: bytes) -> tuple[int, bytes]:
         """What a worker needs to know of a call that comes behind all there is."""
         check_handler(self.definition.cls, self.definition.name, type)
-        self._check_room()
         self._mailbox.flush()
         return self._backend.broadcasts, message
 
-    def send(self, type: str, message: bytes) -> None:
-        """Have a worker handle a message: its type and body, pickled."""
+    def send(self, type: str, message: bytes, *, anyway: bool = False) -> None:
+        """Have a worker handle a message: its type and body, pickled.
+
+        :param anyway: also if too many wait.
+        """
         check_handler(self.definition.cls, self.definition.name, type)
-        self._check_room()
+        if not anyway:
+            self._check_room()
         self._mailbox.put(message)
 
     def broadcast(self, type: str, message: bytes) -> None:
@@ -340,6 +355,7 @@ class Crew:
 
     def start_call(self, type: str, message: bytes, begun: Callable[[], object]) -> PreparedCall:
         """Have a worker handle a message for another process, which is told when it has begun."""
+        self._check_room()
         call = RelayedCall(answer, self._next_call(type, message), begun)
         self._backend.enqueue(call)
         return call
@@ -404,16 +420,16 @@ class Crew:
 class Remote:
     """A service whose workers are in the care of another process."""
 
-    def __init__(self, definition: ServiceDefinition, owner: Owner, line: Line) -> None:
+    def __init__(self, definition: ServiceDefinition, owner: Owner, relay: Relay) -> None:
         self._definition = definition
         self._owner = owner
-        self._line = line
+        self._relay = relay
 
     def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
         """Have a worker handle a message; what it says."""
         check_handler(self._definition.cls, self._definition.name, type)
         args = (self._definition.name, type, message)
-        return self._owner.call(self._line, options_of(self._definition, type, timeout), answer, args)
+        return self._owner.call(self._relay, options_of(self._definition, type, timeout), answer, args)
 
     def send(self, type: str, message: bytes) -> None:
         """Have a worker handle a message."""
@@ -425,7 +441,7 @@ class Remote:
 
     def _post(self, verb: str, type: str, message: bytes) -> None:
         check_handler(self._definition.cls, self._definition.name, type)
-        self._line.post(Errand(verb, self._definition.name, type, message))
+        self._relay.post(Errand(verb, self._definition.name, type, message))
 
 
 def options_of(definition: ServiceDefinition, type: str, timeout: float | None) -> JobOptions:

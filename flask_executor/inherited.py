@@ -16,11 +16,13 @@ import sys
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flask import Flask
 
 from flask_executor.forks import after_fork_in_child
+
+L = TypeVar("L")
 
 try:
     import fcntl
@@ -30,11 +32,11 @@ except ImportError:  # Windows
 #: ``forking.worker`` is true in a thread while it forks a worker process.
 forking = threading.local()
 
-_lines: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_lines: weakref.WeakSet[Any] = weakref.WeakSet()
 _processes: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def not_for_children(line: socket.socket) -> socket.socket:
+def not_for_children(line: L) -> L:
     """Have ``line`` closed in every child that this process forks: its end tells the other end that we are gone."""
     _lines.add(line)
     return line

@@ -163,8 +163,10 @@ def test_too_many_messages_for_the_leader(join: Callable[..., Pair], tmp_path: P
     assert second.call("seen").result(10) == [0, 1, 2, 3, 4]
 
 
-def test_the_folder_is_for_this_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_the_folder_is_for_this_user_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("t")))
     folder = meeting_place("shop")
     assert folder == meeting_place("shop") != meeting_place("another")
     assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o700}
@@ -172,7 +174,7 @@ def test_the_folder_is_for_this_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(PermissionError, match="must be a folder that belongs to user"):
         meeting_place("shop")
     folder.rmdir()
-    folder.symlink_to(tmp_path)
+    folder.symlink_to(folder.parent)
     with pytest.raises((PermissionError, FileExistsError)):
         meeting_place("shop")
 
