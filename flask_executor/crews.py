@@ -86,23 +86,23 @@ class Services:
         self._all_started = 0  # how many there were
         self._incoming = SerialThread("flask-executor-messages")
         self._seat: Seat | None = None
-        self._closed = False
+        self._closed = False  # no more messages are accepted
+        self._ended = False  # nor done
 
     def member(self, name: str) -> Crew | Remote:
         """The workers of a service: those of this process, or the way to those of the one that leads."""
+        self._check_open()
         definition = self._definitions[name]
         if definition.per == "process":
             return self.crew(name)
         seat = self._seat_here()
         if seat.take():
             return self.crew(name)
-        self._check_open()
         return Remote(definition, self._owner, seat.relay)
 
     def _seat_here(self) -> Seat:
         with self._lock:
             if self._seat is None:
-                self._check_open()
                 self._owner.leave_in_order()
                 identity = self._owner.identity
                 self._seat = Seat(lambda: meeting_place(*identity), weakref.ref(self))
@@ -112,7 +112,7 @@ class Services:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ExecutorShutdown("this executor was shut down in this process, and takes no more messages")
+            raise ExecutorShutdown(_SHUT)
 
     def lead(self) -> None:
         """This process leads from now on."""
@@ -129,7 +129,8 @@ class Services:
         with self._lock:
             crew = self._crews.get(name)
             if crew is None:
-                self._check_open()
+                if self._ended:
+                    raise ExecutorShutdown(_SHUT)
                 self._owner.leave_in_order()
                 crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._router())
                 crew.start()
@@ -190,8 +191,6 @@ class Services:
         :param wait: whether to return only then.
         """
         self._closed = True
-        for crew in self.started():
-            crew.close(wait=False)
         if wait:
             self._finish(None)
         elif self._crews or self._seat is not None:
@@ -203,13 +202,16 @@ class Services:
         self._finish(deadline)
 
     def _finish(self, deadline: float | None) -> None:
+        if self._seat is not None and not self._seat.leading:  # if the leader ends too, this process may yet lead
+            self._seat.relay.drain(_LAST_WORDS if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._ended = True
         for crew in self.started():
             crew.stop(None if deadline is None else max(0.0, deadline - time.monotonic()))
         while len(self._incoming) and (deadline is None or time.monotonic() < deadline):
             time.sleep(0.01)
         self._incoming.close(wait=False)
         if self._seat is not None:
-            self._seat.close(_LAST_WORDS if deadline is None else max(0.0, deadline - time.monotonic()))
+            self._seat.close()
 
     def after_fork(self) -> None:
         """In the child of a fork: those of the parent are not here."""
@@ -285,6 +287,7 @@ class Tenant:
         self._route(self._name, message)
 
 
+_SHUT = "this executor was shut down in this process, and takes no more messages"
 _LAST_WORDS = 30.0  # seconds in which the process that leads may still answer one that ends
 
 

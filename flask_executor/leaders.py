@@ -172,11 +172,26 @@ class Seat:
         if not self._try_to_lead():
             return False
         leader = self._leader()
-        if leader is not None:
+        if leader is None:
+            return True
+        try:
             leader.lead()
             self.relay.lead(leader)
-            self.leading = True
+        except BaseException:
+            self._give_way()
+            raise
+        self.leading = True
         return True
+
+    def _give_way(self) -> None:
+        with self._lock:
+            desk, self._desk = self._desk, None
+            if desk is not None:
+                with contextlib.suppress(OSError):
+                    (self._place() / "socket").unlink(missing_ok=True)
+                desk.close()
+            if self._file is not None:
+                self._drop_lock()
 
     def _meet(self) -> bool:
         """Talk to the leader until it is gone; False when there is none."""
@@ -207,27 +222,14 @@ class Seat:
                 pass
         return None
 
-    def close(self, patience: float = 0.0) -> None:
-        """Let another process lead. The workers have ended before.
-
-        :param patience: seconds in which the leader may still answer, where this process follows.
-        """
+    def close(self) -> None:
+        """Let another process lead. The workers have ended before."""
         if os.getpid() != self._pid:
             return
-        if not self.leading:
-            self.relay.drain(patience)
-        with self._lock:
-            self._closed.set()
-            desk, self._desk = self._desk, None
-        if desk is not None:
-            with contextlib.suppress(OSError):
-                (self._place() / "socket").unlink(missing_ok=True)
-            desk.close()
+        self._closed.set()
         self.relay.end()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(_PATIENCE)
+        self._give_way()
         self.relay.close()
-        with self._lock:
-            if self._file is not None:
-                self._drop_lock()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from flask_executor import (
     NotPicklable,
     QueueFull,
     WorkerLost,
+    current_job,
 )
 from flask_executor.leaders import meeting_place
 
@@ -185,3 +188,163 @@ def test_who_stays_away_from_the_services_is_told_how_they_are(join: Callable[..
     pid = first.call("pid").result(10)
     assert second.status().pids == (pid,)
     assert not second._services()._seat.leading
+
+
+# ---- what a reviewer has found ----
+
+
+def test_the_leader_ends_without_waiting_and_lives_on(join: Callable[..., Pair]) -> None:
+    (leader, first), (_, second) = join(), join()
+    first.start()
+    assert second.call("add", 1).result(10) == 2
+    leader.shutdown(wait=False)
+    assert second.call("add", 2).result(10) == 3
+
+
+def test_a_follower_that_shuts_down_waits_for_its_answers(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (follower, second) = join(), join()
+    first.start()
+    path = tmp_path / "go on"
+    running, waiting = second.call("wait for", str(path)), second.call("add", 1)
+    for number in range(20):
+        second.send("note", number)
+    assert wait_until(running.running)
+    thread = threading.Thread(target=follower.shutdown)
+    thread.start()
+    path.touch()
+    thread.join(20)
+    assert (running.result(0), waiting.result(0)) == (str(path), 2)
+    assert first.call("seen").result(10) == list(range(20))
+    with pytest.raises(ExecutorShutdown):
+        second.call("add", 1)
+
+
+def test_a_leader_that_reads_slowly_gets_everything(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flask_executor.relays._MOST_UNSENT", 1)
+    (_, first), (_, second) = join(), join()
+    first.start()
+    large = "x" * 300_000
+    for number in range(100):
+        second.send("note", (number, large))
+    assert [number for number, _ in second.call("seen").result(20)] == list(range(100))
+
+
+def test_more_messages_than_the_leader_takes(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(max_pending=10), join(max_pending=10)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    for number in range(100):
+        second.send("note", number)
+    path.touch()
+    assert wait_until(lambda: first.status().waiting == 0 and second._services()._seat.relay._is_empty(), 20)
+    assert sorted(first.call("seen").result(10)) == list(range(100)), "nothing that was accepted is lost"
+
+
+def test_order_when_another_one_leads(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (leader, first), (_, second) = join(str(tmp_path)), join(str(tmp_path))
+    first.start()
+    assert second.call("add", 1).result(10) == 2
+    thread = threading.Thread(target=leader.shutdown)
+    sent = 0
+    thread.start()
+    while thread.is_alive() or sent < 1000:
+        second.send("note", sent)
+        sent += 1
+    thread.join()
+    seen = second.call("seen").result(20)
+    assert seen == sorted(seen), "those that the second worker got"
+    assert seen[-1] == sent - 1
+
+
+def test_two_that_follow_in_one_process_and_one_of_them_goes(join: Callable[..., Pair]) -> None:
+    (leader, first), (second_executor, second), (third_executor, third) = join(), join(), join()
+    for service in (first, second, third):
+        service.call("pid").result(10)
+    leader.shutdown()
+    pid = second.call("pid").result(10)
+    assert third.call("pid").result(10) == pid
+    follower, its_service = (third_executor, third) if second._services()._seat.leading else (second_executor, second)
+    other = second if its_service is third else third
+    follower.shutdown()
+    _, fourth = join()
+    assert fourth.call("pid").result(10) == other.call("pid").result(10), "the lock is still held"
+
+
+def test_somebody_tidies_up(join: Callable[..., Pair]) -> None:
+    (leader, first), (_, second) = join(), join()
+    first.start()
+    second.call("pid").result(10)
+    shutil.rmtree(second._services()._seat._place())
+    assert second.call("add", 1).result(10) == 2, "who is connected is not concerned"
+    leader.shutdown()
+    assert second.call("add", 2).result(10) == 3
+
+
+def test_a_place_that_is_not_safe(
+    join: Callable[..., Pair],
+    app: Flask,
+    make_executor: MakeExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*what: object) -> Path:
+        raise PermissionError("it belongs to somebody else")
+
+    monkeypatch.setattr("flask_executor.crews.meeting_place", refuse)
+    service = make_executor().service(Counter)
+    assert app.test_client().get("/").status_code == 404, "the request is not to blame"
+    assert "The services cannot be started." in caplog.text
+    with pytest.raises(PermissionError, match="it belongs to somebody else"):
+        service.call("add", 1)
+
+
+def test_looking_starts_nothing(join: Callable[..., Pair]) -> None:
+    (_, first), (_, second) = join(), join()
+    first.start()
+    second.call("pid").result(10)
+    first.stop()
+    for service in (first, second):
+        assert service.status().pids == ()
+        service.stop()
+        assert service.status().pids == ()
+    assert second.call("add", 1).result(10) == 2
+
+
+def test_messages_to_the_app_are_handled_before_the_end(join: Callable[..., Pair]) -> None:
+    executor, service = join()
+    told: list[int] = []
+
+    @executor.on("Counter", "told")
+    def hear(number: int) -> None:
+        told.append(number)
+
+    for number in range(50):
+        service.send("tell main", number)
+    executor.shutdown()
+    assert told == list(range(50))
+
+
+def test_jobs_that_go_on_at_the_end_use_services(join: Callable[..., Pair]) -> None:
+    executor, service = join()
+    began = threading.Event()
+
+    def work() -> int:
+        began.set()
+        current_job.sleep(0.2)
+        return int(service.call("add", 1).result(10))
+
+    future = executor.submit(work)
+    assert began.wait(10)
+    executor.shutdown()
+    assert future.result(0) == 2
+
+
+def test_init_app_after_a_shutdown(join: Callable[..., Pair]) -> None:
+    executor, service = join()
+    assert service.call("add", 1).result(10) == 2
+    executor.shutdown()
+    app = executor.app
+    assert app is not None
+    executor.init_app(app)
+    assert service.call("add", 1).result(10) == 2
