@@ -39,9 +39,11 @@ from typing import Any
 
 from flask import Flask
 
+from flask_executor.config import Config
 from flask_executor.crews import ServiceHandle
-from flask_executor.exceptions import ExecutorShutdown
+from flask_executor.exceptions import ExecutorShutdown, QueueFull
 from flask_executor.executor import Executor
+from flask_executor.exits import leave_in_order
 from flask_executor.logs import logger
 from flask_executor.services import Service, on
 
@@ -240,6 +242,7 @@ class _Resident(Service):
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._tasks: deque[bytes] = deque()
         self._has_asked = False
         self._has_told = False
         pace = self._pace()
@@ -247,10 +250,10 @@ class _Resident(Service):
 
     def setup(self) -> None:
         router = self._worker.msg_router
-        router._send = lambda name, type, body: self.main.send("message", (name, type, body))
+        router._send = lambda *message: self.main.send("message", message)
         tasks = router.task_queue
         if tasks is not None:
-            tasks._tasks = deque()  # those that wait in the main process may have been inherited
+            tasks._tasks = self._tasks  # not those of the main process, which it may have inherited
             tasks._put = lambda task: self.main.send("task", task)
             tasks._is_empty = self._ask
         self.act()
@@ -281,13 +284,14 @@ class _Resident(Service):
     @on("task")
     def task(self, task: bytes) -> bool:
         """Do a task; whether another may come."""
-        tasks = self._worker.msg_router.task_queue
-        assert tasks is not None
-        tasks._tasks.append(task)
+        self._tasks.append(task)
         self.act()
-        if tasks._tasks:
+        if self._worker._exit_flag:
+            while self._tasks:
+                self.main.send("task", self._tasks.popleft())
+        if self._tasks:
             self._has_asked = False  # it does not take each at once: it asks again when it has
-        return not tasks._tasks
+        return not self._tasks
 
     def _ask(self) -> None:
         if not self._has_asked:
@@ -393,8 +397,8 @@ class _Dealer:
     def _give(self, member: _Member, task: _Task) -> None:
         try:
             future = member.handle.call("task", task.data)
-        except ExecutorShutdown:  # it leaves
-            member.task = None
+        except (ExecutorShutdown, QueueFull):  # it leaves, or has too many messages
+            member.asks, member.task = True, None
             self._again.append(task)
         else:
             future.add_done_callback(lambda future: self._done(member, task, future))
@@ -415,6 +419,22 @@ class _Dealer:
             self._again.append(task)
         elif not self._closed:
             logger.error("A task is dropped, as %d workers have died of it: %s", task.crashes, error)
+
+
+class _Runs:
+    """The threads that run a :class:`Main`: a process whose main thread ends waits for them, before workers end."""
+
+    def __init__(self) -> None:
+        self.config = Config.read({}, "")
+        self.threads: set[threading.Thread] = set()
+
+    def leave(self, deadline: float) -> None:
+        """Wait, for as long as it takes."""
+        for thread in self.threads - {threading.current_thread()}:
+            thread.join()
+
+
+_runs = _Runs()
 
 
 class Main:
@@ -443,10 +463,11 @@ class Main:
             self.msg_router.register_task_queue(self.task_queue)
             self._dealer = _Dealer(self.task_queue)
         self._members: dict[Worker, _Member] = {}
-        self._early: list[tuple[str, Hashable, Any]] | None = []  # messages from before run()
+        self._early: list[tuple[_Member, Hashable, Any]] | None = []  # messages from before run()
         self._exit_flag = False
         self._app = _make_app()
         self._executor = Executor(self._app)
+        leave_in_order(_runs)
         self._signals: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not the main thread: the program has to see to signals
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -475,8 +496,7 @@ class Main:
 
     def run(self) -> None:
         """Start the workers, and go on until SIGINT, SIGTERM or :meth:`exit`; then end them."""
-        if threading.current_thread() is not threading.main_thread():
-            self._hold_the_end()
+        _runs.threads.add(threading.current_thread())
         try:
             self._run_workers()
             while not self._exit_flag:
@@ -487,6 +507,7 @@ class Main:
         finally:
             self._exit_workers()
             self._release_signals()
+            _runs.threads.discard(threading.current_thread())
 
     def exit(self) -> None:
         """Have :meth:`run` end, from any thread or message handler."""
@@ -495,32 +516,26 @@ class Main:
 
     def send_exit_msg(self, worker: Worker) -> None:
         """Have one worker leave, after the messages that it has."""
-        self.msg_router.send_message(receiving_object_name=worker.name or "", message_type="exit")
-
-    def _hold_the_end(self) -> None:
-        """Have a process whose main thread is at its end wait for this one, before the executor ends the workers."""
-        for member in self._members.values():
-            member.handle.start()  # the executor registers what it does at the end: what comes last is called first
-        threading._register_atexit(threading.current_thread().join)  # type: ignore[attr-defined]
+        self._post(self._members[worker], "exit", None)
 
     def _run_workers(self) -> None:
         for member in self._members.values():
             member.handle.start()
         early, self._early = self._early or [], None
         for message in early:
-            self._route(*message)
+            self._post(*message)
 
     def _route(self, name: str, type: Hashable, body: Any) -> None:
         receiver = self.msg_router.message_route_d[name]
         if receiver is self:
             self.msg_receiver._inbox.put((type, body))
-        elif self._early is not None:
-            self._early.append((name, type, body))
         elif isinstance(receiver, Worker):
             self._post(self._members[receiver], type, body)
 
     def _post(self, member: _Member, type: Hashable, body: Any) -> None:
-        if member.stopper is None:  # or it would be started again
+        if self._early is not None:
+            self._early.append((member, type, body))
+        elif member.stopper is None:  # or it would be started again
             with contextlib.suppress(ExecutorShutdown):
                 member.handle.send("message", (type, body))
 
