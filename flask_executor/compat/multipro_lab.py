@@ -332,7 +332,34 @@ class _Member:
         self.asks = False
         self.task: _Task | None = None
         self.stopper: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._early: list[tuple[Hashable, Any]] | None = []  # messages from before the start
+        self._lock = threading.RLock()  # a signal handler may send in the middle
+
+    def start(self) -> None:
+        """Start the process."""
+        with self._lock:
+            self.handle.start()
+            early, self._early = self._early or [], None
+            for message in early:
+                self.handle.send("message", message)
+
+    def send(self, type: Hashable, body: Any) -> None:
+        """Send a message; not to one that has left, which would be started again."""
+        with self._lock:
+            if self._early is not None:
+                self._early.append((type, body))
+            elif self.stopper is None:
+                self.handle.send("message", (type, body))
+
+    def call(self, task: _Task) -> Future[bool]:
+        """Have a task done.
+
+        :raises ExecutorShutdown: when it has left.
+        """
+        with self._lock:
+            if self.stopper is not None:
+                raise ExecutorShutdown
+            return self.handle.call("task", task.data)
 
     def stop(self, timeout: float) -> threading.Thread:
         """Begin to end the process, by force after so many seconds; the thread that waits for it."""
@@ -396,7 +423,7 @@ class _Dealer:
 
     def _give(self, member: _Member, task: _Task) -> None:
         try:
-            future = member.handle.call("task", task.data)
+            future = member.call(task)
         except (ExecutorShutdown, QueueFull):  # it leaves, or has too many messages
             member.asks, member.task = True, None
             self._again.append(task)
@@ -463,7 +490,6 @@ class Main:
             self.msg_router.register_task_queue(self.task_queue)
             self._dealer = _Dealer(self.task_queue)
         self._members: dict[Worker, _Member] = {}
-        self._early: list[tuple[_Member, Hashable, Any]] | None = []  # messages from before run()
         self._exit_flag = False
         self._app = _make_app()
         self._executor = Executor(self._app)
@@ -516,34 +542,25 @@ class Main:
 
     def send_exit_msg(self, worker: Worker) -> None:
         """Have one worker leave, after the messages that it has."""
-        self._post(self._members[worker], "exit", None)
+        self._members[worker].send("exit", None)
 
     def _run_workers(self) -> None:
         for member in self._members.values():
-            member.handle.start()
-        early, self._early = self._early or [], None
-        for message in early:
-            self._post(*message)
+            member.start()
 
     def _route(self, name: str, type: Hashable, body: Any) -> None:
         receiver = self.msg_router.message_route_d[name]
         if receiver is self:
             self.msg_receiver._inbox.put((type, body))
         elif isinstance(receiver, Worker):
-            self._post(self._members[receiver], type, body)
-
-    def _post(self, member: _Member, type: Hashable, body: Any) -> None:
-        if self._early is not None:
-            self._early.append((member, type, body))
-        elif member.stopper is None:  # or it would be started again
-            with contextlib.suppress(ExecutorShutdown):
-                member.handle.send("message", (type, body))
+            self._members[receiver].send(type, body)
 
     def _exit_workers(self) -> None:
         if self._dealer is not None:
             self._dealer.close()
         for member in self._members.values():
-            self._post(member, "exit", None)
+            with contextlib.suppress(QueueFull):  # it is ended all the same
+                member.send("exit", None)
         for stopper in [member.stop(self.exit_timeout) for member in self._members.values()]:
             stopper.join()
         self._executor.shutdown()
