@@ -148,7 +148,9 @@ class Desk:
         try:
             if leader is None:
                 raise ExecutorShutdown("the app is gone")
-            if errand.verb == "status":
+            if errand.verb == "ready":
+                visitor.send(Kind.RESULT, pickle_parts(None), number)
+            elif errand.verb == "status":
                 visitor.send(Kind.RESULT, pickle_parts(leader.local_status(errand.service)), number)
             else:
                 self._do_with(leader.crew(errand.service), visitor, number, errand)

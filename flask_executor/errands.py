@@ -25,7 +25,7 @@ class Errand(Message):
     What the leader does not do now it gives back.
     """
 
-    #: ``call``, ``send``, ``broadcast``, ``leave``, ``kill``, ``status``, ``close``.
+    #: ``call``, ``send``, ``broadcast``, ``leave``, ``kill``, ``status``, ``ready``, ``close``.
     verb: str
     service: str
     #: Of the message.

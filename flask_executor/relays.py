@@ -66,6 +66,7 @@ class Relay(Backend):
         self._waiting: deque[PreparedCall | Errand] = deque()
         self._sent: dict[int, SentCall] = {}
         self._numbers = count(1)
+        self._question: int | None = None  # the number of one that the leader has not answered
         self._not_before = 0.0  # when to send again what came back (monotonic)
         self._wakes, self._wake_up = map(not_for_children, socket.socketpair())
         self._wake_up.setblocking(False)
@@ -160,12 +161,18 @@ class Relay(Backend):
 
     def drain(self, timeout: float) -> None:
         """Wait until the leader has got all, and has answered; at most so many seconds."""
+        deadline = time.monotonic() + timeout
         with self._lock:
-            self._emptied.wait_for(self._is_empty, timeout)
+            while self._emptied.wait_for(self._is_empty, max(0.0, deadline - time.monotonic())) and self._talk:
+                # The last messages may be given back yet: an answer to this comes behind them.
+                number = self._question = next(self._numbers)
+                self._talk.send(Kind.MESSAGE, pickle_parts(Errand("ready", "", "", b"")), number)
+                self._emptied.wait_for(lambda: self._question is None, max(0.0, deadline - time.monotonic()))
+                if self._is_empty() or time.monotonic() > deadline:
+                    return
 
     def _is_empty(self) -> bool:
-        talk = self._talk
-        return not (self._sent or self._waiting or self._returned or (talk is not None and talk.wire.pending))
+        return not (self._sent or self._waiting or self._returned)
 
     def end(self) -> None:
         """Take in nothing more, and have the thread end."""
@@ -235,6 +242,8 @@ class Relay(Backend):
 
     def _hear_of(self, number: int, kind: int, body: bytes) -> None:
         with self._lock:
+            if number == self._question:
+                self._question = None
             sent = self._sent.get(number)
             if sent is None or not sent.begin():  # it was cancelled
                 self._sent.pop(number, None)
@@ -264,7 +273,7 @@ class Relay(Backend):
 
     def _hang_up(self) -> None:
         with self._lock:
-            self._talk = None
+            self._talk = self._question = None
             self._not_before = 0.0
             sent = list(self._sent.values())
             self._sent.clear()
