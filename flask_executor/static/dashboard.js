@@ -245,7 +245,9 @@ function showOverview({ counts, sampled, functions, health, workers }) {
   const [good, failed] = [of("succeeded"), of(...FAILED)];
   const share = (part) => (good + failed ? say("share", { percent: rate(part, good + failed) }) : "\u00a0");
   tiles.fill("running", number.format(of("running")));
-  tiles.fill("running_note", health.workers ? say("busy_workers", health) : "\u00a0");
+  // Workers are those of the process that answers; with a shared store others may run jobs.
+  const alone = health.workers && of("running") <= health.busy;
+  tiles.fill("running_note", alone ? say("busy_workers", health) : "\u00a0");
   tiles.fill("queued", number.format(of("queued")));
   tiles.fill("queued_note", health.oldest_wait ? say("oldest_wait", { time: short(health.oldest_wait) }) : "\u00a0");
   tiles.fill("succeeded", number.format(good));
