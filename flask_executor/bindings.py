@@ -32,7 +32,7 @@ from flask_executor.exits import leave_in_order
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name
 from flask_executor.inherited import forking
-from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
+from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.pending import Retries, Unfinished
@@ -454,6 +454,13 @@ class Binding(JobChannel):
                 self._force_after(self.config.stop_grace if grace is None else grace, call, attempt)
                 return True
         return False
+
+    def deliver(self, future: Future[Any], message: JobMessage) -> bool:
+        call = self.unfinished.get(future)
+        if call is None or call.job.status.ended:
+            return False
+        (call.backend or self.backend).deliver(call, message)
+        return True
 
     def out_of_time(self, call: PreparedCall, attempt: int) -> None:
         if self._ask_to_leave(call, attempt, JobStatus.TIMED_OUT):

@@ -17,7 +17,7 @@ from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.handles import Task, WorkerHandle
 from flask_executor.jobs import JobStatus
 from flask_executor.logs import logger
-from flask_executor.messages import Broadcast, Message
+from flask_executor.messages import Broadcast, Message, Told
 from flask_executor.queues import PriorityQueue
 
 _AHEAD = 8  # calls that a worker is given beyond the one it runs
@@ -106,6 +106,16 @@ class Dispatcher:
             task = self._tasks.get(id)
             if task is not None and task.worker is not None and task.call.job.attempt == attempt:
                 task.worker.leave(task, reason)
+
+    def deliver(self, message: Told) -> None:
+        """Send a message to a job; it is kept until that begins."""
+        with self._lock:
+            task = self._tasks.get(message.id)
+            if task is not None:
+                task.mail.append(message)
+                if task.begun and task.worker is not None:
+                    self._say(task.worker, message)
+                    self._wake_up()  # to send on the rest
 
     def kill(self, id: str, attempt: int) -> None:
         """End this attempt of a job by force, and nothing else."""
@@ -346,6 +356,8 @@ class Dispatcher:
 
     def _give(self, worker: WorkerHandle, task: Task) -> None:
         worker.give(task)
+        if task.begun:
+            self._send_mail(task, worker)
         if worker.wire.pending or (self._unhurried and len(worker.tasks) > 1):
             self._wake_up()  # to send on the rest; to look after what waits behind a job
 
@@ -353,7 +365,13 @@ class Dispatcher:
         """A worker begins with the task, or has begun; False when it was cancelled."""
         if not task.begun:
             task.begun = task.call.begin()
+            if task.begun and task.worker is not None:
+                self._send_mail(task, task.worker)
         return task.begun
+
+    def _send_mail(self, task: Task, worker: WorkerHandle) -> None:
+        for message in task.mail:
+            self._say(worker, message)
 
     def _claim_all(self, worker: WorkerHandle) -> None:
         """What is in the worker's list has begun, or ended even, as nothing could be taken back."""

@@ -15,7 +15,7 @@ from flask_executor.abc import PreparedCall
 from flask_executor.inherited import forking, not_a_child, not_for_children
 from flask_executor.jobs import JobStatus
 from flask_executor.lines import Calls, Wire, packet_pair
-from flask_executor.messages import Leave
+from flask_executor.messages import Leave, Told
 from flask_executor.timer import Appointment, timer
 from flask_executor.worker import WorkerSettings, main
 
@@ -23,7 +23,7 @@ from flask_executor.worker import WorkerSettings, main
 class Task:
     """A call on its way: in the queue, or in the list of one worker."""
 
-    __slots__ = ("begun", "call", "id", "killed", "number", "parts", "told", "worker")
+    __slots__ = ("begun", "call", "id", "killed", "mail", "number", "parts", "told", "worker")
 
     def __init__(self, call: PreparedCall, parts: list[bytes]) -> None:
         self.call = call
@@ -37,6 +37,8 @@ class Task:
         self.killed = False
         #: Which of the calls of its worker it is.
         self.number = 0
+        #: The messages for its job.
+        self.mail: list[Told] = []
         #: What its worker was told last: the attempt, and why it has to leave.
         self.told: tuple[int, JobStatus] | None = None
 

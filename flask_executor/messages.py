@@ -42,6 +42,15 @@ class Leave(Message):
 
 
 @dataclass(slots=True)
+class Told(Message):
+    """To the worker: a message for the job with this id, which it runs or is about to."""
+
+    id: str
+    #: A JobMessage, pickled.
+    data: bytes
+
+
+@dataclass(slots=True)
 class Broadcast(Message):
     """To every worker of a service: something to do before the calls that are given out from now on."""
 

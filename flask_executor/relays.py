@@ -17,7 +17,7 @@ from flask_executor.abc import Backend, PreparedCall
 from flask_executor.errands import WELCOME, Errand, Leader, Talk
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.inherited import not_for_children
-from flask_executor.jobs import JobStatus
+from flask_executor.jobs import JobMessage, JobStatus
 from flask_executor.lines import Wire, pickle_parts
 from flask_executor.logs import logger
 from flask_executor.messages import Kind
@@ -142,6 +142,9 @@ class Relay(Backend):
         if self._talk is not None:
             errand = Errand(verb, sent.call.args[0], "", b"")
             self._talk.send(Kind.MESSAGE, pickle_parts(errand), number)
+
+    def deliver(self, call: PreparedCall, message: JobMessage) -> None:
+        raise RuntimeError("messages cannot be sent to a call of a service that another process looks after")
 
     def aside(self, fn: Callable[[], object]) -> None:
         self.callbacks.run(fn)

@@ -30,12 +30,24 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from flask_executor.apps import import_app
 from flask_executor.control import RunningJob, running_job
-from flask_executor.helpers import safe_repr
+from flask_executor.helpers import describe_error, safe_repr
 from flask_executor.inherited import die_with, let_go, let_go_of_engines, own_process_group
 from flask_executor.jobs import LiveJob
 from flask_executor.lines import IncomingCalls, Wire, pickle_parts
-from flask_executor.logs import know_jobs
-from flask_executor.messages import Broadcast, Dropped, Kind, Leave, Logged, Message, NotReady, Progressed, Ready, Up
+from flask_executor.logs import know_jobs, logger
+from flask_executor.messages import (
+    Broadcast,
+    Dropped,
+    Kind,
+    Leave,
+    Logged,
+    Message,
+    NotReady,
+    Progressed,
+    Ready,
+    Told,
+    Up,
+)
 from flask_executor.runner import pack_error, run_packed
 
 if TYPE_CHECKING:
@@ -43,6 +55,7 @@ if TYPE_CHECKING:
 
 _INTERVAL = 0.05  # seconds between two reports of progress
 _IGNORED = (signal.SIGTERM, signal.SIGINT)
+_MOST_EARLY = 16  # jobs that are not here yet, and have messages
 _BACKLOG = 1000  # frames that wait to be sent before log records are dropped
 
 
@@ -146,6 +159,7 @@ class Worker:
         self._lock = threading.Lock()
         self._running: RunningJob | None = None
         self._early: Leave | None = None  # for a job that is not here yet
+        self._mail: dict[str, list[Told]] = {}  # for jobs that are not here yet
 
     def prepare(self, settings: WorkerSettings) -> Flask:
         """Get the app and run the initializers."""
@@ -207,6 +221,8 @@ class Worker:
             early = self._early
             if early is not None and (early.id, early.attempt) == (job.id, job.attempt):
                 running.leave(early.reason)
+            for message in self._mail.pop(job.id, ()):
+                _post(running, message)
         return running
 
     def listen(self, control: Wire) -> None:
@@ -232,10 +248,22 @@ class Worker:
                 message = pickle.loads(body)
                 if isinstance(message, Leave):
                     self._leave(message)
+                elif isinstance(message, Told):
+                    self._told(message)
                 elif self._resident is not None:
                     self._resident.hear(message)
         except EOFError:
             _die_with_what_was_started()
+
+    def _told(self, message: Told) -> None:
+        with self._lock:
+            running = self._running
+            if running is not None and running.id == message.id:
+                _post(running, message)
+                return
+            self._mail.setdefault(message.id, []).append(message)
+            if len(self._mail) > _MOST_EARLY:  # what came too late, for jobs that had ended
+                del self._mail[next(iter(self._mail))]
 
     def _leave(self, message: Leave) -> None:
         with self._lock:
@@ -243,6 +271,13 @@ class Worker:
             running = self._running
             if running is not None and (running.id, running.attempt) == (message.id, message.attempt):
                 running.leave(message.reason)
+
+
+def _post(running: RunningJob, message: Told) -> None:
+    try:
+        running.post(pickle.loads(message.data))
+    except Exception as error:  # whatever a foreign __reduce__ or an import leads to
+        logger.error("A message for job %s cannot be rebuilt: %s", running.name, describe_error(error))
 
 
 def _die_with_what_was_started() -> NoReturn:
@@ -399,10 +434,10 @@ def forward_logs(outbox: Outbox) -> None:
     forward = _Forward(outbox)
     root = logging.getLogger()
     root.handlers = [forward]
-    for logger in list(logging.root.manager.loggerDict.values()):
-        if isinstance(logger, logging.Logger) and logger.handlers:
+    for each in list(logging.root.manager.loggerDict.values()):
+        if isinstance(each, logging.Logger) and each.handlers:
             # Where it does not propagate to the root it has to be forwarded here.
-            logger.handlers = [] if logger.propagate else [forward]
+            each.handlers = [] if each.propagate else [forward]
 
 
 def _logged(id: str | None, record: logging.LogRecord) -> Logged:

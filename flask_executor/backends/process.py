@@ -13,8 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
 from flask_executor.exceptions import ConfigError
 from flask_executor.handles import Task
-from flask_executor.jobs import JobStatus
-from flask_executor.runner import PlainCall, pack_call
+from flask_executor.jobs import JobMessage, JobStatus
+from flask_executor.messages import Told
+from flask_executor.runner import PlainCall, pack_call, pickled
 from flask_executor.supervisor import Supervisor, Tenancy
 
 P = ParamSpec("P")
@@ -74,6 +75,10 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     def kill(self, call: PreparedCall, attempt: int) -> None:
         self._dispatcher.kill(call.job.id, attempt)
+
+    def deliver(self, call: PreparedCall, message: JobMessage) -> None:
+        data = pickled(message, f"The message for job {call.job.name}")
+        self._dispatcher.deliver(Told(call.job.id, b"".join(data)))
 
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)
