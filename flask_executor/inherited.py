@@ -65,7 +65,7 @@ def _begin_worker(life: socket.socket) -> None:
         # multiprocessing closes it, which waits for ever for a thread that was reading it in the parent. It is kept:
         # to be thrown away is to be closed.
         _inherited_stdin = sys.stdin
-        sys.stdin = Path(os.devnull).open()
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115
 
 
 _inherited_stdin: object = None

@@ -165,9 +165,10 @@ class Worker:
         for initialize in settings.initializers:
             with app.app_context():
                 initialize()
+            self._outbox.leave_child(Kind.RESULT)
         if self._resident is not None:
             self._resident.move_in(app, self._outbox.say, self._outbox.leave_child)
-        self._outbox.leave_child(Kind.RESULT)
+            self._outbox.leave_child(Kind.RESULT)
         return app
 
     def work(self, app: Flask) -> None:
