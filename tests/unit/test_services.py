@@ -462,6 +462,7 @@ def test_workers_that_fail_together_count_once(
 
 def test_workers_that_die_together_count_once(forked: Executor) -> None:
     counter = make(forked, workers=3)
+    counter.start()
     assert wait_until(lambda: counter.status().ready == 3)
     for pid in counter.status().pids:
         os.kill(pid, signal.SIGKILL)
@@ -513,14 +514,15 @@ def test_a_worker_that_is_forked_while_a_thread_reads_the_standard_input(
     reading, writing = os.pipe()
     with os.fdopen(reading) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        thread = threading.Thread(target=stdin.read)
+        thread = threading.Thread(target=stdin.readline)
         thread.start()
         time.sleep(0.05)  # until it is in the system call, which nothing tells
         try:
             assert make(forked).call("add", 1).result(10) == 2
         finally:
-            os.close(writing)
+            os.write(writing, b"\n")  # its end is open in the worker too
             thread.join()
+            os.close(writing)
 
 
 def test_dead_workers_leave_no_descriptors(forked: Executor) -> None:
@@ -612,6 +614,7 @@ def test_stop_handles_what_stands_behind_a_crash(forked: Executor, tmp_path: Pat
 
 def test_slow_messages_are_shared(forked: Executor) -> None:
     counter = make(forked, workers=2)
+    counter.start()
     assert wait_until(lambda: counter.status().ready == 2)
     begin = time.monotonic()
     for _ in range(30):
