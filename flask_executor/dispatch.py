@@ -58,6 +58,7 @@ class Dispatcher:
         self._levels = False  # whether there ever was a priority other than 0
         self._unhurried = True  # whether the supervisor may sleep until something happens
         self.closing = False
+        self._ended = False
         #: Messages that were sent to all workers.
         self.broadcasts = 0
 
@@ -66,10 +67,10 @@ class Dispatcher:
     def add(self, task: Task) -> None:
         """Take in a call.
 
-        :raises ExecutorShutdown: after :meth:`close`.
+        :raises ExecutorShutdown: after :meth:`close`; for one that nobody waits for after :meth:`give_up`.
         """
         with self._lock:
-            if self.closing:
+            if self._ended if task.unattended else self.closing:
                 raise ExecutorShutdown("cannot schedule new futures after shutdown")
             priority = task.call.priority
             waiting = len(self._queue)
@@ -214,7 +215,7 @@ class Dispatcher:
                 if not worker.is_up and worker.since < late - _START_LIMIT:
                     logger.error("Worker process %s is killed: it hung while it was starting.", worker.process.pid)
                     worker.kill()
-            self._hand_out()
+            self._hand_out(tending=True)
             if self.closing and not self._tasks:
                 for worker in self._workers:
                     if not worker.retired:
@@ -279,21 +280,42 @@ class Dispatcher:
             self._workers.remove(worker)
             if worker in self._idle:
                 self._idle.remove(worker)
-            for task in worker.tasks:
+            tasks = list(worker.tasks)
+            worker.tasks.clear()
+            for task in tasks:
+                task.worker = None
                 self._tasks.pop(task.id, None)
             worker.close()
             self._hand_out()
-            return [task for task in worker.tasks if task.begun]
+            return [task for task in tasks if task.begun]
 
-    def pop_oldest(self) -> Task | None:
-        """Take the first call out of the queue, claimed; None when there is none."""
+    def pop_oldest(self) -> list[Task]:
+        """Take the first call out of the queue, claimed, if there is one."""
         with self._lock:
             while self._queue:
                 task = self._queue.pop()
                 del self._tasks[task.id]
                 if self._claim(task):
-                    return task
-            return None
+                    return [task]
+            return []
+
+    def pop_attended(self) -> list[Task]:
+        """Take all calls out of the queue that somebody waits for, claimed."""
+        with self._lock:
+            attended: list[Task] = []
+            for task in self._queue.clear():
+                if task.unattended:
+                    self._queue.push(task, task.call.priority)
+                else:
+                    del self._tasks[task.id]
+                    attended.append(task)
+            return [task for task in attended if self._claim(task)]
+
+    @property
+    def is_served(self) -> bool:
+        """Whether there is a worker that takes calls."""
+        with self._lock:
+            return any(worker.ready and not worker.retired for worker in self._workers)
 
     def give_up(self) -> tuple[list[Task], list[WorkerHandle]]:
         """End: all workers are killed.
@@ -301,7 +323,7 @@ class Dispatcher:
         :return: the calls of which nothing will come, claimed, and the workers.
         """
         with self._lock:
-            self.closing = True
+            self.closing = self._ended = True
             tasks, workers = list(self._tasks.values()), list(self._workers)
             self._tasks.clear()
             self._queue.clear()
@@ -311,8 +333,11 @@ class Dispatcher:
 
     # ---- under the lock ----
 
-    def _hand_out(self) -> None:
-        """Give what is in the queue to workers that have room."""
+    def _hand_out(self, *, tending: bool = False) -> None:
+        """Give what is in the queue to workers that have room.
+
+        :param tending: whether the supervisor is in :meth:`tend`, and need not be woken to start workers.
+        """
         queue = self._queue
         while queue:
             if self._idle:
@@ -324,7 +349,8 @@ class Dispatcher:
                 else:  # a plain future that was cancelled
                     del self._tasks[task.id]
             elif len(self._workers) < self._max_workers:
-                self._wake_up()  # to start one more
+                if not tending:
+                    self._wake_up()  # to start one more
                 return
             else:
                 ahead = self._with_room(queue.first())

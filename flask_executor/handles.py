@@ -23,10 +23,12 @@ from flask_executor.worker import WorkerSettings, main
 class Task:
     """A call on its way: in the queue, or in the list of one worker."""
 
-    __slots__ = ("begun", "call", "id", "killed", "mail", "number", "parts", "told", "worker")
+    __slots__ = ("begun", "call", "id", "killed", "mail", "number", "parts", "told", "unattended", "worker")
 
-    def __init__(self, call: PreparedCall, parts: list[bytes]) -> None:
+    def __init__(self, call: PreparedCall, parts: list[bytes], *, unattended: bool = False) -> None:
         self.call = call
+        #: Whether nobody waits for it: it is kept while workers cannot start, and taken in until all has ended.
+        self.unattended = unattended
         #: The call as bytes, one part if it is small.
         self.parts = parts
         self.id = call.job.id
@@ -60,14 +62,14 @@ class WorkerHandle:
         self.process: Any = context.Process(  # type: ignore[attr-defined]
             target=main, args=(settings, *there, inside, self._mark), name="flask-executor-worker", daemon=False
         )
-        forking.worker = True
+        forking.worker = there[2]
         try:
             self.process.start()
         except BaseException:
             self._close_lines()
             raise
         finally:
-            forking.worker = False
+            forking.worker = None
             for line in (*there, inside):
                 if line is not None:
                     line.close()

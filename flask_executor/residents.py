@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import pickle
 import socket
 import threading
@@ -13,24 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 from flask_executor.context import call_to_end
 from flask_executor.logs import logger
-from flask_executor.messages import Broadcast, Message, Sent
+from flask_executor.messages import Broadcast, Kind, Message, Sent
 from flask_executor.runner import pickled
 from flask_executor.services import Main, Service, check_handler
 
 if TYPE_CHECKING:
     from flask import Flask
 
-_PLACES = 1 << 24  # messages of a batch, at most; the mark has its number above them
+_PLACES = 1 << 24  # twice the messages of a batch, at most; the mark has its number above them
 
 
-def mark_of(batch: int, message: int) -> int:
-    """What marks that this message (from 1) of this batch has begun."""
-    return batch * _PLACES + message
+def mark_of(batch: int, begun: int, ended: int) -> int:
+    """What marks that so many messages of this batch have begun, and so many ended."""
+    return batch * _PLACES + begun + ended
 
 
-def begun_of(mark: int, batch: int) -> int:
-    """How many messages of this batch have begun."""
-    return mark % _PLACES if mark // _PLACES == batch else 0
+def begun_and_ended(mark: int, batch: int) -> tuple[int, int]:
+    """How many messages of this batch have begun, and how many ended."""
+    steps = mark % _PLACES if mark // _PLACES == batch else 0
+    return (steps + 1) // 2, steps // 2
 
 
 class ServiceResident:
@@ -52,15 +54,18 @@ class ServiceResident:
         self._app: Flask
         self._service: Service
         self._say: Callable[[Message], None]
+        self._leave_child: Callable[[Kind], None]
+        self._outside: contextvars.Context  # of all jobs
 
-    def move_in(self, app: Flask, send: Callable[[Message], None]) -> None:
+    def move_in(self, app: Flask, send: Callable[[Message], None], leave_child: Callable[[Kind], None]) -> None:
         global _resident
         _resident = self
-        self._app, self._say = app, send
+        self._app, self._say, self._leave_child = app, send, leave_child
         with app.app_context():
             service = self._service = self._cls(*self._args)
             service.name, service._send, service.main = self._name, self._post, Main(self._post)
             service.setup()
+        self._outside = contextvars.copy_context()
         now = time.monotonic()
         self._due = {name: now + seconds for name, seconds in service.schedule.items()}
 
@@ -68,12 +73,16 @@ class ServiceResident:
         return max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
 
     def tend(self) -> None:
+        self._tend(idle=True)
+
+    def _tend(self, *, idle: bool) -> None:
         self.catch_up(0)
         now = time.monotonic()
         for name, due in self._due.items():
-            if due <= now:
-                self._due[name] = max(due + self._service.schedule[name], now)
-                self._try(name, self._call, name)
+            seconds = self._service.schedule[name]
+            if due <= now and (idle or seconds > 0):
+                self._due[name] = max(due + seconds, now)
+                self._try(name, self._outside.run, self._call, name)
 
     def hear(self, message: Broadcast) -> None:
         with self._changed:
@@ -96,13 +105,20 @@ class ServiceResident:
             with self._changed:
                 self._changed.wait_for(lambda: self._heard >= number)
         while self._broadcasts:
-            self._try("a message", self.handle_packed, self._broadcasts.popleft())
+            self._try("a message", self._outside.run, self.handle_packed, self._broadcasts.popleft())
 
-    def handle_batch(self, batch: int, messages: list[bytes]) -> None:
-        """Handle messages that nobody waits for."""
-        for number, message in enumerate(messages, 1):
-            self.mark.value = mark_of(batch, number)
+    def handle_batch(self, batch: int, messages: list[bytes], seconds: float) -> int:
+        """Handle messages that nobody waits for, until so many seconds have passed; how many were handled."""
+        end = time.monotonic() + seconds
+        for ended, message in enumerate(messages):
+            if ended and time.monotonic() >= end:
+                return ended
+            self.mark.value = mark_of(batch, ended + 1, ended)
             self._try("a message", self.handle_packed, message)
+            self.mark.value = mark_of(batch, ended + 1, ended + 1)
+            if self._broadcasts or self._due:
+                self._tend(idle=False)
+        return len(messages)
 
     def handle_packed(self, message: bytes) -> Any:
         """What the method returns that handles a message."""
@@ -117,8 +133,9 @@ class ServiceResident:
     def _try(self, what: str, fn: Callable[..., object], *args: object) -> None:
         try:
             fn(*args)
-        except Exception:
+        except BaseException:  # also SystemExit: what comes behind it is not its own
             logger.exception("Service %r: %s failed.", self._name, what)
+        self._leave_child(Kind.RESULT)
 
     def _post(self, to: str | None, type: str, body: object) -> None:
         what = f"The body of message {type!r} from service {self._name!r}"
@@ -137,7 +154,11 @@ def answer(broadcasts: int, message: bytes) -> Any:
     return _resident.handle_packed(message)
 
 
-def deliver(broadcasts: int, batch: int, messages: list[bytes]) -> None:
-    """In a worker: have the service handle messages; their types and bodies, each pickled."""
+def deliver(broadcasts: int, batch: int, messages: list[bytes], seconds: float) -> int:
+    """In a worker: have the service handle messages: their types and bodies, each pickled.
+
+    :param seconds: after which it begins with no other.
+    :return: how many it has handled.
+    """
     _resident.catch_up(broadcasts)
-    _resident.handle_batch(batch, messages)
+    return _resident.handle_batch(batch, messages, seconds)

@@ -65,6 +65,7 @@ from flask_executor.worker import Resident, WorkerSettings, log_levels
 _MOST_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
 _PAUSE = 0.1  # seconds until a worker is started again that should stand; twice as long each time
 _LONGEST_PAUSE = 30.0  # seconds
+_DOUBLINGS = 10  # of the pause that lead to the longest, at least
 _STEADY = 10.0  # seconds after which a worker is taken to have started well
 _LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
 
@@ -136,6 +137,7 @@ class Supervisor:
             cancelled = self.dispatcher.close(cancel_futures=cancel_futures)
             thread = self._thread
             if thread is None:
+                self.dispatcher.give_up()
                 self._close()
         for task in cancelled:
             task.call.future.cancel()
@@ -223,7 +225,10 @@ class Supervisor:
                 self._watch(worker, worker.control, 0)
         if self.dispatcher.done or self._abandoned:
             return False
-        if time.monotonic() >= self._resume:
+        now = time.monotonic()
+        if self.dispatcher.closing:  # somebody waits for the end
+            self._resume = min(self._resume, now + _PAUSE)
+        if now >= self._resume:
             for _ in range(missing):
                 self._hire()
         return True
@@ -245,7 +250,7 @@ class Supervisor:
         try:
             worker = WorkerHandle(self._context, self._settings())
         except Exception as error:  # no memory, no processes, or something that cannot be pickled for it
-            self._start_failed(_not_started(error))
+            self._start_failed(_not_started(error), time.monotonic())
             return
         self.dispatcher.hired(worker)
         self._selector.register(worker.wire, selectors.EVENT_READ, worker)
@@ -312,7 +317,7 @@ class Supervisor:
             logger.warning("%d log records of worker processes came too fast and are gone.", message.count)
         elif isinstance(message, NotReady):
             worker.retired = True
-            self._start_failed(unpack_error(message.error))
+            self._start_failed(unpack_error(message.error), worker.born)
         elif isinstance(message, Up):
             worker.is_up = True
         elif isinstance(message, Ready):
@@ -341,30 +346,37 @@ class Supervisor:
         if len(self.callbacks) < _LOG_BACKLOG:
             self.callbacks.run(lambda: _handle(record))
 
-    def _start_failed(self, error: BaseException) -> None:
-        self._failed_starts += 1
-        if self._tenancy is None:
-            # What it says is told at once; without a word it is tried again.
-            if not isinstance(error, WorkerLost) or self._failed_starts >= _MOST_STARTS:
-                self._fail_oldest(error)
+    def _start_failed(self, error: BaseException, born: float) -> None:
+        """A worker could not start that was started then (monotonic)."""
+        if self._tenancy is not None:
+            self._failed_starts += self._pause(self._tenancy, error, born)
+            if self._failed_starts >= _MOST_STARTS and not self.dispatcher.is_served:
+                self._fail_all(error, self.dispatcher.pop_attended())
+                self._abandoned |= self.dispatcher.closing  # what is left would wait for ever
             return
-        self._pause(self._tenancy, error)
-        if self._failed_starts >= _MOST_STARTS:
-            while self.dispatcher.waiting():
-                self._fail_oldest(error)
+        self._failed_starts += 1
+        # What it says is told at once; without a word it is tried again.
+        if not isinstance(error, WorkerLost) or self._failed_starts >= _MOST_STARTS:
+            self._fail_all(error, self.dispatcher.pop_oldest())
 
-    def _pause(self, tenancy: Tenancy, error: BaseException) -> None:
-        """Start workers again in a while: the longer, the more of them have failed one after the other."""
-        pause = min(_LONGEST_PAUSE, _PAUSE * 2**self._crashes)
-        self._crashes += 1
-        self._resume = time.monotonic() + pause
-        tenancy.failed(error, pause)
+    def _pause(self, tenancy: Tenancy, error: BaseException, born: float) -> bool:
+        """Start workers again in a while: the longer, the more often this was so.
 
-    def _fail_oldest(self, error: BaseException) -> None:
+        :param born: when the worker was started that has failed (monotonic).
+        :return: whether this has begun a pause. Workers that were started before the last one ended fail together.
+        """
+        now = time.monotonic()
+        begins = born >= self._resume
+        if begins:
+            self._resume = now + min(_LONGEST_PAUSE, _PAUSE * 2 ** min(self._crashes, _DOUBLINGS))
+            self._crashes += 1
+        tenancy.failed(error, max(0.0, self._resume - now))
+        return begins
+
+    def _fail_all(self, error: BaseException, tasks: list[Task]) -> None:
         """A worker could not be started: somebody has to be told, or it would be tried for ever."""
-        task = self.dispatcher.pop_oldest()
-        if task is not None:
-            status = JobStatus.LOST if isinstance(error, WorkerLost) else JobStatus.FAILED
+        status = JobStatus.LOST if isinstance(error, WorkerLost) else JobStatus.FAILED
+        for task in tasks:
             task.call.fail(error, status)
 
     def _bury(self, worker: WorkerHandle) -> None:
@@ -390,11 +402,12 @@ class Supervisor:
             return
         if not worker.ready:
             # One that was killed before it got to its first job is nobody's loss, but it must not go on for ever.
-            self._start_failed(WorkerLost(_NO_START, worker.process.pid, exit_code))
+            self._start_failed(WorkerLost(_NO_START, worker.process.pid, exit_code), worker.born)
         elif self._tenancy is not None:
             if time.monotonic() - worker.born > _STEADY:
                 self._crashes = 0
-            self._pause(self._tenancy, WorkerLost("A worker process died.", worker.process.pid, exit_code))
+            died = WorkerLost("A worker process died.", worker.process.pid, exit_code)
+            self._pause(self._tenancy, died, worker.born)
 
     def _finish(self) -> None:
         """Close everything; the last thing that happens."""

@@ -84,8 +84,11 @@ class Resident(Protocol):
     #: Has a ``value``, a number up to 64 bits, that the parent sees too, even when the process was killed.
     mark: Any
 
-    def move_in(self, app: Flask, send: Callable[[Message], None]) -> None:
-        """Get ready. What this raises ends the process."""
+    def move_in(self, app: Flask, send: Callable[[Message], None], leave_child: Callable[[Kind], None]) -> None:
+        """Get ready. What this raises ends the process.
+
+        :param leave_child: to be called after code of the user's; ends a process that this has forked.
+        """
 
     def patience(self) -> float | None:
         """Seconds until :meth:`tend` is to be called unasked; None for as long as nothing happens."""
@@ -176,8 +179,10 @@ class Worker:
         for initialize in settings.initializers:
             with app.app_context():
                 initialize()
+            self._outbox.leave_child(Kind.RESULT)
         if self._resident is not None:
-            self._resident.move_in(app, self._outbox.say)
+            self._resident.move_in(app, self._outbox.say, self._outbox.leave_child)
+            self._outbox.leave_child(Kind.RESULT)
         return app
 
     def work(self, app: Flask) -> None:

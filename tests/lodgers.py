@@ -72,6 +72,19 @@ class Counter(Service):
         if number == 13:
             self.die()
 
+    @on("exit")
+    def exit(self, _: Any = None) -> None:
+        raise SystemExit(3)
+
+    @on("fork")
+    def fork(self, _: Any = None) -> None:
+        os.fork()
+
+    @on("slowly")
+    def note_slowly(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.seen.append("slow")
+
     @on("sleep")
     def sleep(self, seconds: float) -> str:
         current_job.sleep(seconds)
@@ -138,3 +151,46 @@ class Broken(Service):
     @on("hello")
     def hello(self, name: str) -> str:
         return f"hello {name}"
+
+
+class Late(Counter):
+    """Cannot start so many times: raises, or dies without a word."""
+
+    def __init__(self, folder: str, failures: float, dies: bool = False) -> None:
+        super().__init__(folder)
+        self.failures = failures
+        self.dies = dies
+
+    def setup(self) -> None:
+        super().setup()
+        if len((self.folder / "setup").read_text().split()) <= self.failures:
+            if self.dies:
+                self.die()
+            raise LookupError("there is no model")
+
+
+class Forker(Counter):
+    """Forks wherever it can."""
+
+    forks = 0
+
+    def setup(self) -> None:
+        self.fork()
+
+    @every(0.02)
+    def tick(self) -> None:
+        if self.forks < 3:
+            self.forks += 1
+            self.fork()
+
+    @on("forks")
+    def get_forks(self, _: None) -> int:
+        return self.forks
+
+
+class Quitter(Ticker):
+    """Ends itself, again and again."""
+
+    @every(0.02)
+    def quit(self) -> None:
+        self.exit()

@@ -37,15 +37,19 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         self._max_workers = options.max_workers or os.cpu_count() or 1
         self._supervisor = Supervisor(options, self._mp_context, self._max_workers, tenancy)
         self._dispatcher = self._supervisor.dispatcher
+        self._standing = tenancy is not None
         # An app that is thrown away takes its workers along.
         finalizer = weakref.finalize(self, self._supervisor.shutdown, wait=False)
         finalizer.atexit = False
 
     def enqueue(self, call: PreparedCall) -> None:
+        self._enqueue(call)
+
+    def _enqueue(self, call: PreparedCall, *, unattended: bool = False) -> None:
         parts = call.packed or pack_call(call)
         if call.retried:
             call.packed = parts  # the next attempt is the same call, whatever becomes of its arguments meanwhile
-        task = Task(call, parts)
+        task = Task(call, parts, unattended=unattended)
         self._supervisor.start()
         self._dispatcher.add(task)
 
@@ -88,9 +92,12 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         return len(self._supervisor.callbacks) > 0
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
-        """Run a plain function in a worker process, outside of all contexts, as any executor does."""
+        """Run a plain function in a worker process, outside of all contexts, as any executor does.
+
+        Where workers stand it is something that nobody waits for: messages of a service.
+        """
         call = PlainCall(fn, args, kwargs)
-        self.enqueue(call)
+        self._enqueue(call, unattended=self._standing)
         return call.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

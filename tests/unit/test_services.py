@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
-from lodgers import Broken, Counter, Ticker
+from lodgers import Broken, Counter, Forker, Late, Quitter, Ticker
 
 from conftest import MakeExecutor, run_in_threads, wait_until
 from flask_executor import (
@@ -27,6 +31,8 @@ from flask_executor import (
     every,
     on,
 )
+from flask_executor.mailbox import Mailbox
+from flask_executor.residents import begun_and_ended, mark_of
 
 
 @pytest.fixture(params=["fork", "spawn"])
@@ -421,3 +427,269 @@ def test_an_app_that_is_thrown_away_takes_them_along(tmp_path: Path) -> None:
     pid = use()
     gc.collect()
     assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+# ---- workers that cannot start ----
+
+
+def supervisor_of(service: Any) -> Any:
+    return service._services().crew(service.name)._backend._supervisor
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_messages_wait_until_a_worker_can_start(forked: Executor, tmp_path: Path, dies: bool) -> None:
+    late = forked.service(Late, str(tmp_path), 4, dies, per="process")
+    for number in range(20):
+        late.send("note", number)
+    error = late.call("seen").exception(20)
+    assert isinstance(error, WorkerLost if dies else LookupError), "somebody waits for it"
+    assert late.status().waiting == 20
+    assert wait_until(lambda: late.status().ready == 1)
+    assert late.call("seen").result(10) == list(range(20))
+
+
+def test_workers_that_fail_together_count_once(
+    forked: Executor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = forked.service(Late, str(tmp_path), 6, per="process", workers=3)
+    late.send("note", 1)
+    assert late.call("add", 1).result(10) == 2, "six workers, two rounds"
+    assert late.status().failures == 6
+    pauses = caplog.text.count("in 0.1 s."), caplog.text.count("in 0.2 s.")
+    assert sum(pauses) == 6
+    assert pauses[0] >= 3
+
+
+def test_workers_that_die_together_count_once(forked: Executor) -> None:
+    counter = make(forked, workers=3)
+    counter.start()
+    assert wait_until(lambda: counter.status().ready == 3)
+    for pid in counter.status().pids:
+        os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: counter.status().failures == 3)
+    assert supervisor_of(counter)._crashes == 1
+
+
+def test_the_pause_has_a_limit(forked: Executor) -> None:
+    counter = make(forked)
+    pid = counter.call("pid").result(10)
+    supervisor_of(counter)._crashes = 5000
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: "A worker process died" in (counter.status().last_error or ""))
+    assert 25 < supervisor_of(counter)._resume - time.monotonic() <= 30
+
+
+def test_what_waits_in_a_pause_uses_no_time_and_does_not_hold_up_the_end(forked: Executor) -> None:
+    counter = make(forked)
+    pid = counter.call("pid").result(10)
+    supervisor_of(counter)._crashes = 8
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: counter.status().failures == 1)
+    counter.send("note", 1)
+    waiting = counter.call("seen")
+    begin = time.process_time()
+    time.sleep(0.3)  # there is nothing to wait for: that nothing happens is what is measured
+    assert time.process_time() - begin < 0.05
+    counter.stop()
+    assert waiting.result(0) == [1]
+
+
+@pytest.mark.parametrize("failed_before", [False, True])
+def test_the_end_when_no_worker_can_start(
+    forked: Executor, tmp_path: Path, caplog: pytest.LogCaptureFixture, failed_before: bool
+) -> None:
+    late = forked.service(Late, str(tmp_path), float("inf"), per="process")
+    late.send("note", 1)
+    if failed_before:
+        assert wait_until(lambda: late.status().failures == 4)
+    waiting = late.call("seen")
+    late.stop()
+    assert isinstance(waiting.exception(0), LookupError)
+    assert "1 messages for service 'Late' are lost, as it was stopped." in caplog.text
+
+
+def test_a_worker_that_is_forked_while_a_thread_reads_the_standard_input(
+    forked: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        thread = threading.Thread(target=stdin.readline)
+        thread.start()
+        time.sleep(0.05)  # until it is in the system call, which nothing tells
+        try:
+            assert make(forked).call("add", 1).result(10) == 2
+        finally:
+            os.write(writing, b"\n")  # its end is open in the worker too
+            thread.join()
+            os.close(writing)
+
+
+def test_dead_workers_leave_no_descriptors(forked: Executor) -> None:
+    counter = make(forked)
+
+    def descriptors_after(crashes: int) -> int:
+        for _ in range(crashes):
+            supervisor_of(counter)._crashes = 0
+            assert counter.call("die").exception(10)
+        counter.call("pid").result(10)
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    gc.disable()
+    try:
+        assert descriptors_after(4) <= descriptors_after(1)
+    finally:
+        gc.enable()
+
+
+# ---- what handlers do ----
+
+
+def test_handlers_that_exit(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    counter = make(forked)
+    pid = counter.call("pid").result(10)
+    blocked = counter.call("block", 0.1)
+    for number in range(10):
+        counter.send("note", number)
+        counter.send("exit")
+    counter.broadcast("exit")
+    assert counter.call("seen").result(10) == list(range(10))
+    assert blocked.result(0) == "blocked"
+    assert counter.call("pid").result(10) == pid
+    assert caplog.text.count("SystemExit: 3") == 11
+
+
+def test_a_method_of_the_schedule_that_exits(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    quitter = forked.service(Quitter, per="process")
+    assert wait_until(lambda: quitter.call("ticks").result(10) > 5)
+    assert "Service 'Quitter': quit failed." in caplog.text
+    assert quitter.status().failures == 0
+
+
+def test_what_a_service_forks_is_no_second_worker(forked: Executor) -> None:
+    forker = forked.service(Forker, per="process")
+    assert wait_until(lambda: forker.call("forks").result(10) == 3)
+    forker.broadcast("fork")
+    forker.send("fork")
+    for number in range(20):
+        forker.send("note", number)
+    assert forker.call("seen").result(10) == list(range(20))
+    assert len({forker.call("pid").result(10) for _ in range(50)}) == 1
+    pid = forker.status().pids[0]
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    states = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] for child in children]
+    assert states == ["Z"] * 6, "they have ended, and nobody has waited for them"
+
+
+# ---- batches ----
+
+
+def test_a_broadcast_overtakes_the_messages_of_a_batch(forked: Executor) -> None:
+    counter = make(forked)
+    counter.call("pid").result(10)
+    for _ in range(50):
+        counter.send("slowly", 0.01)
+    last = counter.call("seen")
+    assert wait_until(last.running, 0.2) or counter.status().busy
+    counter.broadcast("note", "broadcast")
+    assert last.result(10).index("broadcast") < 25
+
+
+def test_the_schedule_is_kept_in_a_batch(forked: Executor) -> None:
+    ticker = forked.service(Ticker, per="process")
+    ticks = ticker.call("ticks").result(10)
+    for _ in range(50):
+        ticker.send("slowly", 0.01)
+    assert ticker.call("ticks").result(10) - ticks > 10
+
+
+def test_stop_handles_what_stands_behind_a_crash(forked: Executor, tmp_path: Path) -> None:
+    counter = make(forked, str(tmp_path))
+    for number in range(40):
+        counter.send("die if", number)
+    counter.stop()
+    handled = {number: len((tmp_path / f"message {number}").read_text().split()) for number in range(40)}
+    assert handled == {**dict.fromkeys(range(40), 1), 13: 3}
+
+
+def test_slow_messages_are_shared(forked: Executor) -> None:
+    counter = make(forked, workers=2)
+    counter.start()
+    assert wait_until(lambda: counter.status().ready == 2)
+    begin = time.monotonic()
+    for _ in range(30):
+        counter.send("slowly", 0.05)
+    assert wait_until(lambda: counter.status().waiting == 0)
+    assert time.monotonic() - begin < 1.2, "0.75 s in the best case, 1.5 s for one worker"
+
+
+class Post:
+    """A mailbox whose batches are handled by the test."""
+
+    def __init__(self, most_batches: int = 1) -> None:
+        self.sent: list[tuple[Future[int], int, list[bytes]]] = []
+        self.mailbox = Mailbox("Counter", self.submit, lambda: 0, most_batches)
+
+    def submit(self, deliver: Callable[..., int], broadcasts: int, batch: int, messages: list[bytes], _: float) -> Any:
+        future: Future[int] = Future()
+        self.sent.append((future, batch, messages))
+        return future
+
+    def next(self) -> list[bytes]:
+        return self.sent[0][2]
+
+    def die(self, begun: int, ended: int) -> None:
+        future, batch, _ = self.sent.pop(0)
+        error = WorkerLost("It died.")
+        error.mark = mark_of(batch, begun, ended)
+        future.set_exception(error)
+
+    def handle(self, messages: int) -> None:
+        self.sent.pop(0)[0].set_result(messages)
+
+
+def test_the_mark_of_a_message() -> None:
+    for begun, ended in ((0, 0), (1, 0), (1, 1), (2, 1), (2, 2)):
+        assert begun_and_ended(mark_of(7, begun, ended), 7) == (begun, ended)
+        assert begun_and_ended(mark_of(7, begun, ended), 8) == (0, 0)
+
+
+def test_messages_with_the_same_content_are_not_the_same() -> None:
+    post = Post(most_batches=3)
+    for _ in range(3):
+        post.mailbox.put(b"same")
+    for _ in range(3):
+        post.die(1, 0)
+    for _ in range(3):
+        post.die(1, 0)
+    assert len(post.mailbox) == 3, "two workers have died of each"
+    post.die(1, 0)
+    assert len(post.mailbox) == 2
+
+
+def test_a_message_that_was_handled_to_its_end_is_not_sent_again() -> None:
+    post = Post()
+    for message in (b"0", b"1", b"2", b"3"):
+        post.mailbox.put(message)
+    post.die(1, 1)
+    assert post.next() == [b"1", b"2", b"3"]
+    post.die(2, 1)
+    assert post.next() == [b"2", b"3"], "it was in the middle of the second"
+    post.die(2, 2)
+    assert not post.sent
+    assert len(post.mailbox) == 0
+
+
+def test_batches_are_as_long_as_a_worker_has_time_for() -> None:
+    post = Post()
+    for number in range(100):
+        post.mailbox.put(b"%d" % number)
+    post.handle(1)
+    assert post.next() == [b"%d" % number for number in range(1, 9)]
+    post.handle(2)
+    assert post.next() == [b"3", b"4"]
+    post.handle(2)
+    assert len(post.next()) == 4
+    assert len(post.mailbox) == 95
+    post.mailbox.flush()
+    assert [len(messages) for _, _, messages in post.sent] == [4, 91]
