@@ -576,9 +576,12 @@ def test_what_a_service_forks_is_no_second_worker(forked: Executor) -> None:
     assert forker.call("seen").result(10) == list(range(20))
     assert len({forker.call("pid").result(10) for _ in range(50)}) == 1
     pid = forker.status().pids[0]
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    states = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] for child in children]
-    assert states == ["Z"] * 6, "they have ended, and nobody has waited for them"
+
+    def states() -> list[str]:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] for child in children]
+
+    assert wait_until(lambda: states() == ["Z"] * 6), "they have ended, and nobody has waited for them"
 
 
 # ---- batches ----
