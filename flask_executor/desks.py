@@ -157,7 +157,7 @@ class Desk:
         except Exception as error:
             if isinstance(error, ExecutorShutdown) or (isinstance(error, QueueFull) and errand.verb == "send"):
                 visitor.send(Kind.MESSAGE, pickle_parts(errand), number)  # for the next leader, or when there is room
-            elif number:
+            elif errand.verb in ("call", "status"):
                 visitor.send(Kind.ERROR, [pack_error(error)], number)
             else:
                 logger.error("A message for service %r from another process is lost: %s", errand.service, error)

@@ -8,10 +8,11 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import count
+from operator import itemgetter
 
 from flask_executor.abc import Backend, PreparedCall
 from flask_executor.errands import WELCOME, Errand, Leader, Talk
@@ -48,9 +49,9 @@ class SentCall:
 class Relay(Backend):
     """What a process that follows has to say to the leader; a backend for the calls of services.
 
-    Everything is changed under ``_lock``. A call or message is in ``_returned`` (the leader did not want it), or behind
-    those in ``_waiting``, or sent; a call that was sent is in ``_sent`` until it ends. When this process leads itself,
-    ``_here`` is where they go at once.
+    Everything is changed under ``_lock``. A call or message has a number, by which it is told again, and keeps its
+    place, when the leader gives it back. It is in ``_waiting`` (a heap) or sent; a call that was sent is in ``_sent``
+    until it ends. When this process leads itself, ``_here`` is where they go at once.
     """
 
     remote = True
@@ -62,8 +63,7 @@ class Relay(Backend):
         self._emptied = threading.Condition(self._lock)
         self._talk: Talk | None = None
         self._here: Leader | None = None
-        self._returned: deque[PreparedCall | Errand] = deque()
-        self._waiting: deque[PreparedCall | Errand] = deque()
+        self._waiting: list[tuple[int, PreparedCall | Errand]] = []
         self._sent: dict[int, SentCall] = {}
         self._numbers = count(1)
         self._question: int | None = None  # the number of one that the leader has not answered
@@ -91,9 +91,9 @@ class Relay(Backend):
             if self._here is not None:
                 _do_here(item, self._here)
                 return
-            if len(self._waiting) + len(self._returned) >= _MOST_WAITING:
+            if len(self._waiting) >= _MOST_WAITING:
                 raise QueueFull("the way to the process that leads", _MOST_WAITING)
-            self._waiting.append(item)
+            heappush(self._waiting, (next(self._numbers), item))
             self._send_waiting()
 
     def _send_waiting(self) -> None:
@@ -101,19 +101,20 @@ class Relay(Backend):
         talk = self._talk
         if talk is None or time.monotonic() < self._not_before:
             return
-        while (self._returned or self._waiting) and talk.wire.pending < _MOST_UNSENT:
-            item = (self._returned or self._waiting).popleft()
-            errand, number = item if isinstance(item, Errand) else Errand("call", *item.args), 0
+        while self._waiting and talk.wire.pending < _MOST_UNSENT:
+            number, item = heappop(self._waiting)
             if not isinstance(item, Errand):
-                number = next(self._numbers)
                 self._sent[number] = SentCall(item)
-            talk.send(Kind.MESSAGE, pickle_parts(errand), number)
+                item = Errand("call", *item.args)
+            talk.send(Kind.MESSAGE, pickle_parts(item), number)
 
     def withdraw(self, call: PreparedCall) -> bool:
         with self._lock:
-            for items in (self._returned, self._waiting):
-                if call in items:
-                    items.remove(call)
+            waiting = [(number, item) for number, item in self._waiting if item is not call]
+            if len(waiting) < len(self._waiting):
+                heapify(waiting)
+                self._waiting = waiting
+                return True
             number, sent = self._find(call)
             if sent is None:
                 return True
@@ -175,7 +176,7 @@ class Relay(Backend):
                     return
 
     def _is_empty(self) -> bool:
-        return not (self._sent or self._waiting or self._returned)
+        return not (self._sent or self._waiting)
 
     def end(self) -> None:
         """Take in nothing more, and have the thread end."""
@@ -186,8 +187,7 @@ class Relay(Backend):
     def close(self) -> None:
         """Give up what was not sent, and close what is open. The thread has ended."""
         with self._lock:
-            items = [*self._returned, *self._waiting]
-            self._returned.clear()
+            items = [item for _, item in self._waiting]
             self._waiting.clear()
         messages = sum(isinstance(item, Errand) for item in items)
         if messages:
@@ -211,7 +211,7 @@ class Relay(Backend):
                 selector.register(self._wakes, selectors.EVENT_READ)
                 while not self._closed:
                     selector.modify(wire, talk.events())
-                    for key, events in selector.select(_AGAIN if self._returned or self._waiting else None):
+                    for key, events in selector.select(_AGAIN if self._waiting else None):
                         if key.fileobj is self._wakes:
                             self._wakes.recv(4096)
                         elif events & selectors.EVENT_WRITE:
@@ -269,9 +269,9 @@ class Relay(Backend):
             if errand.verb == "close":
                 self._talk = None
             elif errand.verb in ("send", "broadcast"):
-                self._returned.append(errand)
+                heappush(self._waiting, (number, errand))
             elif sent is not None:
-                self._returned.append(sent.call)
+                heappush(self._waiting, (number, sent.call))
         return errand.verb == "close"
 
     def _hang_up(self) -> None:
@@ -279,8 +279,10 @@ class Relay(Backend):
             self._talk = self._question = None
             self._not_before = 0.0
             sent = list(self._sent.values())
+            for number, one in self._sent.items():
+                if not one.begun:
+                    heappush(self._waiting, (number, one.call))
             self._sent.clear()
-            self._returned.extend(one.call for one in sent if not one.begun)
             self._emptied.notify_all()
         for one in sent:
             if one.begun:
@@ -290,7 +292,7 @@ class Relay(Backend):
     def lead(self, leader: Leader) -> None:
         """This process leads now: what waits is for its own workers, and so is what comes."""
         with self._lock:
-            for item in (*self._returned, *self._waiting):
+            for _, item in sorted(self._waiting, key=itemgetter(0)):
                 try:
                     _do_here(item, leader)
                 except Exception as error:
@@ -298,7 +300,6 @@ class Relay(Backend):
                         logger.error("A message for service %r is lost: %s", item.service, error)
                     elif item.begin():
                         item.fail(error)
-            self._returned.clear()
             self._waiting.clear()
             self._here = leader
             self._emptied.notify_all()
