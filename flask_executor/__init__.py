@@ -24,6 +24,7 @@ from flask_executor.executor import Executor, ExecutorJob
 from flask_executor.flow import Flow
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.jobs import Job, JobStatus, LogLine
+from flask_executor.services import Service, every, on
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 
 __all__ = [
@@ -49,15 +50,18 @@ __all__ = [
     "RemoteTraceback",
     "ResultExpired",
     "ResultTooLarge",
+    "Service",
     "StoreUnavailable",
     "UntrustedResult",
     "WorkerLost",
     "checkpoint",
     "current_job",
+    "every",
     "job_failed",
     "job_finished",
     "job_queued",
     "job_started",
+    "on",
     "track",
 ]
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
+from flask_executor.services import ServiceStatus
 
 if TYPE_CHECKING:
     import weakref
@@ -70,6 +71,9 @@ class PreparedCall(Protocol):
 
     def run(self, *unused: object) -> None:
         """Run it here and now, in its contexts, and settle its future. Never raises."""
+
+    def post(self, message: JobMessage) -> None:
+        """Give a message to its job: where :meth:`run` runs it, or will."""
 
     def wake(self) -> None:
         """It may have to leave: where :meth:`run` runs it, wake it from its sleep."""
@@ -146,6 +150,13 @@ class Backend(concurrent.futures.Executor):
     def kill(self, call: PreparedCall, attempt: int) -> None:
         """End this attempt of a running call by force, and nothing else; without ``supports_kill`` if that goes."""
         call.interrupt(attempt)
+
+    def deliver(self, call: PreparedCall, message: JobMessage) -> None:
+        """Send a message to a call that has not ended.
+
+        :raises NotPicklable: for one that cannot be sent to where the call runs.
+        """
+        call.post(message)
 
     def aside(self, fn: Callable[[], object]) -> None:
         """Run code of the user's that must not hold up the backend: callbacks and receivers of signals.
@@ -442,6 +453,10 @@ class JobChannel(abc.ABC):
         """Stop the job of this future; False when it has ended."""
 
     @abc.abstractmethod
+    def deliver(self, future: concurrent.futures.Future[Any], message: JobMessage) -> bool:
+        """Send a message to the job of this future; False when it has ended."""
+
+    @abc.abstractmethod
     def withdraw(self, future: concurrent.futures.Future[Any]) -> bool:
         """Give up the call of this future if it has not started; False when it has."""
 
@@ -464,6 +479,10 @@ class WorkerState:
     busy: bool
     #: The id of that; None where several run.
     job: str | None = None
+    #: Whether it is ready for a job.
+    ready: bool = True
+    #: The name of the service that lives in it; None for one that runs jobs.
+    service: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -482,3 +501,5 @@ class Health:
     store_reachable: bool
     #: Whether jobs are accepted: not shut down.
     accepting: bool
+    #: The services of the app, whichever process looks after them.
+    services: tuple[ServiceStatus, ...] = ()

@@ -15,20 +15,29 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
-from flask_executor.abc import Backend, Health, JobChannel, JobRecords, PreparedCall, WorkerState
-from flask_executor.context import IN_PLACE, CapturedContext, call_to_end, current_app_or_none, is_one_of_many
+from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
+from flask_executor.context import (
+    IN_PLACE,
+    NO_CONTEXT,
+    CapturedContext,
+    call_to_end,
+    current_app_or_none,
+    is_one_of_many,
+)
 from flask_executor.control import RunningJob, running_job
+from flask_executor.crews import Services
 from flask_executor.documents import describe_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
 from flask_executor.exits import leave_in_order
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name
 from flask_executor.inherited import forking
-from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
+from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.pending import Retries, Unfinished
 from flask_executor.runner import Call, Chunk
+from flask_executor.serial import callbacks_of_this_thread
 from flask_executor.sharing import open_ledger
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.streams import Places
@@ -71,6 +80,7 @@ class Binding(JobChannel):
         self._warned = False
         self._retries = Retries()
         self.initializers = initializers
+        self.services = self._make_services()
         self._set_config(config)
         know_jobs(running_job)
 
@@ -92,6 +102,8 @@ class Binding(JobChannel):
         if config == self.config and not self._closed:
             return
         with self._lock:
+            if self._closed:
+                self.services = self._make_services()
             self._set_config(config)
             backend, self._backend = self._backend, None
         if backend is not None:
@@ -111,6 +123,29 @@ class Binding(JobChannel):
                         backend.shutdown()
                     self._backend = backend
         return backend
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells the app, and this executor of it, from others on this machine."""
+        app = self.app
+        return (self.name, self.config.store, None if app is None else (app.name, app.root_path, app.instance_path))
+
+    def leave_in_order(self) -> None:
+        """See to it that jobs and services end before the process does."""
+        leave_in_order(self)
+
+    def start_services(self, sender: object, **_: object) -> None:
+        """A request has come: this process is one that serves, and no reloader or master."""
+        try:
+            self.services.start()
+        except Exception:  # the request is not to blame, and whoever uses a service gets it as well
+            logger.exception("The services cannot be started.")
+
+    def _make_services(self) -> Services:
+        return Services(self, self._service_options, self._executor.services, self._executor.handlers)
+
+    def _service_options(self) -> BackendOptions:
+        return self.config.backend_options(self._app, self.initializers)
 
     @property
     def app(self) -> Flask | None:
@@ -166,6 +201,11 @@ class Binding(JobChannel):
             with there.looked_at():  # by whoever has called this, and gets what it raises
                 call.run()
         return there
+
+    def call(self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: Args) -> FutureProxy[Any]:
+        """Start a job of a service, without contexts, on the backend of that."""
+        call = self._prepare(NO_CONTEXT, options, fn, args, {}, None, apart=True)
+        return self._start(call, backend)
 
     def find(self, options: JobOptions) -> FutureProxy[Any] | None:
         """The job under the key in the options; None when one would be started now."""
@@ -237,8 +277,10 @@ class Binding(JobChannel):
         args: Args,
         kwargs: Kwargs,
         limit: int | None,
+        *,
+        apart: bool = False,
     ) -> Call[FutureProxy[Any]]:
-        if self._closed:
+        if self._closed and not apart:  # jobs that go on when the process ends may still use services
             raise ExecutorShutdown(
                 "cannot schedule new futures after shutdown: this executor was shut down in this process"
             )
@@ -251,7 +293,7 @@ class Binding(JobChannel):
             job.meta = dict(options.meta)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
-        if not self.unfinished.add(call, limit):
+        if not self.unfinished.add(call, limit, apart=apart):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
 
@@ -261,7 +303,7 @@ class Binding(JobChannel):
             return None
         return self.backend.capacity + pending
 
-    def _start(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any]:
+    def _start(self, call: Call[FutureProxy[Any]], backend: Backend | None = None) -> FutureProxy[Any]:
         future = call.future
         try:
             self.ledger.add(call)
@@ -270,7 +312,7 @@ class Binding(JobChannel):
                     future.add_done_callback(callback)
             if job_queued.receivers:
                 self._send(job_queued, call.job.record())
-            call.backend = self.backend
+            call.backend = backend or self.backend
             call.backend.enqueue(call)
         except BaseException as error:
             self._refuse(future, error)
@@ -288,11 +330,15 @@ class Binding(JobChannel):
 
     def crew(self) -> Sequence[WorkerState]:
         """The workers of this process: worker processes, and where there are none the process itself."""
+        services = [worker for crew in self.services.started() for worker in crew.crew()]
         crew = () if self._backend is None else self._backend.crew()
         if crew or self.remote:
-            return crew
+            return [*crew, *services]
         running = [future.job_id for future in self.unfinished.all() if future.status is JobStatus.RUNNING]
-        return [WorkerState(pid=os.getpid(), busy=bool(running), job=running[0] if len(running) == 1 else None)]
+        return [
+            WorkerState(pid=os.getpid(), busy=bool(running), job=running[0] if len(running) == 1 else None),
+            *services,
+        ]
 
     # ---- one job, by its id ----
 
@@ -376,7 +422,8 @@ class Binding(JobChannel):
     def settled(self, future: Future[Any], call_back: Callable[[], object] | None) -> None:
         if call_back is not None:
             self._aside(call_back)
-        if self._backend is not None and self._backend.lagging:
+        callbacks = callbacks_of_this_thread()
+        if callbacks or (self._backend is not None and self._backend.lagging):
             self._aside(lambda: self.unfinished.discard(future))  # behind what was passed there
         else:
             self.unfinished.discard(future)
@@ -407,6 +454,13 @@ class Binding(JobChannel):
                 self._force_after(self.config.stop_grace if grace is None else grace, call, attempt)
                 return True
         return False
+
+    def deliver(self, future: Future[Any], message: JobMessage) -> bool:
+        call = self.unfinished.get(future)
+        if call is None or call.job.status.ended:
+            return False
+        (call.backend or self.backend).deliver(call, message)
+        return True
 
     def out_of_time(self, call: PreparedCall, attempt: int) -> None:
         if self._ask_to_leave(call, attempt, JobStatus.TIMED_OUT):
@@ -458,11 +512,13 @@ class Binding(JobChannel):
         self._aside(lambda: self._send(signal, record))
 
     def _aside(self, fn: Callable[[], object]) -> None:
-        backend = self._backend
-        if backend is None:
-            fn()
-        else:
+        backend, callbacks = self._backend, callbacks_of_this_thread()
+        if callbacks is not None:
+            callbacks.run(fn)
+        elif backend is not None:
             backend.aside(fn)
+        else:
+            fn()
 
     def _send(self, signal: NamedSignal, record: Job) -> None:
         app = self.app
@@ -493,6 +549,7 @@ class Binding(JobChannel):
             oldest_wait=max((time.time() - job.queued_at for job in waiting), default=0.0),
             store_reachable=self._store_is_reachable(),
             accepting=not self._closed,
+            services=self.services.statuses(),
         )
 
     def _store_is_reachable(self) -> bool:
@@ -506,6 +563,7 @@ class Binding(JobChannel):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
         self._close(wait=wait, cancel_futures=cancel_futures)
+        self.services.close(wait=wait)  # after the jobs, which may use them
         self.ledger.close(wait=wait)
 
     def _close(self, *, wait: bool, cancel_futures: bool = False) -> None:
@@ -527,6 +585,7 @@ class Binding(JobChannel):
                 self._cut_off()
         if self._backend is not None:
             self._backend.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
+        self.services.leave(max(deadline, time.monotonic() + self.config.stop_grace))
         self.ledger.give_up(self.config.stop_grace)
         self.ledger.close(wait=False)
 
@@ -555,6 +614,7 @@ class Binding(JobChannel):
         self._lock = threading.RLock()
         self._retries = Retries()
         self._backend = None
+        self.services.after_fork()
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
             self.unfinished = Unfinished()
         self._key_lock = threading.RLock()

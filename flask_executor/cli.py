@@ -29,6 +29,7 @@ from flask_executor.console import (
     pressed_keys,
     print_findings,
     screen,
+    service_table,
     show_progress,
     styled,
     table,
@@ -149,6 +150,19 @@ def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_
             f"{called(job)} was asked to stop, and is still {styled(job.status)}: it has to get to a checkpoint."
         )
     context.exit(1 if wait and not job.status.ended else 0)
+
+
+@group.command()
+@_json
+def services(as_json: bool) -> None:
+    """Show the services, if they run. Exit code 1 when not all workers are ready."""
+    _, binding = _chosen()
+    found = binding.services.statuses()
+    if as_json:
+        _print_json([asdict(service) for service in found])
+    for line in () if as_json else service_table(found):
+        click.echo(line)
+    sys.exit(0 if all(service.ready == service.workers for service in found) else 1)
 
 
 @group.command()

@@ -17,6 +17,7 @@ import click
 from flask_executor.doctor import Finding
 from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus, LogLine
+from flask_executor.services import ServiceStatus
 
 _STYLES: dict[str, dict[str, Any]] = {
     JobStatus.QUEUED: {"fg": "cyan"},
@@ -108,6 +109,26 @@ def table(jobs: Sequence[Job]) -> Iterator[str]:
             continue
         coloured = click.style(status, bold=True) if row is _HEADINGS else styled(status)
         yield before + coloured + after[: left - len(status)].rstrip()
+
+
+def service_table(services: Sequence[ServiceStatus]) -> Iterator[str]:
+    """The lines of a table of services."""
+    rows = [("SERVICE", "READY", "BUSY", "WAITING", "RESTARTS", "SUPERVISOR", "LAST ERROR")]
+    rows += [
+        (
+            one_line(service.name),
+            f"{service.ready}/{service.workers}",
+            str(service.busy),
+            str(service.waiting),
+            str(service.failures),
+            "-" if service.supervisor is None else str(service.supervisor),
+            one_line(service.last_error or "-"),
+        )
+        for service in services
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def details(job: Job) -> Iterator[tuple[str, str]]:

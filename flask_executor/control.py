@@ -19,11 +19,12 @@ import logging
 import operator
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from flask_executor.exceptions import JobExit
-from flask_executor.jobs import OURS, JobStatus, LiveJob
+from flask_executor.jobs import OURS, JobMessage, JobStatus, LiveJob
 from flask_executor.logs import line_of
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class RunningJob:
     # Who writes what: the job itself its progress, message and meta; whoever stops it `leave` of the record, once.
     # For _thread and _interrupted see interrupt().
 
-    __slots__ = ("_interrupted", "_is_remote", "_job", "_report", "_thread", "_woken", "reported")
+    __slots__ = ("_arrived", "_inbox", "_interrupted", "_is_remote", "_job", "_report", "_thread", "_woken", "reported")
 
     def __init__(
         self, job: LiveJob, report: Callable[[RunningJob], None] | None = None, *, is_remote: bool = False
@@ -55,6 +56,8 @@ class RunningJob:
         #: Whether those who are told know already that there is something new; they set it back when they have read it.
         self.reported = False
         self._woken: threading.Event | None = None
+        self._arrived: threading.Event | None = None  # a message, or the wish that it leaves
+        self._inbox: deque[JobMessage] | None = None
         self._thread: int | None = None
         self._interrupted = False
 
@@ -142,7 +145,45 @@ class RunningJob:
         woken.wait(seconds)
         self.checkpoint()
 
+    def receive(self, timeout: float | None = None) -> JobMessage | None:
+        """Wait for a message that somebody sends with :meth:`future.send() <flask_executor.FutureProxy.send>`.
+
+        .. code-block:: python
+
+            while (message := current_job.receive(timeout=60)) is not None:
+                if message.type == "page":
+                    draw(message.body)
+
+        Leaves the job at once when it is asked to stop or runs out of time.
+
+        :param timeout: most seconds to wait; None for as long as it takes.
+        :return: the oldest message that was not received yet; None when there is none in time.
+        :raises JobExit: if it has to leave; a :exc:`BaseException`.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.checkpoint()
+            with _mail:
+                inbox = self._inbox
+                if inbox:
+                    return inbox.popleft()
+                if deadline is not None and time.monotonic() >= deadline:
+                    return None
+                arrived = self._arrived = threading.Event()
+            self.checkpoint()  # whoever wakes it has set before what is looked at here
+            arrived.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
     # ---- for those who run it ----
+
+    def post(self, message: JobMessage) -> None:
+        """Put a message where :meth:`receive` finds it."""
+        with _mail:
+            if self._inbox is None:
+                self._inbox = deque()
+            self._inbox.append(message)
+            arrived = self._arrived
+        if arrived is not None:
+            arrived.set()
 
     @property
     def record(self) -> LiveJob:
@@ -164,9 +205,9 @@ class RunningJob:
 
     def wake(self) -> None:
         """End its sleep, to look whether it has to leave."""
-        woken = self._woken
-        if woken is not None:
-            woken.set()
+        for event in (self._woken, self._arrived):
+            if event is not None:
+                event.set()
 
     def call(self, fn: Callable[..., T], *args: Any) -> T:
         """Call ``fn`` as the work of this job, which :meth:`interrupt` can then break off.
@@ -218,6 +259,7 @@ class RunningJob:
 
 
 _interrupting = threading.Lock()
+_mail = threading.Lock()  # guards the inboxes of all jobs, as few have one
 
 
 class CurrentJob(RunningJob):

@@ -1,7 +1,7 @@
 """Who runs which call: the queue, and what each worker process was given.
 
 Everything here happens under one lock, which is held for short and never while something is waited for. How the parts
-work together stands at the top of :mod:`flask_executor.backends.process`.
+work together stands at the top of :mod:`flask_executor.supervisor`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.handles import Task, WorkerHandle
 from flask_executor.jobs import JobStatus
 from flask_executor.logs import logger
+from flask_executor.messages import Broadcast, Message, Told
 from flask_executor.queues import PriorityQueue
 
 _AHEAD = 8  # calls that a worker is given beyond the one it runs
@@ -31,9 +32,19 @@ class Dispatcher:
     :param max_tasks: calls after which a worker is retired; None for never.
     :param exit_grace: seconds that a worker may take to end.
     :param wake_up: has the supervisor call :meth:`tend` soon.
+    :param standing: whether there are always as many workers, and not just as many as there is work for.
     """
 
-    def __init__(self, max_workers: int, max_tasks: int | None, exit_grace: float, wake_up: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        max_workers: int,
+        max_tasks: int | None,
+        exit_grace: float,
+        wake_up: Callable[[], None],
+        *,
+        standing: bool = False,
+    ) -> None:
+        self._standing = standing
         self._max_workers = max_workers
         self._max_tasks = max_tasks
         self._exit_grace = exit_grace
@@ -47,16 +58,19 @@ class Dispatcher:
         self._levels = False  # whether there ever was a priority other than 0
         self._unhurried = True  # whether the supervisor may sleep until something happens
         self.closing = False
+        self._ended = False
+        #: Messages that were sent to all workers.
+        self.broadcasts = 0
 
     # ---- any thread ----
 
     def add(self, task: Task) -> None:
         """Take in a call.
 
-        :raises ExecutorShutdown: after :meth:`close`.
+        :raises ExecutorShutdown: after :meth:`close`; for one that nobody waits for after :meth:`give_up`.
         """
         with self._lock:
-            if self.closing:
+            if self._ended if task.unattended else self.closing:
                 raise ExecutorShutdown("cannot schedule new futures after shutdown")
             priority = task.call.priority
             waiting = len(self._queue)
@@ -94,6 +108,16 @@ class Dispatcher:
             if task is not None and task.worker is not None and task.call.job.attempt == attempt:
                 task.worker.leave(task, reason)
 
+    def deliver(self, message: Told) -> None:
+        """Send a message to a job; it is kept until that begins."""
+        with self._lock:
+            task = self._tasks.get(message.id)
+            if task is not None:
+                task.mail.append(message)
+                if task.begun and task.worker is not None:
+                    self._say(task.worker, message)
+                    self._wake_up()  # to send on the rest
+
     def kill(self, id: str, attempt: int) -> None:
         """End this attempt of a job by force, and nothing else."""
         with self._lock:
@@ -107,6 +131,15 @@ class Dispatcher:
                 task.killed = worker.retired = True
                 worker.kill()
             self._hand_out()
+
+    def broadcast(self, data: bytes) -> int:
+        """Send something to all workers, for them to do before any call that comes after this; to how many."""
+        with self._lock:
+            self.broadcasts += 1
+            for worker in self._workers:
+                self._say(worker, Broadcast(self.broadcasts, data))
+            self._wake_up()  # to send on the rest
+            return len(self._workers)
 
     def kill_all(self) -> None:
         """End all workers by force."""
@@ -140,7 +173,10 @@ class Dispatcher:
         """The worker processes, and what they do."""
         with self._lock:
             running = [(worker, worker.tasks[0].id if worker.tasks else None) for worker in self._workers]
-            return [WorkerState(pid=worker.process.pid or 0, busy=id is not None, job=id) for worker, id in running]
+            return [
+                WorkerState(pid=worker.process.pid or 0, busy=id is not None, job=id, ready=worker.ready)
+                for worker, id in running
+            ]
 
     def call(self, id: str) -> PreparedCall | None:
         """The call of the job with this id, if it is queued or with a worker."""
@@ -148,6 +184,10 @@ class Dispatcher:
         return None if task is None else task.call
 
     # ---- the supervisor ----
+
+    def waiting(self) -> int:
+        """How many calls no worker has got."""
+        return len(self._queue)
 
     @property
     def done(self) -> bool:
@@ -175,13 +215,15 @@ class Dispatcher:
                 if not worker.is_up and worker.since < late - _START_LIMIT:
                     logger.error("Worker process %s is killed: it hung while it was starting.", worker.process.pid)
                     worker.kill()
-            self._hand_out()
+            self._hand_out(tending=True)
             if self.closing and not self._tasks:
                 for worker in self._workers:
                     if not worker.retired:
                         worker.retire(self._exit_grace)
-            starting = sum(not worker.ready for worker in self._workers)
-            missing = min(len(self._queue) - starting, self._max_workers - len(self._workers))
+            missing = self._max_workers - len(self._workers)
+            if not self._standing or self.closing:
+                starting = sum(not worker.ready for worker in self._workers)
+                missing = min(len(self._queue) - starting, missing)
             left, self._left = self._left, []
             return missing, list(self._workers), left
 
@@ -189,11 +231,18 @@ class Dispatcher:
         """Send what the worker did not take at once."""
         with self._lock, contextlib.suppress(OSError):  # it is dead; its sentinel will say so
             worker.wire.flush()
+            worker.control.flush()
 
     def hired(self, worker: WorkerHandle) -> None:
         """A worker was started."""
         with self._lock:
             self._workers.append(worker)
+            if self.broadcasts:
+                self._say(worker, Broadcast(self.broadcasts, None))
+
+    def _say(self, worker: WorkerHandle, message: Message) -> None:
+        with contextlib.suppress(OSError):  # it is dead; its sentinel will say so
+            worker.control.say(message)
 
     def ready(self, worker: WorkerHandle) -> None:
         """A worker waits for its first call."""
@@ -231,21 +280,42 @@ class Dispatcher:
             self._workers.remove(worker)
             if worker in self._idle:
                 self._idle.remove(worker)
-            for task in worker.tasks:
+            tasks = list(worker.tasks)
+            worker.tasks.clear()
+            for task in tasks:
+                task.worker = None
                 self._tasks.pop(task.id, None)
             worker.close()
             self._hand_out()
-            return [task for task in worker.tasks if task.begun]
+            return [task for task in tasks if task.begun]
 
-    def pop_oldest(self) -> Task | None:
-        """Take the first call out of the queue, claimed; None when there is none."""
+    def pop_oldest(self) -> list[Task]:
+        """Take the first call out of the queue, claimed, if there is one."""
         with self._lock:
             while self._queue:
                 task = self._queue.pop()
                 del self._tasks[task.id]
                 if self._claim(task):
-                    return task
-            return None
+                    return [task]
+            return []
+
+    def pop_attended(self) -> list[Task]:
+        """Take all calls out of the queue that somebody waits for, claimed."""
+        with self._lock:
+            attended: list[Task] = []
+            for task in self._queue.clear():
+                if task.unattended:
+                    self._queue.push(task, task.call.priority)
+                else:
+                    del self._tasks[task.id]
+                    attended.append(task)
+            return [task for task in attended if self._claim(task)]
+
+    @property
+    def is_served(self) -> bool:
+        """Whether there is a worker that takes calls."""
+        with self._lock:
+            return any(worker.ready and not worker.retired for worker in self._workers)
 
     def give_up(self) -> tuple[list[Task], list[WorkerHandle]]:
         """End: all workers are killed.
@@ -253,7 +323,7 @@ class Dispatcher:
         :return: the calls of which nothing will come, claimed, and the workers.
         """
         with self._lock:
-            self.closing = True
+            self.closing = self._ended = True
             tasks, workers = list(self._tasks.values()), list(self._workers)
             self._tasks.clear()
             self._queue.clear()
@@ -263,8 +333,11 @@ class Dispatcher:
 
     # ---- under the lock ----
 
-    def _hand_out(self) -> None:
-        """Give what is in the queue to workers that have room."""
+    def _hand_out(self, *, tending: bool = False) -> None:
+        """Give what is in the queue to workers that have room.
+
+        :param tending: whether the supervisor is in :meth:`tend`, and need not be woken to start workers.
+        """
         queue = self._queue
         while queue:
             if self._idle:
@@ -276,7 +349,8 @@ class Dispatcher:
                 else:  # a plain future that was cancelled
                     del self._tasks[task.id]
             elif len(self._workers) < self._max_workers:
-                self._wake_up()  # to start one more
+                if not tending:
+                    self._wake_up()  # to start one more
                 return
             else:
                 ahead = self._with_room(queue.first())
@@ -308,6 +382,8 @@ class Dispatcher:
 
     def _give(self, worker: WorkerHandle, task: Task) -> None:
         worker.give(task)
+        if task.begun:
+            self._send_mail(task, worker)
         if worker.wire.pending or (self._unhurried and len(worker.tasks) > 1):
             self._wake_up()  # to send on the rest; to look after what waits behind a job
 
@@ -315,7 +391,13 @@ class Dispatcher:
         """A worker begins with the task, or has begun; False when it was cancelled."""
         if not task.begun:
             task.begun = task.call.begin()
+            if task.begun and task.worker is not None:
+                self._send_mail(task, task.worker)
         return task.begun
+
+    def _send_mail(self, task: Task, worker: WorkerHandle) -> None:
+        for message in task.mail:
+            self._say(worker, message)
 
     def _claim_all(self, worker: WorkerHandle) -> None:
         """What is in the worker's list has begun, or ended even, as nothing could be taken back."""

@@ -205,6 +205,8 @@ class WorkerLost(ExecutorError):
         self.what = what
         self.pid = pid
         self.exit_code = exit_code
+        #: What a service's worker had marked last of what it did.
+        self.mark = 0
 
     @property
     def signal(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import gc
+import inspect
 import re
 import time
 import weakref
@@ -13,12 +14,13 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, overload
 
-from flask import Flask
+from flask import Flask, request_started
 
 from flask_executor.abc import Health, JobRecords
 from flask_executor.bindings import Binding
 from flask_executor.config import Config
 from flask_executor.context import CapturedContext, current_app_or_none
+from flask_executor.crews import ServiceHandle, Services
 from flask_executor.exceptions import AppNotFound, NotPicklable
 from flask_executor.flow import Flow
 from flask_executor.forks import after_fork_in_child, notice_fork
@@ -27,6 +29,7 @@ from flask_executor.helpers import InstanceProxy, callable_name
 from flask_executor.jobs import JobOptions
 from flask_executor.pages import job_owner, register_pages
 from flask_executor.retries import Retry
+from flask_executor.services import Service, ServiceDefinition
 from flask_executor.waiting import require_request, result_or_answer, starts_anew, store_at_hand
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ __all__ = ["Executor", "ExecutorJob", "ExecutorWithOptions", "propagate_exceptio
 P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[[], object])
+H = TypeVar("H", bound=Callable[[Any], object])
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
@@ -91,6 +95,9 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         self._default_done_callbacks: list[Callable[[concurrent.futures.Future[Any]], object]] = []
         self._worker_initializers: list[Callable[[], object]] = []
         self._defaults = JobOptions()
+        #: What lives in processes of its own, and what the app does with messages from there.
+        self.services: dict[str, ServiceDefinition] = {}
+        self.handlers: dict[tuple[str, str], Callable[[Any], object]] = {}
         _executors.add(self)
         if app is not None:
             self.init_app(app)
@@ -114,6 +121,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
         register_pages(app, self, bindings[self])
+        if self.services:
+            request_started.connect(bindings[self].start_services, app)
 
     def _check_name(self, bindings: Mapping[Executor, Binding]) -> None:
         """Urls and stores tell the executors of an app apart by their names."""
@@ -315,6 +324,80 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
         """
         return Flow(self._binding()[1], _checked_key(key), self._result_or_202, self._options_of)
+
+    def service(
+        self,
+        cls: type[Service],
+        *args: Any,
+        workers: int = 1,
+        name: str | None = None,
+        per: str = "app",
+        max_pending: int = 100_000,
+    ) -> ServiceHandle:
+        """Have a :class:`Service` live in worker processes beside the app.
+
+        .. code-block:: python
+
+            model = executor.service(Model, "model.joblib", workers=2)
+
+            model.call("predict", x, timeout=5).result()    # one of the workers
+            model.send("learn", x)                          # nobody waits for it
+            model.broadcast("reload")                       # every worker
+
+        The processes are started at the app's first request, or when the service is first used. One that dies is
+        started again.
+
+        :param args: what ``cls`` is made with, in each worker process.
+        :param workers: how many processes.
+        :param name: what it is called; by default as its class.
+        :param per: ``"app"`` for one set of workers, however many processes the app has on this machine; ``"process"``
+            for a set of workers in each of them.
+        :param max_pending: most messages that wait; one more raises :exc:`~flask_executor.QueueFull`.
+        :raises TypeError: for what is no :class:`Service`.
+        :raises ValueError: for a name that is taken, and numbers that cannot be used.
+        """
+        if not (isinstance(cls, type) and issubclass(cls, Service)):
+            raise TypeError(f"{cls!r} is no service: it must be a subclass of flask_executor.Service")
+        name = name or cls.__name__
+        if name in self.services:
+            raise ValueError(f"there is a service {name!r} already; give another name: service(..., name=...)")
+        if per not in ("app", "process"):
+            raise ValueError(f"per is {per!r}; it must be 'app' or 'process'")
+        for what, number in (("workers", workers), ("max_pending", max_pending)):
+            if number < 1:
+                raise ValueError(f"{what} is {number}; it must be 1 or more")
+        self.services[name] = ServiceDefinition(
+            name=name, cls=cls, args=args, workers=workers, per=per, max_pending=max_pending
+        )
+        for app, binding in self._bound():
+            request_started.connect(binding.start_services, app)
+        return ServiceHandle(name, self._services)
+
+    def on(self, service: str | ServiceHandle | type[Service], type: str) -> Callable[[H], H]:
+        """Decorator: have a function of the app handle the messages of a type that a service sends to ``self.main``.
+
+        .. code-block:: python
+
+            @executor.on("Model", "drifted")
+            def drifted(body):
+                app.logger.warning("the model drifts: %s", body)
+
+        It is called in an app context, in the process that looks after the service, one message after the other.
+
+        :raises ValueError: if there is one already.
+        """
+        name = service if isinstance(service, str) else service.__name__ if inspect.isclass(service) else service.name
+
+        def decorate(fn: H) -> H:
+            if (name, type) in self.handlers:
+                raise ValueError(f"there is a handler for {type!r} of service {name!r} already")
+            self.handlers[name, type] = fn
+            return fn
+
+        return decorate
+
+    def _services(self) -> Services:
+        return self._binding()[1].services
 
     def add_default_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         """Add a callback to every future made from now on, as ``future.add_done_callback(fn)`` does.

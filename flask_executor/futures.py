@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from flask_executor.abc import JobChannel
 from flask_executor.exceptions import JobStopped, KeyExists, WorkerLost
-from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
 
 __all__ = ["Future", "FutureCollection", "FutureProxy", "propagate_exceptions_callback"]
 
@@ -117,6 +117,18 @@ class FutureProxy(Future[T]):
         """
         checked_grace(grace)
         return self._channel.stop(self, grace)
+
+    def send(self, type: str, body: object = None) -> bool:
+        """Send a message to the job, which gets it with :meth:`current_job.receive()
+        <flask_executor.control.RunningJob.receive>`; also before it has started.
+
+        :param type: any name.
+        :param body: anything; where jobs run in other processes, what can be pickled.
+        :return: False when the job has ended. One that is ending may not receive it.
+        :raises NotPicklable: for a body that cannot be sent to a worker process.
+        :raises RuntimeError: when another process has submitted the job: what reaches it is :meth:`stop` alone.
+        """
+        return self._channel.deliver(self, JobMessage(type, body))
 
     def cancel(self) -> bool:
         """Cancel the job if it has not started.

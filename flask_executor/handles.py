@@ -15,7 +15,7 @@ from flask_executor.abc import PreparedCall
 from flask_executor.inherited import forking, not_a_child, not_for_children
 from flask_executor.jobs import JobStatus
 from flask_executor.lines import Calls, Wire, packet_pair
-from flask_executor.messages import Leave
+from flask_executor.messages import Leave, Told
 from flask_executor.timer import Appointment, timer
 from flask_executor.worker import WorkerSettings, main
 
@@ -23,10 +23,12 @@ from flask_executor.worker import WorkerSettings, main
 class Task:
     """A call on its way: in the queue, or in the list of one worker."""
 
-    __slots__ = ("begun", "call", "id", "killed", "number", "parts", "told", "worker")
+    __slots__ = ("begun", "call", "id", "killed", "mail", "number", "parts", "told", "unattended", "worker")
 
-    def __init__(self, call: PreparedCall, parts: list[bytes]) -> None:
+    def __init__(self, call: PreparedCall, parts: list[bytes], *, unattended: bool = False) -> None:
         self.call = call
+        #: Whether nobody waits for it: it is kept while workers cannot start, and taken in until all has ended.
+        self.unattended = unattended
         #: The call as bytes, one part if it is small.
         self.parts = parts
         self.id = call.job.id
@@ -37,6 +39,8 @@ class Task:
         self.killed = False
         #: Which of the calls of its worker it is.
         self.number = 0
+        #: The messages for its job.
+        self.mail: list[Told] = []
         #: What its worker was told last: the attempt, and why it has to leave.
         self.told: tuple[int, JobStatus] | None = None
 
@@ -45,6 +49,8 @@ class WorkerHandle:
     """A worker process, seen from outside, with the parent's ends of its lines."""
 
     def __init__(self, context: BaseContext, settings: WorkerSettings) -> None:
+        # Memory that both processes see: what is marked there is known even of a worker that was killed.
+        self._mark: Any = None if settings.resident is None else context.RawValue("Q", 0)
         here, there = zip(*(socket.socketpair() for _ in range(3)), strict=True)
         packets = packet_pair()
         for line in (*here, *(packets or ())):
@@ -54,16 +60,16 @@ class WorkerHandle:
         self.calls = Calls(self.wire, packets)
         inside = None if packets is None else packets[1].dup()
         self.process: Any = context.Process(  # type: ignore[attr-defined]
-            target=main, args=(settings, *there, inside), name="flask-executor-worker", daemon=False
+            target=main, args=(settings, *there, inside, self._mark), name="flask-executor-worker", daemon=False
         )
-        forking.worker = True
+        forking.worker = there[2]
         try:
             self.process.start()
         except BaseException:
             self._close_lines()
             raise
         finally:
-            forking.worker = False
+            forking.worker = None
             for line in (*there, inside):
                 if line is not None:
                     line.close()
@@ -81,7 +87,7 @@ class WorkerHandle:
         self.retired = False
         #: How many calls it was given so far, and when it began with the one it runs, or was started (monotonic).
         self.given = 0
-        self.since = time.monotonic()
+        self.since = self.born = time.monotonic()
         self._number = 0  # of the call that it was given last
         #: Whether it will send nothing more.
         self.silent = False
@@ -115,6 +121,11 @@ class WorkerHandle:
             self.tasks = deque(task for task in self.tasks if task.number not in numbers)
             self.given -= len(back)
         return back
+
+    @property
+    def mark(self) -> int:
+        """What the resident has marked last."""
+        return 0 if self._mark is None else int(self._mark.value)
 
     def leave(self, task: Task, reason: JobStatus) -> None:
         """Tell the job, once."""

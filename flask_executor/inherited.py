@@ -16,25 +16,27 @@ import sys
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flask import Flask
 
 from flask_executor.forks import after_fork_in_child
+
+L = TypeVar("L")
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-#: ``forking.worker`` is true in a thread while it forks a worker process.
+#: In a thread that forks a worker process: ``forking.worker`` is the line that the worker dies with; None afterwards.
 forking = threading.local()
 
-_lines: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_lines: weakref.WeakSet[Any] = weakref.WeakSet()
 _processes: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def not_for_children(line: socket.socket) -> socket.socket:
+def not_for_children(line: L) -> L:
     """Have ``line`` closed in every child that this process forks: its end tells the other end that we are gone."""
     _lines.add(line)
     return line
@@ -51,6 +53,24 @@ def _disown() -> None:
     _lines.clear()
     children: set[Any] = getattr(multiprocessing.process, "_children", set())
     children.difference_update(_processes)
+    life: socket.socket | None = getattr(forking, "worker", None)
+    if life is not None:
+        _begin_worker(life)
+
+
+def _begin_worker(life: socket.socket) -> None:
+    """In a forked worker, before all else: whatever it hangs in from now on, it ends with its parent."""
+    global _inherited_stdin
+    own_process_group()
+    die_with(life)
+    if sys.stdin is not None:
+        # multiprocessing closes it, which waits for ever for a thread that was reading it in the parent. It is kept:
+        # to be thrown away is to be closed.
+        _inherited_stdin = sys.stdin
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115
+
+
+_inherited_stdin: object = None
 
 
 after_fork_in_child(_disown)

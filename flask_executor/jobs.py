@@ -81,6 +81,14 @@ class JobOptions:
     again: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class JobMessage:
+    """What was sent to a running job with :meth:`future.send() <flask_executor.FutureProxy.send>`."""
+
+    type: str
+    body: Any = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogLine:
     """What a job has written to the log: one record, formatted."""

@@ -254,6 +254,10 @@ class IncomingCalls:
             return number, attempt, self._read(size)
         return number, attempt, memoryview(packet)[_HEAD.size :]
 
+    def fileno(self) -> int:
+        """What is readable when there is a call, or there will be no more."""
+        return (self._packets or self._wire).fileno()
+
     def _read(self, length: int) -> memoryview:
         if len(self._buffer) > max(length, _KEEP) or len(self._buffer) < length:
             self._buffer = bytearray(length)

@@ -42,6 +42,36 @@ class Leave(Message):
 
 
 @dataclass(slots=True)
+class Told(Message):
+    """To the worker: a message for the job with this id, which it runs or is about to."""
+
+    id: str
+    #: A JobMessage, pickled.
+    data: bytes
+
+
+@dataclass(slots=True)
+class Broadcast(Message):
+    """To every worker of a service: something to do before the calls that are given out from now on."""
+
+    #: How many there were, with this one.
+    number: int
+    #: The type of the message, and its body, pickled; None for a new worker, to which those before do not matter.
+    data: bytes | None
+
+
+@dataclass(slots=True)
+class Sent(Message):
+    """From the worker of a service: a message to another service, or to the app."""
+
+    #: The name of the service; None for the app.
+    to: str | None
+    type: str
+    #: The body, pickled.
+    body: bytes
+
+
+@dataclass(slots=True)
 class Up(Message):
     """The worker has its app, and its initializers run next, for as long as they take."""
 
@@ -96,3 +126,4 @@ class Kind(enum.IntEnum):
     ERROR = 1  # the error, from runner.pack_error()
     LEFT = 2  # nothing: it left as it was asked to
     MESSAGE = 3  # a message, pickled
+    BEGUN = 4  # nothing: a call that was relayed to a worker has begun

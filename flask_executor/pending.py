@@ -22,16 +22,22 @@ class Unfinished:
 
     def __init__(self) -> None:
         self._calls: dict[FutureProxy[Any], Call[FutureProxy[Any]]] = {}
+        self._apart: set[FutureProxy[Any]] = set()
         self._changed = threading.Condition(threading.Lock())
         self._watchers = 0
 
-    def add(self, call: Call[FutureProxy[Any]], limit: int | None) -> bool:
-        """Take in a call; False, and it is not taken in, when there are ``limit`` already."""
+    def add(self, call: Call[FutureProxy[Any]], limit: int | None, *, apart: bool = False) -> bool:
+        """Take in a call; False, and it is not taken in, when there are ``limit`` already.
+
+        :param apart: whether it does not count.
+        """
+        if apart:
+            self._apart.add(call.future)
         if limit is None:
             self._calls[call.future] = call
             return True
         with self._changed:
-            if len(self._calls) >= limit:
+            if len(self._calls) - len(self._apart) >= limit:
                 return False
             self._calls[call.future] = call
             return True
@@ -43,6 +49,7 @@ class Unfinished:
     def discard(self, future: Future[Any]) -> None:
         """The future is settled."""
         self._calls.pop(future, None)  # type: ignore[call-overload]
+        self._apart.discard(future)
         if self._watchers:
             with self._changed:
                 self._changed.notify_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import pickle
+import threading
 import traceback
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from flask_executor.context import NO_CONTEXT, CapturedContext, Snapshot, call_t
 from flask_executor.control import RunningJob, running_job
 from flask_executor.exceptions import JobExit, JobStopped, JobTimeout, NotPicklable, RemoteTraceback
 from flask_executor.helpers import callable_name, describe_error
-from flask_executor.jobs import JobOptions, JobStatus, LiveJob
+from flask_executor.jobs import JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.lines import pickle_parts
 from flask_executor.messages import Kind, Message
 from flask_executor.timer import Appointment, timer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NO_OPTIONS = JobOptions()
+_posting = threading.Lock()  # guards the mail of all calls, as few get any
 
 
 class Handle(Protocol):
@@ -60,6 +62,7 @@ class Call(Generic[F]):
         "_again",
         "_appointments",
         "_error",
+        "_mail",
         "_running",
         "args",
         "backend",
@@ -96,6 +99,7 @@ class Call(Generic[F]):
         #: What the backend has made of it and wants again for the next attempt.
         self.packed: Any = None
         self._running: RunningJob | None = None
+        self._mail: list[JobMessage] | None = None  # that came before it ran
         self._appointments: list[Appointment] | None = None
         #: How an attempt ended, between its end and the settling: the error, and seconds until the next attempt.
         self._error: BaseException | None = None
@@ -120,7 +124,11 @@ class Call(Generic[F]):
             return
         if self.options.timeout is not None:
             self._watch()
-        self._running = RunningJob(self.job, self.channel.reporter(self.job))
+        running = RunningJob(self.job, self.channel.reporter(self.job))
+        with _posting:  # what comes from now on it gets at once
+            for message in self._mail or ():
+                running.post(message)
+            self._mail, self._running = None, running
         try:
             result = self.context.run(self._report_and_call)
         except BaseException as error:
@@ -130,6 +138,14 @@ class Call(Generic[F]):
             self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
         else:
             self.future.set_result(result)
+
+    def post(self, message: JobMessage) -> None:
+        """Give a message to its job, now or when it starts."""
+        with _posting:
+            if self._running is None:
+                self._mail = [*(self._mail or ()), message]
+            else:
+                self._running.post(message)
 
     def wake(self) -> None:
         """It may have to leave: wake it from its sleep."""
@@ -287,6 +303,9 @@ class PlainCall:
     def run(self, *_unused: object) -> None:
         """Never called: backends that run calls in this process have a way of their own for plain ones."""
         raise NotImplementedError
+
+    def post(self, message: JobMessage) -> None:
+        """Nobody can send it any."""
 
     def wake(self) -> None:
         """Nobody can ask it to leave."""

@@ -66,6 +66,20 @@ class SerialThread:
                 self._pending -= 1
 
 
+_here = threading.local()
+
+
+def serve_this_thread(callbacks: SerialThread) -> None:
+    """Have ``callbacks`` run what must not hold up the thread that calls this."""
+    _here.callbacks = callbacks
+
+
+def callbacks_of_this_thread() -> SerialThread | None:
+    """What runs code of the user's for this thread; None where it may run it itself."""
+    callbacks: SerialThread | None = getattr(_here, "callbacks", None)
+    return callbacks
+
+
 def _call(fn: Callable[[], object]) -> None:
     try:
         fn()

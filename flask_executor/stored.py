@@ -135,6 +135,14 @@ class StoredFuture(FutureProxy[T]):
         self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
         return True
 
+    def send(self, type: str, body: object = None) -> bool:
+        if self.done():
+            return False
+        raise RuntimeError(
+            f"job {self.name} was submitted by another process: messages can be sent to it only there; from here it "
+            "can be stopped"
+        )
+
     def cancel(self) -> bool:
         """Cancel the job if it has not started; waits for the answer of its process, 2 seconds at most."""
         if self.status is JobStatus.QUEUED:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import os
 import pickle
@@ -23,18 +24,30 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from flask_executor.apps import import_app
 from flask_executor.control import RunningJob, running_job
-from flask_executor.helpers import safe_repr
+from flask_executor.helpers import describe_error, safe_repr
 from flask_executor.inherited import die_with, let_go, let_go_of_engines, own_process_group
 from flask_executor.jobs import LiveJob
 from flask_executor.lines import IncomingCalls, Wire, pickle_parts
-from flask_executor.logs import know_jobs
-from flask_executor.messages import Dropped, Kind, Leave, Logged, Message, NotReady, Progressed, Ready, Up
+from flask_executor.logs import know_jobs, logger
+from flask_executor.messages import (
+    Broadcast,
+    Dropped,
+    Kind,
+    Leave,
+    Logged,
+    Message,
+    NotReady,
+    Progressed,
+    Ready,
+    Told,
+    Up,
+)
 from flask_executor.runner import pack_error, run_packed
 
 if TYPE_CHECKING:
@@ -42,6 +55,7 @@ if TYPE_CHECKING:
 
 _INTERVAL = 0.05  # seconds between two reports of progress
 _IGNORED = (signal.SIGTERM, signal.SIGINT)
+_MOST_EARLY = 16  # jobs that are not here yet, and have messages
 _BACKLOG = 1000  # frames that wait to be sent before log records are dropped
 
 
@@ -58,6 +72,35 @@ class WorkerSettings:
     initializers: Sequence[Callable[[], object]]
     #: Levels by logger, where they are not inherited.
     log_levels: Mapping[str, int]
+    #: Makes what lives in the process, if anything does.
+    resident: Callable[[], Resident] | None = None
+
+
+class Resident(Protocol):
+    """What lives in a worker process, and is there for every call; used by its main thread, but for :meth:`hear`."""
+
+    #: Readable when :meth:`tend` is to be called.
+    wakes: socket.socket
+    #: Has a ``value``, a number up to 64 bits, that the parent sees too, even when the process was killed.
+    mark: Any
+
+    def move_in(self, app: Flask, send: Callable[[Message], None], leave_child: Callable[[Kind], None]) -> None:
+        """Get ready. What this raises ends the process.
+
+        :param leave_child: to be called after code of the user's; ends a process that this has forked.
+        """
+
+    def patience(self) -> float | None:
+        """Seconds until :meth:`tend` is to be called unasked; None for as long as nothing happens."""
+
+    def tend(self) -> None:
+        """Do what is due. Never raises."""
+
+    def hear(self, message: Broadcast) -> None:
+        """Take a message that is for all workers; in the listener thread."""
+
+    def move_out(self) -> None:
+        """The process ends."""
 
 
 def main(
@@ -66,6 +109,7 @@ def main(
     control: socket.socket,
     life: socket.socket,
     packets: socket.socket | None,
+    mark: Any = None,
 ) -> None:
     """The life of a worker process."""
     inherited = [*logging._handlerList]  # type: ignore[attr-defined]
@@ -80,7 +124,10 @@ def main(
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED),
             after_in_child=outbox.mute,
         )
-    worker = Worker(outbox, IncomingCalls(wire, packets))
+    resident = None if settings.resident is None else settings.resident()
+    if resident is not None:
+        resident.mark = mark
+    worker = Worker(outbox, IncomingCalls(wire, packets), resident)
     try:
         if settings.app is not None:
             let_go()  # before there is a second thread
@@ -99,6 +146,8 @@ def main(
     outbox.say(Ready())
     with contextlib.suppress(EOFError):  # the parent wants no more of this worker
         worker.work(app)
+    if resident is not None:
+        resident.move_out()
     # Not the parent's: it writes them itself, and a thread of it may have held their locks when this one was forked.
     logging.shutdown([handler for handler in logging._handlerList if handler not in inherited])  # type: ignore[attr-defined]
 
@@ -106,12 +155,14 @@ def main(
 class Worker:
     """Runs the calls that come."""
 
-    def __init__(self, outbox: Outbox, calls: IncomingCalls) -> None:
+    def __init__(self, outbox: Outbox, calls: IncomingCalls, resident: Resident | None = None) -> None:
         self._outbox = outbox
         self._calls = calls
+        self._resident = resident
         self._lock = threading.Lock()
         self._running: RunningJob | None = None
         self._early: Leave | None = None  # for a job that is not here yet
+        self._mail: dict[str, list[Told]] = {}  # for jobs that are not here yet
 
     def prepare(self, settings: WorkerSettings) -> Flask:
         """Get the app and run the initializers."""
@@ -128,6 +179,10 @@ class Worker:
         for initialize in settings.initializers:
             with app.app_context():
                 initialize()
+            self._outbox.leave_child(Kind.RESULT)
+        if self._resident is not None:
+            self._resident.move_in(app, self._outbox.say, self._outbox.leave_child)
+            self._outbox.leave_child(Kind.RESULT)
         return app
 
     def work(self, app: Flask) -> None:
@@ -135,7 +190,11 @@ class Worker:
 
         :raises EOFError: when there will be no more.
         """
-        while True:
+        if self._resident is not None:
+            calls: Iterator[None] = self._between_calls(self._resident)
+        else:
+            calls = itertools.repeat(None)
+        for _ in calls:
             number, attempt, payload = self._calls.next()
             kind, body = run_packed(app, attempt, payload, self._adopt)
             del payload
@@ -145,6 +204,21 @@ class Worker:
             self._outbox.send(kind, body, number)
             del body
 
+    def _between_calls(self, resident: Resident) -> Iterator[None]:
+        """Have the resident do what is due until there is a call; again and again."""
+        selector = selectors.DefaultSelector()
+        calls = selector.register(self._calls, selectors.EVENT_READ)
+        wakes = selector.register(resident.wakes, selectors.EVENT_READ)
+        while True:
+            patience = resident.patience()
+            ready = {key for key, _ in selector.select(patience)}
+            if wakes in ready:
+                resident.wakes.recv(4096)
+            if patience == 0 or ready != {calls}:
+                resident.tend()
+            if calls in ready:
+                yield
+
     def _adopt(self, job: LiveJob) -> RunningJob:
         running = RunningJob(job, self._outbox.report, is_remote=True)
         with self._lock:
@@ -152,6 +226,8 @@ class Worker:
             early = self._early
             if early is not None and (early.id, early.attempt) == (job.id, job.attempt):
                 running.leave(early.reason)
+            for message in self._mail.pop(job.id, ()):
+                _post(running, message)
         return running
 
     def listen(self, control: Wire) -> None:
@@ -174,9 +250,25 @@ class Worker:
     def _hear(self, control: Wire) -> None:
         try:
             for _, _, body in control.receive():
-                self._leave(pickle.loads(body))
+                message = pickle.loads(body)
+                if isinstance(message, Leave):
+                    self._leave(message)
+                elif isinstance(message, Told):
+                    self._told(message)
+                elif self._resident is not None:
+                    self._resident.hear(message)
         except EOFError:
             _die_with_what_was_started()
+
+    def _told(self, message: Told) -> None:
+        with self._lock:
+            running = self._running
+            if running is not None and running.id == message.id:
+                _post(running, message)
+                return
+            self._mail.setdefault(message.id, []).append(message)
+            if len(self._mail) > _MOST_EARLY:  # what came too late, for jobs that had ended
+                del self._mail[next(iter(self._mail))]
 
     def _leave(self, message: Leave) -> None:
         with self._lock:
@@ -184,6 +276,13 @@ class Worker:
             running = self._running
             if running is not None and (running.id, running.attempt) == (message.id, message.attempt):
                 running.leave(message.reason)
+
+
+def _post(running: RunningJob, message: Told) -> None:
+    try:
+        running.post(pickle.loads(message.data))
+    except Exception as error:  # whatever a foreign __reduce__ or an import leads to
+        logger.error("A message for job %s cannot be rebuilt: %s", running.name, describe_error(error))
 
 
 def _die_with_what_was_started() -> NoReturn:
@@ -340,10 +439,10 @@ def forward_logs(outbox: Outbox) -> None:
     forward = _Forward(outbox)
     root = logging.getLogger()
     root.handlers = [forward]
-    for logger in list(logging.root.manager.loggerDict.values()):
-        if isinstance(logger, logging.Logger) and logger.handlers:
+    for each in list(logging.root.manager.loggerDict.values()):
+        if isinstance(each, logging.Logger) and each.handlers:
             # Where it does not propagate to the root it has to be forwarded here.
-            logger.handlers = [] if logger.propagate else [forward]
+            each.handlers = [] if each.propagate else [forward]
 
 
 def _logged(id: str | None, record: logging.LogRecord) -> Logged:

@@ -30,10 +30,10 @@ LIMIT = 30_000  # milliseconds: most time that anything takes on a busy machine
 expect.set_options(timeout=LIMIT)
 
 APP = '''
-import json, logging
+import json, logging, os
 from pathlib import Path
 from flask import Flask, render_template_string, request, session
-from flask_executor import Executor, current_job
+from flask_executor import Executor, Service, current_job, on
 from flask_executor.web import Controller
 
 app = Flask("shop", root_path=".", instance_path=str(Path("instance").absolute()))
@@ -108,6 +108,24 @@ def bars():
     return render_template_string("""{% from "flask_executor/macros.html" import assets, progress %}
         <!doctype html><html lang="en"><head><title>Bars</title>{{ assets() }}</head>
         <body><main><h1>Bars</h1>{% for job in jobs %}{{ progress(job) }}{% endfor %}</main></body>""", jobs=jobs)
+
+
+class Echo(Service):
+    @on("echo")
+    def echo(self, body):
+        return body
+
+    @on("die")
+    def die(self, _):
+        os._exit(3)
+
+
+echo = executor.service(Echo)
+
+
+@app.get("/echo/<type>")
+def ask(type):
+    return {"answer": repr(echo.call(type, 1).exception())}
 
 
 @app.get("/start/<slug>")

@@ -457,3 +457,23 @@ def log_exceptions() -> None:
     except KeyError:
         log.exception("chained")
         log.error("by hand: %s", traceback.format_exc())
+
+
+def echo_messages(count: int) -> list[tuple[str, Any]]:
+    """Get so many messages."""
+    current_job.update(message="receiving")
+    found: list[tuple[str, Any]] = []
+    while len(found) < count:
+        message = current_job.receive(timeout=30)
+        assert message is not None
+        found.append((message.type, message.body))
+    return found
+
+
+def no_messages() -> Any:
+    return current_job.receive(timeout=0.05), current_job.receive(timeout=0)
+
+
+def receive_for_ever() -> Any:
+    current_job.update(message="receiving")
+    return current_job.receive()

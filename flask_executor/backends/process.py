@@ -1,74 +1,25 @@
-"""Jobs on worker processes that are watched over: one that dies is replaced, and only the job it ran is lost.
-
-.. code-block:: text
-
-  parent process                                                    worker process (one of several)
- ┌───────────────────────────────────────────┐                     ┌────────────────────────────────────┐
- │ any thread: submit ──> queue              │   calls ─────────>  │ main thread: takes a call, runs it,│
- │     │                    │                │                     │ sends what came of it              │
- │     └──── hand out <─────┘                │                     │                                    │
- │              │  ^                         │                     │                                    │
- │              v  │   (Dispatcher)          │   control ───────>  │ listener thread: tells the job to  │
- │ supervisor thread: waits for all workers  │                     │ leave; ends when the parent is gone│
- │   at once, settles futures, starts and    │  <── wire: results, │                                    │
- │   buries workers                          │  progress, records  │                                    │
- │ callback thread: runs the user's code     │  <──────── sentinel │ readable when the process has ended│
- └───────────────────────────────────────────┘                     └────────────────────────────────────┘
-
-**Handing out ahead.** A worker is given a few calls before it has finished the one it runs, which saves it the wait
-for the parent; more than anything else this is why the pool is fast. A call that was handed out must not be stuck,
-though: behind a job that takes long, in a worker that is killed, or when it is cancelled. So calls go over a line that
-the parent can read as well, and the system hands each to one reader only: what the parent gets back will not be run
-there, and what it does not get back has been begun (:class:`flask_executor.lines.Calls`). Each call has a number, as
-the worker may take one in the middle of others that are taken back.
-
-**Who owns what.** The lock of the :class:`~flask_executor.dispatch.Dispatcher` guards the queue, the workers' lists of
-what they were given, and all sending to them; it is held for short and never waits for a process: what a worker does
-not take at once is sent on by the supervisor. Only the supervisor thread starts processes, reads from them, and buries
-them. Futures are claimed under the lock, and settled by the supervisor, outside of it. Code of the user's runs in the
-callback thread, under no lock; only what rebuilds results and errors is called by the supervisor.
-
-**Invariants.** A worker runs its calls in the order in which they were given. The first in its list is claimed
-(``running``) in the parent; the others are claimed when those before have ended. A task is in the queue, or in the
-list of one worker, or settled. The first in a list is claimed, and so is what was found to have begun.
-"""
+"""Jobs on worker processes; how it is done stands at the top of :mod:`flask_executor.supervisor`."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import logging
 import multiprocessing
 import os
-import pickle
-import selectors
-import socket
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
-from flask_executor.apps import find_import_string
-from flask_executor.dispatch import Dispatcher
-from flask_executor.exceptions import ConfigError, NotPicklable, WorkerLost
-from flask_executor.handles import Task, WorkerHandle
-from flask_executor.helpers import describe_error
-from flask_executor.inherited import not_for_children
-from flask_executor.jobs import JobStatus
-from flask_executor.logs import line_of, logger
-from flask_executor.messages import Dropped, Kind, Logged, Message, NotReady, Progressed, Ready, Up
-from flask_executor.runner import PlainCall, pack_call, settle_packed, unpack_error
-from flask_executor.serial import SerialThread
-from flask_executor.worker import WorkerSettings, log_levels
+from flask_executor.exceptions import ConfigError
+from flask_executor.handles import Task
+from flask_executor.jobs import JobMessage, JobStatus
+from flask_executor.messages import Told
+from flask_executor.runner import PlainCall, pack_call, pickled
+from flask_executor.supervisor import Supervisor, Tenancy
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_MOST_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
-_LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
 
 
 class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
@@ -78,25 +29,47 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     chunks = True
     supports_kill = True
 
-    def __init__(self, options: BackendOptions) -> None:
+    def __init__(self, options: BackendOptions, tenancy: Tenancy | None = None) -> None:
         if sys.platform == "win32":  # where a thread cannot wait for sockets and processes at once
             raise ConfigError(options.config_key("EXECUTOR_TYPE"), "process", "'thread' on Windows")
         # The standard pool's own constructor would make queues that nobody uses.
         self._mp_context = multiprocessing.get_context(options.start_method)
         self._max_workers = options.max_workers or os.cpu_count() or 1
-        self._supervisor = Supervisor(options, self._mp_context, self._max_workers)
+        self._supervisor = Supervisor(options, self._mp_context, self._max_workers, tenancy)
         self._dispatcher = self._supervisor.dispatcher
+        self._standing = tenancy is not None
         # An app that is thrown away takes its workers along.
         finalizer = weakref.finalize(self, self._supervisor.shutdown, wait=False)
         finalizer.atexit = False
 
     def enqueue(self, call: PreparedCall) -> None:
+        self._enqueue(call)
+
+    def _enqueue(self, call: PreparedCall, *, unattended: bool = False) -> None:
         parts = call.packed or pack_call(call)
         if call.retried:
             call.packed = parts  # the next attempt is the same call, whatever becomes of its arguments meanwhile
-        task = Task(call, parts)
+        task = Task(call, parts, unattended=unattended)
         self._supervisor.start()
         self._dispatcher.add(task)
+
+    def start(self) -> None:
+        """Start the workers that are to stand; others start when they are needed."""
+        self._supervisor.start()
+
+    def broadcast(self, data: bytes) -> int:
+        """Send something to the residents of all workers; to how many."""
+        return self._dispatcher.broadcast(data)
+
+    @property
+    def broadcasts(self) -> int:
+        """How many there were."""
+        return self._dispatcher.broadcasts
+
+    @property
+    def waiting(self) -> int:
+        """How many calls no worker has got."""
+        return self._dispatcher.waiting()
 
     def withdraw(self, call: PreparedCall) -> bool:
         return self._dispatcher.withdraw(call.job.id)
@@ -107,6 +80,10 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def kill(self, call: PreparedCall, attempt: int) -> None:
         self._dispatcher.kill(call.job.id, attempt)
 
+    def deliver(self, call: PreparedCall, message: JobMessage) -> None:
+        data = pickled(message, f"The message for job {call.job.name}")
+        self._dispatcher.deliver(Told(call.job.id, b"".join(data)))
+
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)
 
@@ -115,9 +92,12 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         return len(self._supervisor.callbacks) > 0
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
-        """Run a plain function in a worker process, outside of all contexts, as any executor does."""
+        """Run a plain function in a worker process, outside of all contexts, as any executor does.
+
+        Where workers stand it is something that nobody waits for: messages of a service.
+        """
         call = PlainCall(fn, args, kwargs)
-        self.enqueue(call)
+        self._enqueue(call, unattended=self._standing)
         return call.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -140,312 +120,3 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     @property
     def _processes(self) -> Any:  # type: ignore[override]  # as in the standard pool
         return self._dispatcher.processes()
-
-
-class Supervisor:
-    """Starts worker processes, listens to them and buries them; see the top of this module."""
-
-    def __init__(self, options: BackendOptions, context: BaseContext, max_workers: int) -> None:
-        self._options = options
-        self._context = context
-        self._pid = os.getpid()
-        self._wakes, self._wake = map(not_for_children, socket.socketpair())
-        self._wake.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wakes, selectors.EVENT_READ)
-        self._starting = threading.Lock()  # taken before the dispatcher's, never after
-        self._thread: threading.Thread | None = None
-        self._app_import: str | None = None
-        self._failed_starts = 0  # one after the other
-        self._abandoned = False
-        self.dispatcher = Dispatcher(max_workers, options.max_tasks_per_child, options.exit_grace, self._wake_up)
-        #: Runs the user's code.
-        self.callbacks = SerialThread("flask-executor-callbacks")
-
-    # ---- any thread ----
-
-    def start(self) -> None:
-        """Start the thread, if it was not.
-
-        :raises ConfigError: when a worker process could not find the app.
-        """
-        if self._thread is None:
-            with self._starting:
-                if self._thread is None and not self.dispatcher.closing:
-                    self._app_import = self._find_app()
-                    thread = threading.Thread(target=self._supervise, name="flask-executor-supervisor", daemon=True)
-                    thread.start()
-                    self._thread = thread
-
-    def shutdown(self, *, wait: bool, cancel_futures: bool = False) -> None:
-        """Take in no more calls, and end when those that were taken in have ended."""
-        if os.getpid() != self._pid:  # a child of ours throws away what it has inherited
-            return
-        with self._starting:
-            cancelled = self.dispatcher.close(cancel_futures=cancel_futures)
-            thread = self._thread
-            if thread is None:
-                self._close()
-        for task in cancelled:
-            task.call.future.cancel()
-        if wait:
-            if thread is not None and thread is not threading.current_thread():
-                thread.join()
-            self.callbacks.close(wait=True)
-
-    def abandon(self, grace: float) -> None:
-        """End, and end workers by force that have not ended by themselves after ``grace`` seconds."""
-        self.shutdown(wait=False)
-        thread = self._thread
-        if thread is not None:
-            thread.join(grace)
-            if thread.is_alive():
-                self._abandoned = True
-                self.dispatcher.kill_all()
-                self._wake_up()
-                thread.join(5.0)
-
-    def _find_app(self) -> str | None:
-        """Where workers import the app from, None where they inherit it."""
-        app = None if self._options.app is None else self._options.app()
-        method = self._context.get_start_method()
-        if app is None or method == "fork":
-            return None
-        found = self._options.app_import or find_import_string(app)
-        if found is None:
-            raise ConfigError(
-                self._options.config_key("EXECUTOR_APP"),
-                None,
-                f"the import string of the app or its factory ('shop:create_app()'): worker processes started by "
-                f"{method!r} import it, and app {app.name!r} is not in a module",
-            )
-        return found
-
-    def _wake_up(self) -> None:
-        """Have the thread look at everything."""
-        with contextlib.suppress(OSError):  # it will anyway, or it has ended
-            self._wake.send(b"w")
-
-    # ---- the supervisor thread ----
-
-    def _supervise(self) -> None:
-        try:
-            while self._tend():
-                for key, events in self._selector.select(self.dispatcher.patience()):
-                    if key.data is None:
-                        self._wakes.recv(4096)
-                    elif isinstance(key.fileobj, int):  # a sentinel
-                        self._bury(key.data)
-                    else:
-                        self._attend(key.data, events)
-        except BaseException:
-            logger.critical("The supervisor of the worker processes failed.", exc_info=True)
-            raise
-        finally:
-            self._finish()
-
-    def _attend(self, worker: WorkerHandle, events: int) -> None:
-        if worker.silent:  # since what came before this in the same round
-            return
-        if events & selectors.EVENT_WRITE:
-            self.dispatcher.send_on(worker)
-        if events & selectors.EVENT_READ:
-            self._read(worker)
-
-    def _tend(self) -> bool:
-        """Do what is due; False when all is done."""
-        missing, workers, left = self.dispatcher.tend()
-        for task in left:
-            task.call.left()
-        for worker in workers:
-            if not worker.silent:
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.wire.pending else 0)
-                if self._selector.get_key(worker.wire).events != events:
-                    self._selector.modify(worker.wire, events, worker)
-        if self.dispatcher.done or self._abandoned:
-            return False
-        for _ in range(missing):
-            self._hire()
-        return True
-
-    def _hire(self) -> None:
-        try:
-            worker = WorkerHandle(self._context, self._settings())
-        except Exception as error:  # no memory, no processes, or something that cannot be pickled for it
-            self._fail_oldest(_not_started(error))
-            return
-        self.dispatcher.hired(worker)
-        self._selector.register(worker.wire, selectors.EVENT_READ, worker)
-        self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
-
-    def _settings(self) -> WorkerSettings:
-        app = None if self._options.app is None else self._options.app()
-        return WorkerSettings(
-            app=app if self._app_import is None else None,
-            app_import=self._app_import or "",
-            app_config_key=self._options.config_key("EXECUTOR_APP"),
-            initializers=tuple(self._options.initializers),
-            log_levels={} if self._app_import is None else log_levels(),
-        )
-
-    def _read(self, worker: WorkerHandle) -> bool:
-        """Read what the worker has sent; False when there is nothing (any more)."""
-        try:
-            frames = worker.wire.receive()
-        except BlockingIOError:
-            return False
-        except EOFError:  # it has ended, or is about to; what is left to be done is done when the sentinel says so
-            self._stop_listening(worker)
-            return False
-        except Exception:  # what it says is no frame
-            self._break_with(worker)
-            return False
-        for kind, number, body in frames:
-            try:
-                if kind == Kind.MESSAGE:
-                    self._hear(worker, pickle.loads(body))
-                else:
-                    self._settle(self.dispatcher.ended(worker, number), kind, body)
-            except Exception:
-                self._break_with(worker)
-                return False
-        return True
-
-    def _stop_listening(self, worker: WorkerHandle) -> None:
-        if not worker.silent:
-            worker.silent = True
-            self._selector.unregister(worker.wire)
-
-    def _break_with(self, worker: WorkerHandle) -> None:
-        """It says what no worker says: that is the end of it, and of the job it runs, but of nothing else."""
-        logger.exception("Worker process %s cannot be understood, and is killed.", worker.process.pid)
-        self._stop_listening(worker)
-        worker.kill()
-
-    def _hear(self, worker: WorkerHandle, message: Message) -> None:
-        if isinstance(message, Progressed):
-            call = self.dispatcher.call(message.id)
-            if call is not None:
-                call.job.progress, call.job.message = message.progress, message.message
-                if message.meta is not None:
-                    call.job.meta = {**(call.job.meta or {}), **_unpickled_meta(message.meta)}
-                call.progressed()
-        elif isinstance(message, Logged):
-            self._logged(message)
-        elif isinstance(message, Dropped):
-            logger.warning("%d log records of worker processes came too fast and are gone.", message.count)
-        elif isinstance(message, NotReady):
-            worker.retired = True
-            self._fail_oldest(unpack_error(message.error))
-        elif isinstance(message, Up):
-            worker.is_up = True
-        elif isinstance(message, Ready):
-            self._failed_starts = 0
-            self.dispatcher.ready(worker)
-
-    def _settle(self, task: Task, kind: int, body: bytes) -> None:
-        if not task.begun:  # a plain future that was cancelled after its call had been handed out
-            return
-        try:
-            settle_packed(task.call, kind, body)
-        except BaseException as error:  # also SystemExit: it is not meant for this thread
-            logger.exception("Job %s could not be settled.", task.id)
-            with contextlib.suppress(Exception):
-                task.call.fail(error)
-
-    def _logged(self, message: Logged) -> None:
-        call = None if message.id is None else self.dispatcher.call(message.id)
-        record = _rebuilt(message)
-        if call is not None:
-            record.__dict__.update(job_id=call.job.id, job_key=call.job.key)
-            call.job.add_log(line_of(record))
-            call.progressed()
-        if len(self.callbacks) < _LOG_BACKLOG:
-            self.callbacks.run(lambda: _handle(record))
-
-    def _fail_oldest(self, error: BaseException) -> None:
-        """A worker could not be started: somebody has to be told, or it would be tried for ever."""
-        task = self.dispatcher.pop_oldest()
-        if task is not None:
-            status = JobStatus.LOST if isinstance(error, WorkerLost) else JobStatus.FAILED
-            task.call.fail(error, status)
-
-    def _bury(self, worker: WorkerHandle) -> None:
-        """A worker process has ended: settle what it had begun, and let others have the rest."""
-        self._selector.unregister(worker.sentinel)
-        while not worker.silent and self._read(worker):  # what it has still sent
-            pass
-        self._stop_listening(worker)
-        worker.kill()  # what its jobs have started
-        worker.buried = True
-        exit_code = worker.join()
-        was_retired = worker.retired
-        for task in self.dispatcher.buried(worker):
-            if task.killed:
-                task.call.left(forced=True)
-            else:
-                what = f"The worker process died that ran job {task.call.job.name}."
-                task.call.fail(WorkerLost(what, worker.process.pid, exit_code), JobStatus.LOST)
-        if not worker.ready and not was_retired:
-            self._failed_starts += 1
-            # One that was killed before it got to its first job is nobody's loss, but it must not go on for ever.
-            if self._failed_starts >= _MOST_STARTS:
-                self._fail_oldest(WorkerLost(_NO_START, worker.process.pid, exit_code))
-
-    def _finish(self) -> None:
-        """Close everything; the last thing that happens."""
-        tasks, workers = self.dispatcher.give_up()
-        for task in tasks:
-            error = WorkerLost(f"Job {task.call.job.name} was cut off as the process ended.")
-            task.call.fail(error, JobStatus.LOST)
-        for worker in workers:
-            worker.process.join(5.0)
-            worker.close()
-        self._close()
-
-    def _close(self) -> None:
-        self._selector.close()
-        self._wakes.close()
-        self._wake.close()
-        self.callbacks.close(wait=False)
-
-
-def _not_started(error: Exception) -> Exception:
-    if isinstance(error, (TypeError, AttributeError, pickle.PicklingError)):
-        refused = NotPicklable(
-            f"A worker process could not be started, as something it needs cannot be sent to it: {error}"
-        )
-        refused.__cause__ = error
-        return refused
-    return error
-
-
-def _rebuilt(message: Logged) -> logging.LogRecord:
-    # Not by the app's own factory, which has had its turn in the worker.
-    record = logging.LogRecord(message.name, message.level, "", 0, message.text, None, None)
-    fields: dict[str, Any] = {}
-    try:
-        fields = pickle.loads(message.fields)
-    except BaseException as error:  # something in it is of a class that this process cannot import
-        logger.warning("A log record of a worker process arrives without its fields: %s", describe_error(error))
-    record.__dict__.update({"job_id": None, "job_key": None, **fields})
-    return record
-
-
-def _handle(record: logging.LogRecord) -> None:
-    logging.getLogger(record.name).handle(record)
-
-
-def _unpickled_meta(payload: bytes) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = pickle.loads(payload)
-    except BaseException as error:  # classes that this process cannot import
-        return {"error": f"what the job has reported cannot be rebuilt: {describe_error(error)}"}
-    return meta
-
-
-_NO_START = (
-    "A worker process died before it was ready; what it wrote to its standard error says why. One that is started by "
-    "'spawn' or 'forkserver' imports the main module, which must not start jobs when it is imported: put that "
-    "under 'if __name__ == \"__main__\":'."
-)

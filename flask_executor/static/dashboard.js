@@ -1,7 +1,7 @@
 /**
  * The dashboard: asks for the overview and the list of jobs every two seconds, and changes on the page what is different.
  *
- *     overview ──> tiles, chart, functions, workers
+ *     overview ──> tiles, chart, functions, workers, services
  *     list ──> JobList ──> rows          one job, its log ──> Details
  */
 
@@ -270,6 +270,15 @@ function showOverview({ counts, sampled, functions, health, workers }) {
     view.fill("pid", String(row.pid));
     view.fill("memory", row.memory ? `${number.format(Math.round(row.memory / 2 ** 20))}\u00a0MiB` : "–");
     view.fill("job", row.job ? (list.known.get(row.job)?.name ?? row.job.slice(0, 8)) : "–");
+  });
+  find("service-table").hidden = !health.services.length;
+  sync(find("service-rows"), "service-row", health.services, ({ name }) => name, (view, row) => {
+    view.fill("name", row.name);
+    view.fill("ready", `${number.format(row.ready)} / ${number.format(row.workers)}`);
+    view.fill("busy", number.format(row.busy));
+    view.fill("waiting", number.format(row.waiting));
+    view.fill("failures", number.format(row.failures));
+    view.fill("error", row.last_error ?? "–");
   });
 }
 

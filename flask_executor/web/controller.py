@@ -8,7 +8,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
@@ -451,7 +451,7 @@ class Controller(Blueprint):
         good = health.accepting and health.store_reachable
         document: dict[str, Any] = {"status": "ok" if good else "unavailable"}
         if _allows(self.may, "health"):
-            document.update({name: getattr(health, name) for name in health.__dataclass_fields__})
+            document.update(asdict(health))
         answer = Response(json.dumps(document), 200 if good else 503, mimetype="application/json")
         answer.headers["Cache-Control"] = "no-store"
         return answer

@@ -37,7 +37,7 @@ def overview(records: JobRecords, health: Health, workers: Sequence[WorkerState]
         "functions": _by_function(ended),
         "recent": [_moment(job) for job in ended[-_RECENT:]],
         "health": asdict(health),
-        "workers": [_worker(worker) for worker in workers],
+        "workers": [_worker(worker) for worker in workers if worker.service is None],
     }
 
 

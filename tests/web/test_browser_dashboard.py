@@ -152,6 +152,20 @@ def test_filters_are_in_the_url(tabs: Tabs, shop: Shop) -> None:
     assert wait_until(lambda: len(names(page)) > 2)
 
 
+def test_services(tabs: Tabs, open_shop: OpenShop) -> None:
+    shop = open_shop()
+    page = open_dashboard(tabs, shop)
+    row = page.locator("#executor-service-rows tr")
+    expect(part(row, "name")).to_have_text("Echo")
+    expect(part(row, "ready")).to_have_text("1 / 1")
+    expect(part(row, "failures")).to_have_text("0")
+    assert page.request.get(f"{shop.url}/echo/die").ok
+    expect(part(row, "failures")).to_have_text("1")
+    expect(part(row, "error")).to_contain_text("A worker process died.")
+    expect(part(row, "ready")).to_have_text("1 / 1")
+    assert_accessible(page)
+
+
 def test_a_link_with_filters(tabs: Tabs, shop: Shop) -> None:
     page = open_dashboard(tabs, shop)
     puppet = start(page, shop)

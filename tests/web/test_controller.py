@@ -14,6 +14,7 @@ import pytest
 import tasks
 from flask import Blueprint, Flask, abort, has_request_context, render_template_string, request, session
 from flask.testing import FlaskClient
+from lodgers import Counter
 from werkzeug.test import TestResponse
 from werkzeug.wrappers import Response
 
@@ -457,6 +458,15 @@ def test_overview(client: FlaskClient, executor: Executor, admins: Admins, gate:
     assert len(busy) == 1
     assert busy[0]["memory"] > 1024 * 1024
     assert (busy[0]["pid"] == os.getpid()) == (busy[0]["kind"] == "threads")
+
+
+def test_health_tells_of_services(client: FlaskClient, executor: Executor, admins: Admins) -> None:
+    admins.actions = {"health", "dashboard"}
+    service = executor.service(Counter, per="process")
+    pid = service.call("pid").result(10)
+    (found,) = document(client.get("/jobs/health"))["services"]
+    assert (found["name"], found["pids"], found["ready"], found["failures"]) == ("Counter", [pid], 1, 0)
+    assert document(client.get("/jobs/overview"))["health"]["services"] == [found]
 
 
 def test_health(client: FlaskClient, executor: Executor, admins: Admins, monkeypatch: pytest.MonkeyPatch) -> None:

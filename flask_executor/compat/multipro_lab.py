@@ -1,0 +1,577 @@
+"""The names of multipro_lab, for code that was written for it.
+
+.. code-block:: python
+
+    class Printer(Worker):                             # at the top of a module
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.msg_receiver.register_handler(message_type="print", message_handler=self.show)
+
+        def show(self, message_body=None):
+            print(message_body)
+
+    class Program(Main):
+        def main_action(self):
+            self.msg_router.send_message(
+                receiving_object_name="printer", message_type="print", message_body="hello"
+            )
+
+    main = Program()
+    main.register_worker(worker=Printer(name="printer", block=True))
+    main.run()                                         # until SIGINT, SIGTERM or main.exit()
+
+Each worker is a :class:`~flask_executor.Service` of an app that :class:`Main` makes for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import pickle
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from flask import Flask
+
+from flask_executor.config import Config
+from flask_executor.crews import ServiceHandle
+from flask_executor.exceptions import ExecutorShutdown, QueueFull
+from flask_executor.executor import Executor
+from flask_executor.exits import leave_in_order
+from flask_executor.logs import logger
+from flask_executor.services import Service, on
+
+__all__ = ["Main", "MessageReceiver", "MessageRouter", "TaskQueue", "Timer", "Worker"]
+
+Handler = Callable[..., object]
+
+_MOST_CRASHES = 3  # of the workers that had one task
+
+
+class Timer:
+    """Tells, again and again, that an interval is over.
+
+    :param interval: seconds; the first begins now.
+    """
+
+    def __init__(self, interval: float = 1) -> None:
+        self.interval = interval
+        self._begin = time.monotonic()
+
+    def check_timer(self) -> bool:
+        """Whether the interval is over; if so, the next begins now."""
+        now = time.monotonic()
+        if now - self._begin < self.interval:
+            return False
+        self._begin = now
+        return True
+
+
+class MessageReceiver:
+    """The handlers of a :class:`Main` or :class:`Worker`, by the type of message.
+
+    :param block: whether a worker sleeps until there is a message.
+    """
+
+    def __init__(self, block: bool = False) -> None:
+        self.block = block
+        self.message_handler_d: dict[Hashable, Handler] = {}
+        self._inbox: queue.SimpleQueue[tuple[Hashable, Any] | None] = queue.SimpleQueue()  # signal handlers may put
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.block,), {"message_handler_d": self.message_handler_d}
+
+    def register_handler(self, message_type: Hashable = None, message_handler: Handler | None = None) -> None:
+        """Have messages of a type handled; in ``__init__``.
+
+        :param message_handler: takes the body as ``message_body``, or as its first argument if that has another name.
+        :raises TypeError: if it cannot be called.
+        """
+        if not callable(message_handler):
+            raise TypeError(f"the handler of message {message_type!r} cannot be called: {message_handler!r}")
+        self.message_handler_d[message_type] = message_handler
+
+    def get_messages(self) -> None:
+        """Handle all messages that wait, in :class:`Main`. Those of a worker are handled as they come."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._handle_safely(self._inbox.get_nowait())
+
+    def _handle_until(self, deadline: float | None) -> None:
+        """Handle what comes until then (monotonic); without a deadline the first that comes, and all behind it."""
+        try:
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            item = self._inbox.get(timeout=timeout)
+            while item is not None:
+                self._handle_safely(item)
+                timeout = 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
+                item = self._inbox.get(timeout=timeout)
+        except queue.Empty:
+            pass
+
+    def _handle_safely(self, item: tuple[Hashable, Any] | None) -> None:
+        try:
+            if item is not None:
+                self._handle(*item)
+        except Exception:
+            logger.exception("Main: a message failed.")
+
+    def _handle(self, type: Hashable, body: Any) -> None:
+        handler = self.message_handler_d.get(type)
+        if handler is None:
+            raise KeyError(f"no handler is registered for {type!r}")
+        if _takes_message_body(handler):
+            handler(message_body=body)
+        else:
+            handler(body)
+
+
+def _takes_message_body(handler: Handler) -> bool:
+    try:
+        inspect.signature(handler).bind(message_body=None)
+    except (TypeError, ValueError):  # it has another name, or none that can be found
+        return False
+    return True
+
+
+class MessageRouter:
+    """Sends messages; ``self.msg_router`` of :class:`Main` and of each :class:`Worker`."""
+
+    _send: Callable[[str, Hashable, Any], None]
+
+    def __init__(self) -> None:
+        #: Main and the workers, by name.
+        self.message_route_d: dict[str | None, Main | Worker | None] = {}
+        self.task_queue: TaskQueue | None = None
+
+    def __reduce__(self) -> Any:
+        names = dict.fromkeys(self.message_route_d)
+        return type(self), (), {"message_route_d": names, "task_queue": self.task_queue}
+
+    def register_receiving_object(self, receiving_object: Main | Worker) -> None:
+        """Find this one by its name from now on."""
+        self.message_route_d[receiving_object.name] = receiving_object
+
+    def register_task_queue(self, task_queue: TaskQueue) -> None:
+        """Use this one for tasks."""
+        self.task_queue = task_queue
+
+    def send_message(self, receiving_object_name: str, message_type: Hashable = None, message_body: Any = None) -> None:
+        """Send a message, and do not wait for it.
+
+        :param receiving_object_name: the name of a worker, or ``"main"``.
+        :param message_body: anything that can be pickled.
+        :raises KeyError: when there is none of this name.
+        :raises NotPicklable: for a body that cannot be sent.
+        """
+        if receiving_object_name not in self.message_route_d:
+            raise KeyError(receiving_object_name)
+        self._send(receiving_object_name, message_type, message_body)
+
+
+class TaskQueue:
+    """Tasks for whichever worker is free: ``self.msg_router.task_queue``, with ``Main(task_queue=True)``.
+
+    All wait in the main process. A worker that has once asked for one is handed the next whenever it is free.
+    """
+
+    # In the main process _tasks holds all that wait, in a worker what it was handed.
+
+    def __init__(self) -> None:
+        self._tasks: deque[bytes] = deque()
+        self._put: Callable[[bytes], object] = self._tasks.append
+        self._is_empty: Callable[[], object] = bool
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    def send_task(self, task: Any) -> None:
+        """Put a task into the queue.
+
+        :param task: anything that can be pickled.
+        """
+        self._put(pickle.dumps(task))
+
+    def get_task(self) -> Any:
+        """A task; None when there is none now."""
+        try:
+            return pickle.loads(self._tasks.popleft())
+        except IndexError:
+            self._is_empty()
+            return None
+
+
+class Worker:
+    """A worker process: a subclass at the top of a module, made in the main process.
+
+    :param name: what messages are addressed to.
+    :param block: whether :meth:`worker_action` is called only at the beginning and after each message or task, and not
+        every :attr:`main_loop_sleep_time`. Meanwhile the process sleeps.
+    """
+
+    #: Seconds between two calls of :meth:`worker_action`.
+    main_loop_sleep_time: float | None
+    msg_router: MessageRouter
+
+    def __init__(self, name: str | None = None, block: bool = False) -> None:
+        self.name = name
+        self.main_loop_sleep_time = None if block else 0.01
+        self.msg_receiver = MessageReceiver(block=block)
+        self._exit_flag = False
+        self.msg_receiver.register_handler(message_type="exit", message_handler=self._exit)
+
+    def set_msg_router(self, msg_router: MessageRouter) -> None:
+        """Use this one for messages; called by :meth:`Main.register_worker`."""
+        self.msg_router = msg_router
+
+    def worker_action(self) -> Any:
+        """Do what is to be done beside messages, or the task that ``self.msg_router.task_queue.get_task()`` gives."""
+
+    def _exit(self, message_body: Any = None) -> None:
+        self._exit_flag = True
+
+
+class _Resident(Service):
+    """A worker, in its process."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._tasks: deque[bytes] = deque()
+        self._has_asked = False
+        self._has_told = False
+        pace = self._pace()
+        self.schedule = {} if pace is None else {"act": pace}  # type: ignore[misc]  # each worker has its own
+
+    def setup(self) -> None:
+        router = self._worker.msg_router
+        router._send = lambda *message: self.main.send("message", message)
+        tasks = router.task_queue
+        if tasks is not None:
+            tasks._tasks = self._tasks  # not those of the main process, which it may have inherited
+            tasks._put = lambda task: self.main.send("task", task)
+            tasks._is_empty = self._ask
+        self.act()
+
+    def act(self) -> None:
+        """Call the action; never raises."""
+        with self._leaving():
+            if not self._worker._exit_flag:
+                try:
+                    self._worker.worker_action()
+                except Exception:
+                    logger.exception("Worker %r: worker_action failed.", self._worker.name)
+        pace = self._pace()
+        if self.schedule and pace is not None:
+            self.schedule["act"] = pace  # type: ignore[index]  # it is our own
+
+    @on("message")
+    def message(self, body: tuple[Hashable, Any]) -> None:
+        """Handle a message."""
+        try:
+            with self._leaving():
+                if not self._worker._exit_flag:
+                    self._worker.msg_receiver._handle(*body)
+        finally:
+            if not self.schedule:
+                self.act()
+
+    @on("task")
+    def task(self, task: bytes) -> bool:
+        """Do a task; whether another may come."""
+        self._tasks.append(task)
+        self.act()
+        if self._worker._exit_flag:
+            while self._tasks:
+                self.main.send("task", self._tasks.popleft())
+        if self._tasks:
+            self._has_asked = False  # it does not take each at once: it asks again when it has
+        return not self._tasks
+
+    def _ask(self) -> None:
+        if not self._has_asked:
+            self._has_asked = True
+            self.main.send("ask")
+
+    def _pace(self) -> float | None:
+        worker = self._worker
+        return None if worker.msg_receiver.block else worker.main_loop_sleep_time
+
+    @contextlib.contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """Tell the main process, if the worker wants to leave after this."""
+        try:
+            yield
+        except SystemExit:
+            self._worker._exit_flag = True
+        finally:
+            if self._worker._exit_flag and not self._has_told:
+                self._has_told = True
+                self.main.send("left")
+
+
+class _Task:
+    """A task in the hands of a worker, or on its way there."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.crashes = 0
+
+
+class _Member:
+    """A worker, in the main process."""
+
+    def __init__(self, worker: Worker, handle: ServiceHandle) -> None:
+        self.worker = worker
+        self.handle = handle
+        self.asks = False
+        self.task: _Task | None = None
+        self.stopper: threading.Thread | None = None
+        self._early: list[tuple[Hashable, Any]] | None = []  # messages from before the start
+        self._lock = threading.RLock()  # a signal handler may send in the middle
+
+    def start(self) -> None:
+        """Start the process."""
+        with self._lock:
+            self.handle.start()
+            early, self._early = self._early or [], None
+            for message in early:
+                self.handle.send("message", message)
+
+    def send(self, type: Hashable, body: Any) -> None:
+        """Send a message; not to one that has left, which would be started again."""
+        with self._lock:
+            if self._early is not None:
+                self._early.append((type, body))
+            elif self.stopper is None:
+                self.handle.send("message", (type, body))
+
+    def call(self, task: _Task) -> Future[bool]:
+        """Have a task done.
+
+        :raises ExecutorShutdown: when it has left.
+        """
+        with self._lock:
+            if self.stopper is not None:
+                raise ExecutorShutdown
+            return self.handle.call("task", task.data)
+
+    def stop(self, timeout: float) -> threading.Thread:
+        """Begin to end the process, by force after so many seconds; the thread that waits for it."""
+        with self._lock:
+            if self.stopper is None:
+                self.stopper = threading.Thread(target=self.handle.stop, args=(timeout,))
+                self.stopper.start()
+            return self.stopper
+
+
+class _Dealer:
+    """Gives the tasks to the workers that ask for some, one at a time each."""
+
+    # Members' tasks, and _again, are changed under _lock.
+
+    def __init__(self, tasks: TaskQueue) -> None:
+        self._tasks = tasks._tasks
+        self._members: list[_Member] = []
+        self._again: deque[_Task] = deque()  # whose workers have died
+        self._lock = threading.RLock()  # what has failed at once calls back in the middle
+        self._closed = False
+        tasks._put = self.put
+
+    def put(self, data: bytes) -> None:
+        """A task has come."""
+        self._tasks.append(data)
+        self._deal()
+
+    def asked(self, member: _Member) -> None:
+        """A worker wants one."""
+        with self._lock:
+            if member not in self._members:
+                self._members.append(member)
+            member.asks = True
+        self._deal()
+
+    def close(self) -> None:
+        """Give out no more."""
+        with self._lock:
+            self._closed = True
+
+    def _deal(self) -> None:
+        with self._lock:
+            for member in self._members:
+                task = self._next() if member.asks and member.task is None and member.stopper is None else None
+                if task is not None:
+                    member.asks, member.task = False, task
+                    self._give(member, task)
+            # In turn, not always to the first.
+            self._members.sort(key=lambda member: member.task is not None)
+
+    def _next(self) -> _Task | None:
+        if self._closed:
+            return None
+        if self._again:
+            return self._again.popleft()
+        try:
+            return _Task(self._tasks.popleft())
+        except IndexError:
+            return None
+
+    def _give(self, member: _Member, task: _Task) -> None:
+        try:
+            future = member.call(task)
+        except (ExecutorShutdown, QueueFull):  # it leaves, or has too many messages
+            member.asks, member.task = True, None
+            self._again.append(task)
+        else:
+            future.add_done_callback(lambda future: self._done(member, task, future))
+
+    def _done(self, member: _Member, task: _Task, future: Future[bool]) -> None:
+        error = None if future.cancelled() else future.exception()
+        with self._lock:
+            member.task = None
+            if error is None:
+                member.asks = member.asks or (not future.cancelled() and future.result())
+            else:
+                self._retry(member, task, error)
+        self._deal()
+
+    def _retry(self, member: _Member, task: _Task, error: BaseException) -> None:
+        task.crashes += 1
+        if task.crashes < _MOST_CRASHES:
+            self._again.append(task)
+        elif not self._closed:
+            logger.error("A task is dropped, as %d workers have died of it: %s", task.crashes, error)
+
+
+class _Runs:
+    """The threads that run a :class:`Main`: a process whose main thread ends waits for them, before workers end."""
+
+    def __init__(self) -> None:
+        self.config = Config.read({}, "")
+        self.threads: set[threading.Thread] = set()
+
+    def leave(self, deadline: float) -> None:
+        """Wait, for as long as it takes."""
+        for thread in self.threads - {threading.current_thread()}:
+            thread.join()
+
+
+_runs = _Runs()
+
+
+class Main:
+    """The main process: a subclass with a :meth:`main_action`.
+
+    :param check_workers: without effect: workers that die are always started again.
+    :param task_queue: whether there is a :class:`TaskQueue`, ``self.msg_router.task_queue``.
+    """
+
+    #: Seconds between two calls of :meth:`main_action`; None to call it only at the beginning and after messages.
+    main_loop_sleep_time: float | None = 0.01
+    #: Seconds that workers have to leave, at the end.
+    exit_timeout: float = 10.0
+    name = "main"
+
+    def __init__(self, check_workers: bool = False, task_queue: bool = False) -> None:
+        self.check_workers = check_workers
+        self.msg_receiver = MessageReceiver()
+        self.msg_router = MessageRouter()
+        self.msg_router._send = self._route
+        self.msg_router.register_receiving_object(self)
+        self.worker_arr: list[Worker] = []
+        self.task_queue = TaskQueue() if task_queue else None
+        self._dealer: _Dealer | None = None
+        if self.task_queue is not None:
+            self.msg_router.register_task_queue(self.task_queue)
+            self._dealer = _Dealer(self.task_queue)
+        self._members: dict[Worker, _Member] = {}
+        self._exit_flag = False
+        self._app = _make_app()
+        self._executor = Executor(self._app)
+        leave_in_order(_runs)
+        self._signals: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not the main thread: the program has to see to signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._signals[number] = signal.signal(number, lambda *_: self.exit())
+
+    def register_worker(self, worker: Worker) -> None:
+        """Have a worker; before :meth:`run`."""
+        worker.set_msg_router(self.msg_router)
+        self.msg_router.register_receiving_object(worker)
+        self.worker_arr.append(worker)
+        name = worker.name or type(worker).__name__
+        if name in self._executor.services:
+            name = f"{name} ({len(self.worker_arr)})"
+        handle = self._executor.service(_Resident, worker, name=name, per="process")
+        member = self._members[worker] = _Member(worker, handle)
+        executor_on = self._executor.on
+        executor_on(handle, "message")(lambda body: self._route(*body))
+        executor_on(handle, "left")(lambda _: member.stop(self.exit_timeout))
+        if self._dealer is not None:
+            dealer = self._dealer
+            executor_on(handle, "task")(dealer.put)
+            executor_on(handle, "ask")(lambda _: dealer.asked(member))
+
+    def main_action(self) -> Any:
+        """Do what is to be done beside messages."""
+
+    def run(self) -> None:
+        """Start the workers, and go on until SIGINT, SIGTERM or :meth:`exit`; then end them."""
+        _runs.threads.add(threading.current_thread())
+        try:
+            self._run_workers()
+            while not self._exit_flag:
+                self.main_action()
+                if not self._exit_flag:  # what wakes us then may have been taken out by get_messages()
+                    pace = self.main_loop_sleep_time
+                    self.msg_receiver._handle_until(None if pace is None else time.monotonic() + pace)
+        finally:
+            self._exit_workers()
+            self._release_signals()
+            _runs.threads.discard(threading.current_thread())
+
+    def exit(self) -> None:
+        """Have :meth:`run` end, from any thread or message handler."""
+        self._exit_flag = True
+        self.msg_receiver._inbox.put(None)
+
+    def send_exit_msg(self, worker: Worker) -> None:
+        """Have one worker leave, after the messages that it has."""
+        self._members[worker].send("exit", None)
+
+    def _run_workers(self) -> None:
+        for member in self._members.values():
+            member.start()
+
+    def _route(self, name: str, type: Hashable, body: Any) -> None:
+        receiver = self.msg_router.message_route_d[name]
+        if receiver is self:
+            self.msg_receiver._inbox.put((type, body))
+        elif isinstance(receiver, Worker):
+            self._members[receiver].send(type, body)
+
+    def _exit_workers(self) -> None:
+        if self._dealer is not None:
+            self._dealer.close()
+        for member in self._members.values():
+            with contextlib.suppress(QueueFull):  # it is ended all the same
+                member.send("exit", None)
+        for stopper in [member.stop(self.exit_timeout) for member in self._members.values()]:
+            stopper.join()
+        self._executor.shutdown()
+
+    def _release_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._signals.items():
+                signal.signal(number, handler)
+
+
+def _make_app() -> Flask:
+    app = Flask("multipro_lab")
+    app.config["EXECUTOR_APP"] = f"{__name__}:_make_app()"
+    return app

@@ -1,0 +1,525 @@
+"""The services of an app, seen from one of its processes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import pickle
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
+from flask_executor.backends.process import ProcessBackend
+from flask_executor.context import call_to_end
+from flask_executor.errands import Errand
+from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
+from flask_executor.futures import FutureProxy
+from flask_executor.helpers import describe_error
+from flask_executor.jobs import JobOptions, JobStatus
+from flask_executor.leaders import Seat, meeting_place
+from flask_executor.logs import logger
+from flask_executor.mailbox import Mailbox
+from flask_executor.messages import Sent
+from flask_executor.relays import Relay
+from flask_executor.residents import ServiceResident, answer
+from flask_executor.runner import PlainCall, pickled
+from flask_executor.serial import SerialThread
+from flask_executor.services import ServiceDefinition, ServiceStatus, check_handler
+from flask_executor.worker import Resident
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+Handlers = Mapping[tuple[str, str], Callable[[Any], object]]
+
+
+class Owner(Protocol):
+    """What a crew needs of the binding it belongs to."""
+
+    @property
+    def app(self) -> Flask | None:
+        """The app, None when it is gone."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells the app, and this executor of it, from others on this machine."""
+
+    def leave_in_order(self) -> None:
+        """See to it that services end before the process does."""
+
+    def call(
+        self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...]
+    ) -> FutureProxy[Any]:
+        """Start a job of a service on the backend of that."""
+
+
+class Services:
+    """The services of an app in this process, by name.
+
+    :param definitions: those that the app wants; more may come.
+    :param handlers: what the app does with their messages, by service and type; more may come.
+    """
+
+    # _crews is changed under _lock.
+
+    def __init__(
+        self,
+        owner: Owner,
+        options: Callable[[], BackendOptions],
+        definitions: Mapping[str, ServiceDefinition],
+        handlers: Handlers,
+    ) -> None:
+        self._owner = owner
+        self._options = options
+        self._definitions = definitions
+        self._handlers = handlers
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+        self._crews: dict[str, Crew] = {}
+        self._all_started = 0  # how many there were
+        self._incoming = SerialThread("flask-executor-messages")
+        self._seat: Seat | None = None
+        self._closed = False  # no more messages are accepted
+        self._ended = False  # nor done
+
+    def member(self, name: str) -> Crew | Remote:
+        """The workers of a service: those of this process, or the way to those of the one that leads."""
+        self._check_open()
+        definition = self._definitions[name]
+        if definition.per == "process":
+            return self.crew(name)
+        seat = self._seat_here()
+        if seat.take():
+            return self.crew(name)
+        return Remote(definition, self._owner, seat.relay)
+
+    def _seat_here(self) -> Seat:
+        with self._lock:
+            if self._seat is None:
+                self._owner.leave_in_order()
+                identity = self._owner.identity
+                self._seat = Seat(lambda: meeting_place(*identity), weakref.ref(self))
+                finalizer = weakref.finalize(self, self._seat.close)
+                finalizer.atexit = False
+            return self._seat
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ExecutorShutdown(_SHUT)
+
+    def lead(self) -> None:
+        """This process leads from now on."""
+        for name, definition in list(self._definitions.items()):
+            if definition.per == "app":
+                self.crew(name)
+
+    def crew(self, name: str) -> Crew:
+        """The workers of a service in this process, started now if they were not.
+
+        :raises KeyError: for a service that there is not.
+        :raises ExecutorShutdown: after :meth:`close`.
+        """
+        with self._lock:
+            crew = self._crews.get(name)
+            if crew is None:
+                if self._ended:
+                    raise ExecutorShutdown(_SHUT)
+                self._owner.leave_in_order()
+                crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._router())
+                crew.start()
+            return crew
+
+    def start(self) -> None:
+        """Start all that were not; called at every request."""
+        if self._all_started != len(self._definitions):
+            self._all_started = len(self._definitions)
+            for name in list(self._definitions):
+                self.member(name)
+
+    def started(self) -> list[Crew]:
+        """Those that were."""
+        with self._lock:
+            return list(self._crews.values())
+
+    def stop(self, name: str, timeout: float | None) -> None:
+        """Stop one; it is started again when it is used again.
+
+        :raises RuntimeError: when another process looks after it.
+        """
+        with self._lock:
+            crew = self._crews.pop(name, None)
+        if crew is not None:
+            crew.stop(timeout)
+            return
+        there = self._ask(name)
+        if there is not None and there.pids:
+            raise RuntimeError(f"service {name!r} is looked after by process {there.supervisor}: stop it there")
+
+    def status(self, name: str) -> ServiceStatus:
+        """How one is doing, whichever process looks after it."""
+        return self._ask(name) or self.local_status(name)
+
+    def _ask(self, name: str) -> ServiceStatus | None:
+        """What the process says that leads, if it is another one."""
+        if self._definitions[name].per == "process" or name in self._crews:
+            return None
+        seat = self._seat_here()
+        return None if seat.leading else seat.ask(name)
+
+    def local_status(self, name: str) -> ServiceStatus:
+        """How one is doing in this process."""
+        crew = self._crews.get(name)
+        if crew is not None:
+            return crew.status()
+        definition = self._definitions.get(name)
+        return ServiceStatus(name=name, workers=0 if definition is None else definition.workers)
+
+    def statuses(self) -> tuple[ServiceStatus, ...]:
+        """How all are doing."""
+        return () if self._closed else tuple(map(self.status, list(self._definitions)))
+
+    def close(self, *, wait: bool) -> None:
+        """Accept no more messages, and end when what was accepted is done.
+
+        :param wait: whether to return only then.
+        """
+        self._closed = True
+        if wait:
+            self._finish(None)
+        elif self._crews or self._seat is not None:
+            threading.Thread(target=self._finish, args=(None,), name="flask-executor-closing", daemon=True).start()
+
+    def leave(self, deadline: float) -> None:
+        """The process ends: stop all, by force what goes on at ``deadline`` (:func:`time.monotonic`)."""
+        self._closed = True
+        self._finish(deadline)
+
+    def _finish(self, deadline: float | None) -> None:
+        if self._seat is not None and not self._seat.leading:  # if the leader ends too, this process may yet lead
+            self._seat.relay.drain(_LAST_WORDS if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._ended = True
+        for crew in self.started():
+            crew.stop(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        while len(self._incoming) and (deadline is None or time.monotonic() < deadline):
+            time.sleep(0.01)
+        self._incoming.close(wait=False)
+        if self._seat is not None:
+            self._seat.close()
+
+    def after_fork(self) -> None:
+        """In the child of a fork: those of the parent are not here."""
+        self._reset()
+
+    def _router(self) -> Callable[[str, Sent], None]:
+        """What takes the messages of services in supervisor threads, which must not keep the app alive."""
+        incoming, deliver = self._incoming, weakref.WeakMethod(self._deliver)
+
+        def route(sender: str, message: Sent) -> None:
+            def run() -> None:
+                services = deliver()
+                if services is not None:
+                    services(sender, message)
+
+            incoming.run(run)
+
+        return route
+
+    def _deliver(self, sender: str, message: Sent) -> None:
+        body = pickle.loads(message.body)
+        if message.to is not None:
+            try:
+                self.member(message.to).send(message.type, packed(message.type, body))
+            except (KeyError, ValueError, QueueFull, ExecutorShutdown) as error:
+                logger.error("Service %r sent a message to %r, which is lost: %s", sender, message.to, error)
+            return
+        handler = self._handlers.get((sender, message.type))
+        app = self._owner.app
+        if handler is None or app is None:
+            logger.error(
+                "Service %r sent %r to the app, which has no @executor.on(%r, %r) for it.",
+                sender,
+                message.type,
+                sender,
+                message.type,
+            )
+            return
+        with app.app_context():
+            call_to_end(handler, (body,), {})
+
+
+class Tenant:
+    """A service, for the supervisor of its workers; who must not refer to the crew, or it would never be collected.
+
+    :param route: takes the messages that the service sends, with its name.
+    """
+
+    def __init__(self, definition: ServiceDefinition, route: Callable[[str, Sent], None]) -> None:
+        self.resident: Callable[[], Resident] = functools.partial(
+            ServiceResident, definition.name, definition.cls, definition.args
+        )
+        self.failures = 0
+        self.last_error: str | None = None
+        self._name = definition.name
+        self._route = route
+
+    def failed(self, error: BaseException, pause: float) -> None:
+        """A worker could not start, or died."""
+        self.failures += 1
+        died = isinstance(error, WorkerLost)
+        self.last_error = str(error) if died else describe_error(error)
+        logger.error(
+            "Service %r: %s Another worker is started in %.1f s.",
+            self._name,
+            self.last_error,
+            pause,
+            exc_info=None if died else error,
+        )
+
+    def sent(self, message: Sent) -> None:
+        """The service has sent a message."""
+        self._route(self._name, message)
+
+
+_SHUT = "this executor was shut down in this process, and takes no more messages"
+_LAST_WORDS = 30.0  # seconds in which the process that leads may still answer one that ends
+
+
+class RelayedCall(PlainCall):
+    """A call that another process waits for."""
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], begun: Callable[[], object]) -> None:
+        super().__init__(fn, args, {})
+        self._begun = begun
+
+    def begin(self) -> bool:
+        first, claimed = self._claimed is None, super().begin()
+        if first and claimed:
+            self._begun()
+        return claimed
+
+
+class Crew:
+    """The workers of one service in this process.
+
+    :param route: takes the messages that the service sends.
+    """
+
+    def __init__(
+        self, definition: ServiceDefinition, owner: Owner, options: BackendOptions, route: Callable[[str, Sent], None]
+    ) -> None:
+        self.definition = definition
+        self._owner = owner
+        self._tenant = Tenant(definition, route)
+        options = replace(options, max_workers=definition.workers, max_tasks_per_child=None)
+        self._backend = ProcessBackend(options, self._tenant)
+        self._mailbox = Mailbox(
+            definition.name, self._backend.submit, lambda: self._backend.broadcasts, 2 * definition.workers
+        )
+
+    def start(self) -> None:
+        """Start the workers, if they were not."""
+        self._backend.start()
+
+    def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
+        """Have a worker handle a message; what it says."""
+        self._check_room()
+        args = self._next_call(type, message)
+        return self._owner.call(self._backend, options_of(self.definition, type, timeout), answer, args)
+
+    def _next_call(self, type: str, message: bytes) -> tuple[int, bytes]:
+        """What a worker needs to know of a call that comes behind all there is."""
+        check_handler(self.definition.cls, self.definition.name, type)
+        self._mailbox.flush()
+        return self._backend.broadcasts, message
+
+    def send(self, type: str, message: bytes, *, anyway: bool = False) -> None:
+        """Have a worker handle a message: its type and body, pickled.
+
+        :param anyway: also if too many wait.
+        """
+        check_handler(self.definition.cls, self.definition.name, type)
+        if not anyway:
+            self._check_room()
+        self._mailbox.put(message)
+
+    def broadcast(self, type: str, message: bytes) -> None:
+        """Have every worker handle a message, before those that come from now on."""
+        check_handler(self.definition.cls, self.definition.name, type)
+        self._backend.broadcast(message)
+
+    # ---- for other processes ----
+
+    def start_call(self, type: str, message: bytes, begun: Callable[[], object]) -> PreparedCall:
+        """Have a worker handle a message for another process, which is told when it has begun."""
+        self._check_room()
+        call = RelayedCall(answer, self._next_call(type, message), begun)
+        self._backend.enqueue(call)
+        return call
+
+    def adopt(self, call: PreparedCall) -> None:
+        """Take over a call that was to be sent to another process."""
+        _, type, message = call.args
+        call.args = self._next_call(type, message)
+        call.backend = self._backend
+        self._backend.enqueue(call)
+
+    def leave(self, call: PreparedCall, *, forced: bool) -> None:
+        """Have a call leave, or end it by force."""
+        if self._backend.withdraw(call):
+            call.future.cancel()
+        elif forced:
+            self._backend.kill(call, call.job.attempt)
+        else:
+            self._backend.leave(call, call.job.attempt, JobStatus.STOPPED)
+
+    # ---- the work ----
+
+    def _check_room(self) -> None:
+        if self._waiting() >= self.definition.max_pending:
+            raise QueueFull(f"max_pending of service {self.definition.name!r}", self.definition.max_pending)
+
+    def _waiting(self) -> int:
+        """Messages that wait, more or less: those of a batch that is being handled count until it has been."""
+        return len(self._mailbox) + max(0, self._backend.waiting - self._mailbox.batches)
+
+    def status(self) -> ServiceStatus:
+        """How it is doing."""
+        workers = self._backend.crew()
+        return ServiceStatus(
+            name=self.definition.name,
+            pids=tuple(worker.pid for worker in workers),
+            workers=self.definition.workers,
+            ready=sum(worker.ready for worker in workers),
+            busy=sum(worker.busy for worker in workers),
+            waiting=self._waiting(),
+            failures=self._tenant.failures,
+            last_error=self._tenant.last_error,
+            supervisor=os.getpid(),
+        )
+
+    def crew(self) -> list[WorkerState]:
+        """The workers."""
+        return [replace(worker, service=self.definition.name) for worker in self._backend.crew()]
+
+    def close(self, *, wait: bool) -> None:
+        """Accept no more messages, and end the workers after what was accepted."""
+        self._mailbox.close()
+        self._backend.shutdown(wait=wait)
+
+    def stop(self, timeout: float | None) -> None:
+        """End the workers, after what was accepted; by force, if that takes longer than so many seconds."""
+        self.close(wait=timeout is None)
+        if timeout is not None:
+            self._backend.abandon(timeout)
+
+
+class Remote:
+    """A service whose workers are in the care of another process."""
+
+    def __init__(self, definition: ServiceDefinition, owner: Owner, relay: Relay) -> None:
+        self._definition = definition
+        self._owner = owner
+        self._relay = relay
+
+    def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
+        """Have a worker handle a message; what it says."""
+        check_handler(self._definition.cls, self._definition.name, type)
+        args = (self._definition.name, type, message)
+        return self._owner.call(self._relay, options_of(self._definition, type, timeout), answer, args)
+
+    def send(self, type: str, message: bytes) -> None:
+        """Have a worker handle a message."""
+        self._post("send", type, message)
+
+    def broadcast(self, type: str, message: bytes) -> None:
+        """Have every worker handle a message."""
+        self._post("broadcast", type, message)
+
+    def _post(self, verb: str, type: str, message: bytes) -> None:
+        check_handler(self._definition.cls, self._definition.name, type)
+        self._relay.post(Errand(verb, self._definition.name, type, message))
+
+
+def options_of(definition: ServiceDefinition, type: str, timeout: float | None) -> JobOptions:
+    """Those of the job that a call is."""
+    return JobOptions(name=f"{definition.name}.{type}", timeout=math.inf if timeout is None else timeout)
+
+
+class ServiceHandle:
+    """A service, as the app uses it; what :meth:`Executor.service <flask_executor.Executor.service>` returns.
+
+    :param services: gives the services of the current app.
+    """
+
+    def __init__(self, name: str, services: Callable[[], Services]) -> None:
+        self.name = name
+        self._services = services
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+    def call(self, type: str, body: object = None, *, timeout: float | None = None) -> FutureProxy[Any]:
+        """Have one of the workers handle a message.
+
+        :param type: which of its handlers: ``@on(type)``.
+        :param body: anything that can be pickled.
+        :param timeout: seconds that the handler may take; then it has to leave as a job that is asked to stop, and the
+            result is a :exc:`~flask_executor.JobTimeout`. None for no limit.
+        :return: the handle of what it returns or raises; a :exc:`~flask_executor.WorkerLost` when its process dies.
+        :raises ValueError: when nothing handles messages of this type.
+        :raises NotPicklable: for a body that cannot be sent.
+        :raises QueueFull: when too many messages wait.
+        """
+        return self._services().member(self.name).call(type, packed(type, body), timeout)
+
+    def send(self, type: str, body: object = None) -> None:
+        """Have one of the workers handle a message, and do not wait for it. An error that it raises is logged.
+
+        With one worker messages are handled in the order in which they were sent, calls included.
+
+        :raises ValueError: when nothing handles messages of this type.
+        :raises NotPicklable: for a body that cannot be sent.
+        :raises QueueFull: when too many messages wait.
+        """
+        self._services().member(self.name).send(type, packed(type, body))
+
+    def broadcast(self, type: str, body: object = None) -> None:
+        """Have every worker handle a message, before those that are sent from now on, and before those that wait.
+
+        A worker that is started later does not get it.
+
+        :raises ValueError: when nothing handles messages of this type.
+        :raises NotPicklable: for a body that cannot be sent.
+        """
+        self._services().member(self.name).broadcast(type, packed(type, body))
+
+    def start(self) -> None:
+        """Start the workers now, and not at the first request; or see to it that another process has."""
+        self._services().member(self.name)
+
+    def status(self) -> ServiceStatus:
+        """How it is doing."""
+        return self._services().status(self.name)
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End the workers after what was accepted; each runs ``teardown``. They start again when it is used again.
+
+        :param timeout: seconds after which they are ended by force; None for as long as it takes.
+        :raises RuntimeError: when another process looks after them.
+        """
+        self._services().stop(self.name, timeout)
+
+
+def packed(type: str, body: object) -> bytes:
+    """A message as bytes.
+
+    :raises NotPicklable: for a body that cannot be sent.
+    """
+    return b"".join(pickled((type, body), f"The body of message {type!r}", "be sent to a worker process"))

@@ -1,0 +1,103 @@
+"""What processes of an app ask the one that leads to do for them."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from flask_executor.abc import PreparedCall
+from flask_executor.lines import Wire
+from flask_executor.messages import Kind, Message
+from flask_executor.services import ServiceStatus
+
+#: The number of the frame by which a leader says that it listens: what is sent from then on arrives.
+WELCOME = 1 << 63
+
+
+@dataclass(slots=True)
+class Errand(Message):
+    """Something that the leader is to do for another process; and word from it that it ends.
+
+    What the leader does not do now it gives back.
+    """
+
+    #: ``call``, ``send``, ``broadcast``, ``leave``, ``kill``, ``status``, ``ready``, ``close``.
+    verb: str
+    service: str
+    #: Of the message.
+    type: str
+    #: The message, packed.
+    data: bytes
+
+
+class Workforce(Protocol):
+    """What the leader has: the workers of a service."""
+
+    def start_call(self, type: str, message: bytes, begun: Callable[[], object]) -> PreparedCall:
+        """Have a worker handle a message.
+
+        :param begun: called when a worker begins with it.
+        """
+
+    def adopt(self, call: PreparedCall) -> None:
+        """Take over a call of a :class:`~flask_executor.relays.Relay`."""
+
+    def send(self, type: str, message: bytes, *, anyway: bool = False) -> None:
+        """Have a worker handle a message.
+
+        :param anyway: also if too many wait.
+        """
+
+    def broadcast(self, type: str, message: bytes) -> None:
+        """Have all workers handle a message."""
+
+    def leave(self, call: PreparedCall, *, forced: bool) -> None:
+        """Have a call leave, or end it by force."""
+
+
+class Leader(Protocol):
+    """The services of the process that leads."""
+
+    def crew(self, name: str) -> Workforce:
+        """The workers of a service in this process, started now if they were not.
+
+        :raises KeyError: for a service that there is not.
+        :raises ExecutorShutdown: when it is ending.
+        """
+
+    def local_status(self, name: str) -> ServiceStatus:
+        """How a service is doing in this process."""
+
+    def lead(self) -> None:
+        """This process leads from now on."""
+
+
+class Talk:
+    """A wire that several threads send on, and one reads from.
+
+    :param wake: has that one look whether something is left to be sent.
+    """
+
+    def __init__(self, wire: Wire, wake: Callable[[], object]) -> None:
+        self.wire = wire
+        self._wake = wake
+        self._lock = threading.Lock()
+
+    def send(self, kind: Kind, body: list[bytes], number: int) -> None:
+        """Send a frame; what does not go out at once follows. Never waits, and does nothing when the other is gone."""
+        with self._lock, contextlib.suppress(OSError):
+            if not self.wire.send(kind, body, number):
+                self._wake()
+
+    def flush(self) -> None:
+        """Send what is left."""
+        with self._lock, contextlib.suppress(OSError):
+            self.wire.flush()
+
+    def events(self) -> int:
+        """What to wait for."""
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self.wire.pending else 0)

@@ -1,0 +1,370 @@
+"""Two executors of the same app in one process: one leads, the other sends it the messages of its services."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from lodgers import Counter
+
+from conftest import MakeExecutor, run_in_threads, wait_until
+from flask_executor import (
+    Executor,
+    ExecutorShutdown,
+    JobStatus,
+    JobStopped,
+    JobTimeout,
+    NotPicklable,
+    QueueFull,
+    WorkerLost,
+    current_job,
+)
+from flask_executor.leaders import meeting_place
+
+Pair = tuple[Executor, Any]
+
+
+@pytest.fixture
+def join(app: Flask, make_executor: MakeExecutor, tmp_path: Path) -> Callable[..., Pair]:
+    """``join()``: an executor of one more app that is the same, and its service."""
+    apps = [app]
+
+    def join(*args: Any, **options: Any) -> Pair:
+        apps.append(Flask("shop", instance_path=str(tmp_path / "instance")))
+        executor = make_executor(apps[-1], stop_grace=1, start_method="fork")
+        return executor, executor.service(Counter, *args, **options)
+
+    return join
+
+
+def test_one_leads_and_the_other_follows(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(str(tmp_path)), join(str(tmp_path))
+    assert first.call("add", 1).result(10) == 2
+    future = second.call("add", 1)
+    assert (future.result(10), future.name, future.status) == (2, "Counter.add", JobStatus.SUCCEEDED)
+    for number in range(200):
+        second.send("note", number)
+    assert second.call("seen").result(10) == list(range(200)), "in order, and before the call"
+    second.broadcast("step", 10)
+    assert second.call("add", 1).result(10) == 11
+    assert second.call("pid").result(10) == first.call("pid").result(10)
+    assert second.status() == first.status()
+    assert len((tmp_path / "setup").read_text().split()) == 1
+    with pytest.raises(ValueError, match="no paper"):
+        second.call("fail", "no paper").result(10)
+    with pytest.raises(ValueError, match="has no handler for 'ad'"):
+        second.call("ad", 1)
+    with pytest.raises(NotPicklable):
+        second.call("add", lambda: None)
+    with pytest.raises(RuntimeError, match=f"is looked after by process {os.getpid()}"):
+        second.stop()
+
+
+def test_large_messages_both_ways(join: Callable[..., Pair]) -> None:
+    (_, first), (_, second) = join(), join()
+    first.start()
+    large = os.urandom(5_000_000)
+    for _ in range(4):
+        second.send("note", large)
+    assert second.call("seen").result(30) == [large] * 4
+
+
+def test_a_call_that_waits_is_cancelled(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(), join()
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    waiting = [second.call("note", number) for number in range(3)]
+    assert [future.status for future in waiting] == ["queued"] * 3
+    assert waiting[1].cancel()
+    assert second.status().waiting == 3 or wait_until(lambda: second.status().waiting == 2)
+    path.touch()
+    assert second.call("seen").result(10) == [0, 2]
+    assert waiting[1].cancelled()
+
+
+def test_timeouts_and_stops_count_from_the_begin(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(), join()
+    pid = first.call("pid").result(10)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    waiting = second.call("sleep", 0, timeout=0.3)
+    assert not wait_until(lambda: waiting.status != "queued", 0.5), "its time has not begun"
+    path.touch()
+    assert waiting.result(10) == "slept"
+    with pytest.raises(JobTimeout):
+        second.call("sleep", 20, timeout=0.1).result(10)
+    looping = second.call("loop")
+    assert wait_until(looping.running)
+    assert looping.stop()
+    with pytest.raises(JobStopped):
+        looping.result(10)
+    assert first.call("pid").result(10) == pid, "nobody had to be killed"
+    blocking = second.call("block", 20)
+    assert wait_until(blocking.running)
+    blocking.stop(grace=0)
+    with pytest.raises(JobStopped):
+        blocking.result(10)
+    assert blocking.status is JobStatus.KILLED
+
+
+def test_the_worker_dies(join: Callable[..., Pair]) -> None:
+    (_, first), (_, second) = join(), join()
+    first.start()
+    dying, behind = second.call("die"), second.call("add", 1)
+    assert isinstance(dying.exception(10), WorkerLost)
+    assert dying.status is JobStatus.LOST
+    assert behind.result(10) == 2
+
+
+def test_the_leader_ends_in_order(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (leader, first), (_, second) = join(str(tmp_path)), join(str(tmp_path))
+    first.start()
+    assert second.call("add", 1).result(10) == 2
+    for number in range(50):
+        second.send("die if", number + 100)
+    accepted = second.call("add", 2)
+    leader.shutdown()
+    assert accepted.result(10) == 3
+    assert second.call("add", 3).result(10) == 4, "it leads now"
+    assert wait_until(lambda: len(list(tmp_path.glob("message *"))) == 50)
+    assert len((tmp_path / "setup").read_text().split()) == 2
+    with pytest.raises(ExecutorShutdown):
+        first.call("add", 1)
+
+
+def test_many_at_once(join: Callable[..., Pair]) -> None:
+    pairs = [join(workers=2) for _ in range(3)]
+
+    def ask() -> None:
+        for number in range(30):
+            for _, service in pairs:
+                assert service.call("add", number).result(30) == number + 1
+
+    run_in_threads(4, ask)
+
+
+def test_too_many_messages_for_the_leader(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(max_pending=5), join(max_pending=5)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    for number in range(5):
+        second.send("note", number)
+    assert wait_until(lambda: first.status().waiting == 5)
+    with pytest.raises(QueueFull):
+        second.call("add", 1).result(10)
+    path.touch()
+    assert wait_until(lambda: first.status().waiting == 0)
+    assert second.call("seen").result(10) == [0, 1, 2, 3, 4]
+
+
+def test_the_folder_is_for_this_user_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("t")))
+    folder = meeting_place("shop")
+    assert folder == meeting_place("shop") != meeting_place("another")
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o700}
+    folder.chmod(0o755)
+    with pytest.raises(PermissionError, match="must be a folder that belongs to user"):
+        meeting_place("shop")
+    folder.rmdir()
+    folder.symlink_to(folder.parent)
+    with pytest.raises((PermissionError, FileExistsError)):
+        meeting_place("shop")
+
+
+def test_who_stays_away_from_the_services_is_told_how_they_are(join: Callable[..., Pair]) -> None:
+    (_, first), (_, second) = join(), join()
+    assert (second.status().pids, second.status().supervisor) == ((), None)
+    pid = first.call("pid").result(10)
+    assert second.status().pids == (pid,)
+    assert not second._services()._seat.leading
+
+
+# ---- what a reviewer has found ----
+
+
+def test_the_leader_ends_without_waiting_and_lives_on(join: Callable[..., Pair]) -> None:
+    (leader, first), (_, second) = join(), join()
+    first.start()
+    assert second.call("add", 1).result(10) == 2
+    leader.shutdown(wait=False)
+    assert second.call("add", 2).result(10) == 3
+
+
+def test_a_follower_that_shuts_down_waits_for_its_answers(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (follower, second) = join(), join()
+    first.start()
+    path = tmp_path / "go on"
+    running, waiting = second.call("wait for", str(path)), second.call("add", 1)
+    for number in range(20):
+        second.send("note", number)
+    assert wait_until(running.running)
+    thread = threading.Thread(target=follower.shutdown)
+    thread.start()
+    path.touch()
+    thread.join(20)
+    assert (running.result(0), waiting.result(0)) == (str(path), 2)
+    assert first.call("seen").result(10) == list(range(20))
+    with pytest.raises(ExecutorShutdown):
+        second.call("add", 1)
+
+
+def test_a_leader_that_reads_slowly_gets_everything(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flask_executor.relays._MOST_UNSENT", 1)
+    (_, first), (_, second) = join(), join()
+    first.start()
+    large = "x" * 300_000
+    for number in range(100):
+        second.send("note", (number, large))
+    assert [number for number, _ in second.call("seen").result(20)] == list(range(100))
+
+
+def test_more_messages_than_the_leader_takes(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(max_pending=10), join(max_pending=10)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    for number in range(100):
+        second.send("note", number)
+    path.touch()
+
+    def all_seen() -> bool:
+        with contextlib.suppress(QueueFull):
+            return sorted(first.call("seen").result(10)) == list(range(100))
+        return False
+
+    assert wait_until(all_seen, 20), "nothing that was accepted is lost"
+
+
+def test_a_follower_that_ends_has_given_all_away(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (follower, second) = join(max_pending=10), join(max_pending=10)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    for number in range(100):
+        second.send("note", number)
+    threading.Timer(0.3, path.touch).start()
+    follower.shutdown()
+    assert wait_until(lambda: first.status().waiting == 0)
+    assert sorted(first.call("seen").result(10)) == list(range(100))
+
+
+def test_order_when_another_one_leads(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (leader, first), (_, second) = join(str(tmp_path)), join(str(tmp_path))
+    first.start()
+    assert second.call("add", 1).result(10) == 2
+    thread = threading.Thread(target=leader.shutdown)
+    sent = 0
+    thread.start()
+    while sent < 5000 or (thread.is_alive() and sent < 50_000):
+        second.send("note", sent)
+        sent += 1
+    thread.join()
+    seen = second.call("seen").result(20)
+    assert all(before < after for before, after in itertools.pairwise(seen)), "those that the second worker got"
+    assert seen[-1] == sent - 1
+
+
+def test_two_that_follow_in_one_process_and_one_of_them_goes(join: Callable[..., Pair]) -> None:
+    (leader, first), (second_executor, second), (third_executor, third) = join(), join(), join()
+    for service in (first, second, third):
+        service.call("pid").result(10)
+    leader.shutdown()
+    pid = second.call("pid").result(10)
+    assert third.call("pid").result(10) == pid
+    follower, its_service = (third_executor, third) if second._services()._seat.leading else (second_executor, second)
+    other = second if its_service is third else third
+    follower.shutdown()
+    _, fourth = join()
+    assert fourth.call("pid").result(10) == other.call("pid").result(10), "the lock is still held"
+
+
+def test_somebody_tidies_up(join: Callable[..., Pair]) -> None:
+    (leader, first), (_, second) = join(), join()
+    first.start()
+    second.call("pid").result(10)
+    shutil.rmtree(second._services()._seat._place())
+    assert second.call("add", 1).result(10) == 2, "who is connected is not concerned"
+    leader.shutdown()
+    assert second.call("add", 2).result(10) == 3
+
+
+def test_a_place_that_is_not_safe(
+    join: Callable[..., Pair],
+    app: Flask,
+    make_executor: MakeExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*what: object) -> Path:
+        raise PermissionError("it belongs to somebody else")
+
+    monkeypatch.setattr("flask_executor.crews.meeting_place", refuse)
+    service = make_executor().service(Counter)
+    assert app.test_client().get("/").status_code == 404, "the request is not to blame"
+    assert "The services cannot be started." in caplog.text
+    with pytest.raises(PermissionError, match="it belongs to somebody else"):
+        service.call("add", 1)
+
+
+def test_looking_starts_nothing(join: Callable[..., Pair]) -> None:
+    (_, first), (_, second) = join(), join()
+    first.start()
+    second.call("pid").result(10)
+    first.stop()
+    for service in (first, second):
+        assert service.status().pids == ()
+        service.stop()
+        assert service.status().pids == ()
+    assert second.call("add", 1).result(10) == 2
+
+
+def test_messages_to_the_app_are_handled_before_the_end(join: Callable[..., Pair]) -> None:
+    executor, service = join()
+    told: list[int] = []
+
+    @executor.on("Counter", "told")
+    def hear(number: int) -> None:
+        told.append(number)
+
+    for number in range(50):
+        service.send("tell main", number)
+    executor.shutdown()
+    assert told == list(range(50))
+
+
+def test_jobs_that_go_on_at_the_end_use_services(join: Callable[..., Pair]) -> None:
+    executor, service = join()
+    began = threading.Event()
+
+    def work() -> int:
+        began.set()
+        current_job.sleep(0.2)
+        return int(service.call("add", 1).result(10))
+
+    future = executor.submit(work)
+    assert began.wait(10)
+    executor.shutdown()
+    assert future.result(0) == 2
+
+
+def test_init_app_after_a_shutdown(join: Callable[..., Pair]) -> None:
+    executor, service = join()
+    assert service.call("add", 1).result(10) == 2
+    executor.shutdown()
+    app = executor.app
+    assert app is not None
+    executor.init_app(app)
+    assert service.call("add", 1).result(10) == 2
