@@ -166,9 +166,12 @@ class Recorder:
 
     def dispose(self) -> None:
         """As :meth:`close`, and close the store after that; the app is gone."""
-        self._disposed = True
-        self.close(wait=False)
-        if self._thread is None:
+        with self._changed:
+            self._disposed = True
+            self._closing = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is None:
             self._store.close()
 
     # ---- under _changed ----
@@ -226,17 +229,8 @@ class Recorder:
     # ---- the thread ----
 
     def _run(self) -> None:
-        while True:
+        while not self._is_over():
             with self._changed:
-                while (patience := self._patience()) != 0.0:
-                    if self._closing and not self._tracked and (self._trouble is not None or not self._retracted):
-                        self._thread = None
-                        break
-                    self._sleeps_until = math.inf if patience is None else time.monotonic() + patience
-                    self._changed.wait(patience)
-                    self._sleeps_until = 0.0
-                if self._thread is None:
-                    break
                 taken = self._take()
             try:
                 self._work(taken)
@@ -247,9 +241,39 @@ class Recorder:
                     logger.exception("The recorder of jobs failed, and tries again.")
                 self._put_back(taken, StoreUnavailable("", describe_error(error)))
             del taken
-        self._leave()
-        if self._disposed:
-            self._store.close()
+
+    def _is_over(self) -> bool:
+        """Wait until there is something to do; True at the end, when the lease is given back.
+
+        Until then this is the thread of the recorder: nobody else may close the store, or start another.
+        """
+        while self._wait():
+            self._leave()
+            with self._changed:
+                is_over, is_last = self._has_all(), self._disposed
+                if is_over:
+                    self._thread = None
+                else:
+                    self._beat = 0.0  # something has come meanwhile, and our lease is gone
+            if is_over:
+                if is_last:
+                    self._store.close()
+                return True
+        return False
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do, or nothing will be any more; whether it is the second."""
+        with self._changed:
+            while (patience := self._patience()) != 0.0:
+                if self._has_all():
+                    return True
+                self._sleeps_until = math.inf if patience is None else time.monotonic() + patience
+                self._changed.wait(patience)
+                self._sleeps_until = 0.0
+            return False
+
+    def _has_all(self) -> bool:
+        return self._closing and not self._tracked and (self._trouble is not None or not self._retracted)
 
     def _work(self, taken: list[_Tracked]) -> None:
         """Do what is due."""

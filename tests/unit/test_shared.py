@@ -39,6 +39,8 @@ from flask_executor import (
     current_job,
     track,
 )
+from flask_executor.abc import StoreOptions
+from flask_executor.recorder import Recorder
 from flask_executor.stored import StoredFuture
 from flask_executor.stores import sqlite
 from flask_executor.testing import drain
@@ -994,3 +996,29 @@ def wait_while_others_give_up(handle: StoredFuture[Any]) -> None:
     assert wait_until(lambda: called == [handle])
     for thread in impatient:
         thread.join()
+
+
+def test_the_store_is_not_closed_while_the_recorder_takes_its_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At the end of a process: the thread gives back its lease, and the finalizer of the ledger comes in between.
+    store = sqlite.SQLiteStore(
+        StoreOptions(url=f"sqlite:///{tmp_path}/jobs.sqlite", space="shop", result_ttl=60, max_records=10)
+    )
+    leaves, goes_on, done = threading.Event(), threading.Event(), []
+
+    def leave(holder: str) -> None:
+        leaves.set()
+        assert goes_on.wait(10)
+        done.append("left")
+
+    monkeypatch.setattr(store, "leave", leave)
+    monkeypatch.setattr(store, "close", lambda: done.append("closed"))
+    recorder = Recorder(store, lambda request: None)
+    recorder.retract("a job that there is not")
+    recorder.close(wait=False)
+    assert leaves.wait(10)
+    recorder.dispose()
+    assert done == []
+    goes_on.set()
+    assert wait_until(lambda: done == ["left", "closed"])
