@@ -22,7 +22,6 @@ from flask_executor.context import (
     CapturedContext,
     call_to_end,
     current_app_or_none,
-    is_one_of_many,
 )
 from flask_executor.control import RunningJob, running_job
 from flask_executor.crews import Services
@@ -30,7 +29,7 @@ from flask_executor.documents import describe_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
 from flask_executor.exits import leave_in_order
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
-from flask_executor.helpers import callable_name
+from flask_executor.helpers import callable_name, is_one_of_many
 from flask_executor.inherited import forking
 from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
@@ -118,6 +117,7 @@ class Binding(JobChannel):
                 backend = self._backend
                 if backend is None:
                     leave_in_order(self)
+                    self._warn_of_late_settings()
                     backend = self._backend_class(self.config.backend_options(self._app, self.initializers))
                     if self._closed:
                         backend.shutdown()
@@ -241,6 +241,16 @@ class Binding(JobChannel):
             "does not know this job. Set %s to 'sqlite' (or 'redis://...'), and every process sees every stored job.",
             self.config.key("EXECUTOR_STORE"),
         )
+
+    def _warn_of_late_settings(self) -> None:
+        app = self.app
+        changed = [] if app is None else self.config.changed(app.config)
+        if changed:
+            logger.warning(
+                "%s changed in app.config after the executor had read it, and what it was then is used. Set it before "
+                "Executor(app), or call executor.init_app(app) again.",
+                " and ".join(changed),
+            )
 
     def map(
         self,

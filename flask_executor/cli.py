@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Hashable
@@ -47,6 +48,7 @@ _LOOK = 1.0  # seconds after which a job is looked at again of which nothing was
 _PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped
 _MOST_GRACE = 10.0  # seconds of grace that "stop" waits for
 _MOST = 1000  # jobs that "top" counts
+_BEGINNING = re.compile("[0-9a-f]{4,23}")  # of an id
 
 
 class _Commands(AppGroup):
@@ -283,12 +285,13 @@ def _shared() -> tuple[Binding, SharedLedger]:
 
 
 def _find(binding: Binding, ledger: SharedLedger, text: str) -> Job:
-    """The job with this id or key."""
+    """The job with this id, the beginning of one, or key."""
     text = text.encode("utf-8", "replace").decode()  # arguments that are no text have half of a surrogate pair
     keys = _keys_of(text)
     job = ledger.records.get(text)
     for key in keys:
         job = job or ledger.records.find(key)
+    job = job or _beginning_with(ledger, text)
     if job is not None:
         return job
     if ledger.records.expired(text) or any(ledger.records.expired(key=key) for key in keys):
@@ -297,6 +300,16 @@ def _find(binding: Binding, ledger: SharedLedger, text: str) -> Job:
     if binding.config.track == "stored":
         hint = f" Jobs without a key are recorded only if {binding.config.key('EXECUTOR_TRACK')} is 'all'."
     raise click.ClickException(f"There is no job with the id or key {text!r}, and none is remembered.{hint}")
+
+
+def _beginning_with(ledger: SharedLedger, text: str) -> Job | None:
+    """The only job whose id begins so, as it is told from others in a list."""
+    if not _BEGINNING.fullmatch(text):
+        return None
+    found = [job for job in ledger.records.list() if job.id.startswith(text)]
+    if len(found) > 1:
+        raise click.ClickException(f"The ids of {len(found)} jobs begin with {text!r}: give more of it.")
+    return found[0] if found else None
 
 
 def _expired(binding: Binding, text: str) -> click.ClickException:

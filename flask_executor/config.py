@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import multiprocessing
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flask_executor.abc import BackendOptions
 from flask_executor.exceptions import ConfigError
 from flask_executor.helpers import without_password
+from flask_executor.logs import logger
 
 if TYPE_CHECKING:
     import weakref
@@ -235,6 +237,7 @@ class Config:
         :raises ConfigError: for the first value that cannot be used.
         """
         prefix = f"{executor_name.upper()}_" if executor_name else ""
+        _warn_of_unknown(values, prefix)
         parsed: dict[str, Any] = {}
         for entry in fields(cls):
             if not entry.metadata:
@@ -246,6 +249,20 @@ class Config:
             except _RefusedError as refused:
                 raise ConfigError(key, without_password(value), str(refused)) from None
         return cls(prefix=prefix, **parsed)
+
+    def changed(self, values: Mapping[str, Any]) -> list[str]:
+        """The keys that say something else in ``app.config`` than when it was read."""
+        keys = []
+        for entry in fields(self):
+            key = self.prefix + entry.metadata.get("name", "")
+            if entry.metadata and key in values:
+                try:
+                    same = entry.metadata["coerce"](values[key]) == getattr(self, entry.name)
+                except _RefusedError:
+                    same = False
+                if not same:
+                    keys.append(key)
+        return keys
 
     def key(self, name: str) -> str:
         """The key in ``app.config`` that this executor reads: ``key("EXECUTOR_TYPE")``."""
@@ -270,3 +287,15 @@ class Config:
             initializers=initializers,
             exit_grace=self.stop_grace,
         )
+
+
+def _warn_of_unknown(values: Mapping[str, Any], prefix: str) -> None:
+    """A misspelt key would be ignored, and its default used."""
+    prefix += "EXECUTOR_"
+    known = [entry.metadata["name"].removeprefix("EXECUTOR_") for entry in fields(Config) if entry.metadata]
+    for key in values:
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {prefix}{close[0]}?" if close else ""
+            logger.warning("%s is no setting of Flask-Executor, and is ignored.%s", key, hint)

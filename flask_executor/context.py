@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from types import CoroutineType
 from typing import Any, TypeVar
 
-from flask import Flask, Request, has_request_context, request
+from flask import Flask, Request
 from flask.ctx import AppContext
 from flask.globals import _cv_app
 from flask.signals import appcontext_popped, appcontext_pushed, appcontext_tearing_down, request_tearing_down
@@ -234,11 +234,6 @@ class _InPlace(_NoContext):
 
 
 IN_PLACE = _InPlace()
-
-
-def is_one_of_many() -> bool:
-    """Whether the request that is handled here is handled by one of several processes, as the server says."""
-    return has_request_context() and bool(request.environ.get("wsgi.multiprocess"))
 
 
 def _with_own_flashes(items: dict[str, Any]) -> dict[str, Any]:

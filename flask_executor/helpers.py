@@ -5,6 +5,8 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
+from flask import has_request_context, request
+
 _LONGEST = 5000  # characters of the description of an error
 
 
@@ -19,6 +21,11 @@ def safe_repr(value: object) -> str:
         return repr(value)
     except Exception:  # whatever a foreign __repr__ raises
         return f"<{type(value).__name__}>"
+
+
+def is_one_of_many() -> bool:
+    """Whether the request that is handled here is handled by one of several processes, as the server says."""
+    return has_request_context() and bool(request.environ.get("wsgi.multiprocess"))
 
 
 def callable_name(fn: Any) -> str:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from flask import Flask
 from itsdangerous import BadData, URLSafeTimedSerializer
 
+from flask_executor.helpers import is_one_of_many
+from flask_executor.logs import logger
+
 #: What a permit is for: a bar that follows a job; the job's page and its result; the buttons of a page.
 FOLLOW, SHOW, ACT = "follow", "show", "act"
 _LIFE = {FOLLOW: 24 * 3600, SHOW: 24 * 3600, ACT: 4 * 3600}  # seconds; the first two stand in urls, and so in logs
@@ -46,6 +49,16 @@ def check_permit(app: Flask, what: str, token: str) -> Permit | None:
 
 def _serializer(app: Flask, what: str) -> URLSafeTimedSerializer:
     fallbacks = app.config.get("SECRET_KEY_FALLBACKS") or ()
-    # Without a secret key jobs are seen by this process alone, or it is told where they are shared; so is this.
-    key = app.secret_key or app.extensions.setdefault(_MADE_UP, secrets.token_bytes(32))
+    key = app.secret_key or app.extensions.get(_MADE_UP) or _make_up(app)
     return URLSafeTimedSerializer([*fallbacks, key], salt=f"flask-executor.permit.{what}")
+
+
+def _make_up(app: Flask) -> bytes:
+    """A key of this process, which does where it is the only one."""
+    if is_one_of_many():
+        logger.warning(
+            "This server has several processes and the app no SECRET_KEY: what a page of one process may do, another "
+            "refuses (403). Set SECRET_KEY to the same random value in all of them."
+        )
+    key: bytes = app.extensions.setdefault(_MADE_UP, secrets.token_bytes(32))
+    return key

@@ -448,7 +448,7 @@ def run_packed(
         running = adopt(job)
         # A context with nothing in it of what was active when this worker was forked.
         result = contextvars.Context().run(running.call, _call, app, shipment)
-        return Kind.RESULT, pickled(result, f"The result of job {job.name}")
+        return Kind.RESULT, pickled(result, f"The result of job {job.name}", "be sent back from its worker process")
     except JobExit:
         return Kind.LEFT, []
     except BaseException as error:

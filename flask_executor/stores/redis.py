@@ -41,7 +41,7 @@ from flask_executor.records import (
     encode_line,
     encode_prefix,
 )
-from flask_executor.stores.shared import SharedStore, Stored, loss, skipped
+from flask_executor.stores.shared import SharedStore, Stored, loss, report_loss, skipped
 
 try:
     import redis
@@ -194,7 +194,10 @@ class RedisStore(SharedStore):
     def _lose(self, stored: Stored) -> Job:
         lost = loss(stored)
         there = _stored(self._call(_PUT, *self._arguments("lose", Entry(job=lost, holder=stored.holder))))
-        return lost if there is None else there.job
+        if there is not None:
+            return there.job
+        report_loss(lost)
+        return lost
 
     def _arguments(self, mode: str, entry: Entry, instead: str = "") -> list[Any]:
         job, ttl = entry.job, self.options.result_ttl

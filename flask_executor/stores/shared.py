@@ -35,6 +35,12 @@ def loss(stored: Stored) -> Job:
     return replace(stored.job, status=JobStatus.LOST, ended_at=time.time(), error=error)
 
 
+def report_loss(lost: Job) -> None:
+    """Whoever finds that a job is lost, and has written it, says so: its own process cannot."""
+    extra = {"job_id": lost.id, "job_key": lost.key}
+    logger.error("Job %s (%s) is lost. %s", lost.name, lost.id, lost.error, extra=extra)
+
+
 def skipped(error: Exception) -> None:
     """A record cannot be read: another version may have written it. It is as if it was not there, for us."""
     logger.warning("A record in the job store cannot be read, and is left out: %s", describe_error(error))

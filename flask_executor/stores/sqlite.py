@@ -25,7 +25,7 @@ from flask_executor.forks import after_fork_in_child, around_fork
 from flask_executor.holders import LEASE
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine
 from flask_executor.records import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
-from flask_executor.stores.shared import SharedStore, Stored, loss, skipped
+from flask_executor.stores.shared import SharedStore, Stored, loss, report_loss, skipped
 
 _BUSY = 3.0  # seconds to wait for others who write
 _GONE = 10  # times as many as there may be records are remembered to have been
@@ -168,10 +168,12 @@ class SQLiteStore(SharedStore):
 
     def _lose_in(self, connection: sqlite3.Connection, stored: Stored) -> Job:
         lost = loss(stored)
-        connection.execute(
+        changed = connection.execute(
             "UPDATE jobs SET status = ?, ended_at = ?, error = ? WHERE id = ? AND holder = ? AND ended_at IS NULL",
             (lost.status.value, lost.ended_at, lost.error, lost.id, stored.holder),
         )
+        if changed.rowcount:
+            report_loss(lost)
         found = self._one(connection, "id = ?", lost.id)
         return lost if found is None else found.job
 

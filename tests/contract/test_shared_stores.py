@@ -270,7 +270,9 @@ def test_requests_are_given_once(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize("look", ["get", "find", "held", "list", "sweep"])
-def test_jobs_of_a_dead_process_are_lost(store: JobStore, look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_a_dead_process_are_lost(
+    store: JobStore, look: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(f"{type(store).__module__}.LEASE", 0.2)
     job = LiveJob("render", "report")
     assert store.claim(Entry(job=job.record(), holder=DEAD)) is None
@@ -292,6 +294,9 @@ def test_jobs_of_a_dead_process_are_lost(store: JobStore, look: str, monkeypatch
     assert record is not None
     assert record.status == "lost"
     assert "is gone" in (record.error or "")
+    [line] = caplog.records
+    assert line.getMessage() == f"Job render ({job.id}) is lost. {record.error}"
+    assert line.__dict__["job_key"] == "report"
     assert list(store.list(status="running")) == []
     assert not store.renew(DEAD), "the lease had run out"
     job.end(JobStatus.SUCCEEDED)

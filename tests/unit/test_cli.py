@@ -349,6 +349,29 @@ def test_showing(stored: Executor, run: Run) -> None:
     assert "status     succeeded" in run("show", "report").output
 
 
+def test_showing_by_the_beginning_of_an_id(stored: Executor, run: Run) -> None:
+    jobs = [stored.submit_stored(f"report {number}", add, 1) for number in range(20)]
+    for job in jobs:
+        job.result()
+    assert wait_until(lambda: len(data(run("list", "--json", "--status", "succeeded"))) == len(jobs))
+    for job in jobs:
+        assert data(run("show", "--json", job.job_id[:12]))["id"] == job.job_id
+    assert "There is no job" in run("show", jobs[0].job_id[:3]).output
+    stored.submit_stored("cafe", add, 1).result()
+    assert wait_until(lambda: data(run("show", "--json", "cafe"))["key"] == "cafe")
+
+
+def test_two_ids_begin_the_same(stored: Executor, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = iter(["0123" + "0" * 20, "0123" + "1" * 20])
+    monkeypatch.setattr("flask_executor.jobs.new_id", lambda: next(ids))
+    for key in ("a", "b"):
+        stored.submit_stored(key, add, 1).result()
+    result = run("show", "0123")
+    assert result.exit_code == 1
+    assert result.output == "Error: The ids of 2 jobs begin with '0123': give more of it.\n"
+    assert data(run("show", "--json", "01230"))["key"] == "a"
+
+
 @pytest.mark.parametrize("text", ["x", "[1]", "{}", "(", "1e999", "", "\udcff", "=", "('x', x)"])
 def test_unknown_is_not_expired(stored: Executor, run: Run, text: str) -> None:
     for command in ("show", "stop", "wait"):

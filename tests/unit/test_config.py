@@ -134,3 +134,38 @@ def test_binding_again_reads_the_config_anew(app: Flask, executor: Executor) -> 
     assert executor._max_workers == 2
     assert future.result() == 1
     assert executor.submit(int, 2).result() == 2
+
+
+def test_a_misspelt_key_is_not_ignored_silently(make_executor: MakeExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    make_executor(max_worker=4, colour="blue")
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "EXECUTOR_MAX_WORKER is no setting of Flask-Executor, and is ignored. Did you mean EXECUTOR_MAX_WORKERS?",
+        "EXECUTOR_COLOUR is no setting of Flask-Executor, and is ignored.",
+    ]
+
+
+def test_keys_of_others_are_not_ours(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    app.config.update(EXECUTORS=4, SCHEDULER_EXECUTORS={}, REPORTS_EXECUTOR_TYPE="thread", EXECUTOR_TYPE="thread")
+    Executor(app)
+    Executor(app, name="reports")
+    assert not caplog.records
+
+
+def test_what_is_set_too_late_is_not_ignored_silently(
+    app: Flask, make_executor: MakeExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = make_executor()
+    app.config["EXECUTOR_MAX_WORKERS"] = 1
+    app.config["EXECUTOR_TYPE"] = "no such type"
+    app.config["EXECUTOR_TIMEOUT"] = "none"  # as it was
+    assert executor.submit(int).result() == 0
+    assert executor.submit(int).result() == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "EXECUTOR_TYPE and EXECUTOR_MAX_WORKERS changed in app.config after the executor had read it, and what it was "
+        "then is used. Set it before Executor(app), or call executor.init_app(app) again."
+    ]
+    app.config["EXECUTOR_TYPE"] = "immediate"
+    executor.init_app(app)
+    assert executor.submit(int).result() == 0
+    assert len(caplog.records) == 1

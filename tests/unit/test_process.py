@@ -74,7 +74,9 @@ def test_an_error_that_cannot_be_rebuilt_ends_only_its_job(executor: Executor) -
 
 
 def test_results_that_cannot_travel_end_only_their_job(executor: Executor) -> None:
-    with pytest.raises(NotPicklable, match="The result of job unpicklable_result cannot be sent"):
+    with pytest.raises(
+        NotPicklable, match="The result of job unpicklable_result cannot be sent back from its worker process"
+    ):
         executor.submit(unpicklable_result).result()
     with pytest.raises(NotPicklable, match="cannot be rebuilt here: ValueError: torn"):
         executor.submit(torn_result).result(timeout=10)

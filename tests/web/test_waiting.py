@@ -781,3 +781,21 @@ def test_a_query_of_bytes_that_were_not_encoded(app: Flask, executor: Executor, 
     raw: dict[str, Any] = {"QUERY_STRING": "q=é&b=%C3%A9".encode().decode("latin-1")}
     page = app.test_client().get("/report", headers=PAGE, environ_overrides=raw)
     assert 'data-executor-job="/report?q=%C3%A9&amp;b=%C3%A9"' in page.text
+
+
+def test_without_a_secret_key_several_processes_are_warned(
+    app: Flask, executor: Executor, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.secret_key = None
+
+    template = '{% from "flask_executor/macros.html" import progress %}{{ progress(job) }}'
+
+    @app.get("/bar")
+    def bar() -> str:
+        return render_template_string(template, job=executor.submit(gate))
+
+    client = app.test_client()
+    for environ in ({"wsgi.multiprocess": True}, {"wsgi.multiprocess": True}):
+        assert client.get("/bar", environ_overrides=environ).status_code == 200
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "Set SECRET_KEY to the same random value in all of them" in line
