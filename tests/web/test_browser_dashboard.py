@@ -53,6 +53,7 @@ def test_running_waiting_and_ended(tabs: Tabs, open_shop: OpenShop) -> None:
     shop = open_shop(max_workers=1)
     page = open_dashboard(tabs, shop)
     expect(page.get_by_text("No jobs yet.")).to_be_visible()
+    expect(page.get_by_text("Nothing has run yet.")).to_be_visible()
     puppets = [start(page, shop) for _ in range(3)]
     assert wait_until(lambda: any(puppet.runs for puppet in puppets))
     expect(rows(page)).to_have_count(3)
@@ -71,6 +72,7 @@ def test_running_waiting_and_ended(tabs: Tabs, open_shop: OpenShop) -> None:
         expect(page.locator(".executor-tiles").locator(f"[data-executor-part={tile}]")).to_have_text(str(number))
     assert_chart_has_words(page, "The last 3, newest on the right: median .+, longest .+, 2 failed")
     expect(page.locator("#executor-function-rows tr")).to_contain_text(["puppet"])
+    expect(page.get_by_text("Nothing has run yet.")).to_be_hidden()
     expect(page.locator("#executor-worker-rows tr")).not_to_have_count(0)
 
 
