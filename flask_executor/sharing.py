@@ -324,7 +324,10 @@ class SharedRecords(JobRecords):
     def _fresh(self, stored: Job) -> Job:
         """A record of the store, or what this process knows better."""
         here = self._memory.get(stored.id)
-        return stored if here is None or self._is_written(here) else here
+        if here is None:
+            return stored
+        # Its end may have been written since the record was read.
+        return stored if self._is_written(here) and stored.status.ended else here
 
     def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
         here = None if id is None else self._memory.get(id)

@@ -849,6 +849,27 @@ def test_shutdown_lets_those_wait_who_wait(here: Executor, there: Executor, gate
     assert results == [True]
 
 
+def test_a_job_that_has_ended_does_not_run_again_for_who_reads_slowly(
+    here: Executor, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    find = store.find
+    future = here.submit_stored("report", gate.wait, 10)
+    assert wait_until(lambda: find("report").status == "running")
+
+    def find_slowly(key: Any) -> Any:
+        stored = find(key)
+        gate.set()
+        future.result(10)
+        drain(here)  # its end is written meanwhile
+        return stored
+
+    monkeypatch.setattr(store, "find", find_slowly)
+    job = here.jobs.find("report")
+    assert job is not None
+    assert job.status == "succeeded"
+
+
 def test_a_claim_of_which_it_is_not_known_whether_it_was_made_is_retracted(
     here: Executor, there: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
