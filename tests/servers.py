@@ -60,7 +60,8 @@ def serving(
         if server.poll() is None:
             server.send_signal(signal.SIGTERM)
         try:
-            server.wait(30)
+            # gunicorn waits 30 s for a worker that it told to end before that had got its signal handlers.
+            server.wait(45)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
