@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 import sys
@@ -288,6 +289,34 @@ def test_every(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
     assert "ValueError: the third tick" in caplog.text
 
 
+@pytest.mark.parametrize("seconds", [30 * 86400, math.inf])
+def test_every_once_in_a_long_time(forked: Executor, seconds: float) -> None:
+    class Sleeper(Counter):
+        @every(seconds)
+        def tick(self) -> None:
+            self.die()
+
+    sleeper = forked.service(Sleeper, per="process")
+    pid = sleeper.call("pid").result(10)
+    time.sleep(0.05)  # until it waits, which nothing tells
+    assert sleeper.call("pid").result(10) == pid
+    assert sleeper.status().failures == 0
+
+
+def test_what_fails_whenever_there_is_no_message_has_a_rest(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    class Consumer(Counter):
+        @every(0)
+        def consume(self) -> None:
+            raise ConnectionError("there is no broker")
+
+    consumer = forked.service(Consumer, per="process")
+    consumer.start()
+    begin = time.monotonic()
+    assert wait_until(lambda: caplog.text.count("consume failed") >= 2)
+    assert time.monotonic() - begin > 0.9
+    assert consumer.call("add", 1).result(0.9) == 2, "messages do not wait for it"
+
+
 def test_they_start_at_the_first_request(forked: Executor, app: Flask, tmp_path: Path) -> None:
     make(forked, str(tmp_path))
     assert not (tmp_path / "setup").exists()
@@ -401,14 +430,44 @@ def test_two_handlers_for_one_type() -> None:
             @on("a")
             def two(self, body: object) -> None: ...
 
-    with pytest.raises(ValueError, match="the seconds between two calls must be 0 or more"):
-        every(-1)
+    for seconds in (-1, math.nan):
+        with pytest.raises(ValueError, match="the seconds between two calls must be 0 or more"):
+            every(seconds)
+
+
+def test_decorators_without_parentheses() -> None:
+    with pytest.raises(TypeError, match="@on needs the type of the messages"):
+        on(len)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="@every needs the seconds between two calls"):
+        every(len)  # type: ignore[arg-type]
 
 
 def test_a_service_that_inherits() -> None:
     assert Ticker.handlers["add"] == "add"
     assert Ticker.schedule == {"tick": 0.02}
     assert Counter.schedule == {}
+
+
+def test_a_service_that_inherits_from_several() -> None:
+    class Greets:  # no service by itself
+        @on("hello")
+        def hello(self, name: str) -> str:
+            return f"hello {name}"
+
+    class Calls(Service):
+        @on("call")
+        def call(self, name: str) -> str:
+            return f"{name}!"
+
+        @on("add")
+        def loudly(self, number: int) -> str:
+            return f"{number}!"
+
+    class All(Greets, Ticker, Calls):
+        pass
+
+    assert (All.handlers["hello"], All.handlers["call"], All.handlers["add"]) == ("hello", "call", "add")
+    assert All.schedule == {"tick": 0.02}
 
 
 def test_it_is_shown(forked: Executor) -> None:
