@@ -146,10 +146,15 @@ class Desk:
     def _do(self, visitor: Visitor, number: int, errand: Errand) -> None:
         leader = self._leader()
         try:
-            if leader is None:
-                raise ExecutorShutdown("the app is gone")
             if errand.verb == "ready":
                 visitor.send(Kind.RESULT, pickle_parts(None), number)
+            elif errand.verb in ("leave", "kill"):
+                there = visitor.calls.get(number)
+                if there is not None:  # or it has ended
+                    workforce, call = there
+                    workforce.leave(call, forced=errand.verb == "kill")
+            elif leader is None:
+                raise ExecutorShutdown("the app is gone")
             elif errand.verb == "status":
                 visitor.send(Kind.RESULT, pickle_parts(leader.local_status(errand.service)), number)
             else:
@@ -171,6 +176,3 @@ class Desk:
             workforce.send(errand.type, errand.data)
         elif errand.verb == "broadcast":
             workforce.broadcast(errand.type, errand.data)
-        elif errand.verb in ("leave", "kill") and number in visitor.calls:
-            workforce, call = visitor.calls[number]
-            workforce.leave(call, forced=errand.verb == "kill")

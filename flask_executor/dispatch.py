@@ -91,6 +91,8 @@ class Dispatcher:
             if task is None:
                 return True
             worker = task.worker
+            if worker is None and task.call.future.running():
+                return False  # a plain one, that was put back
             if worker is not None:
                 if not task.begun:
                     self._take_back(worker)
@@ -105,8 +107,19 @@ class Dispatcher:
         """Tell this attempt of a running job to leave."""
         with self._lock:
             task = self._tasks.get(id)
-            if task is not None and task.worker is not None and task.call.job.attempt == attempt:
+            if task is None or task.call.job.attempt != attempt:
+                return
+            if task.worker is not None:
                 task.worker.leave(task, reason)
+            else:
+                self._leave_queue(task)
+
+    def _leave_queue(self, task: Task) -> None:
+        """One that was put back, claimed as it is, need not begin any more."""
+        if task.call.future.running():
+            self._drop(task)
+            self._left.append(task)
+            self._wake_up()
 
     def deliver(self, message: Told) -> None:
         """Send a message to a job; it is kept until that begins."""
@@ -122,9 +135,12 @@ class Dispatcher:
         """End this attempt of a job by force, and nothing else."""
         with self._lock:
             task = self._tasks.get(id)
-            if task is None or task.worker is None or task.call.job.attempt != attempt:
+            if task is None or task.call.job.attempt != attempt:
                 return
             worker = task.worker
+            if worker is None:
+                self._leave_queue(task)
+                return
             # With nothing left to take, the worker cannot go on to another call between this decision and its death.
             self._take_back(worker, begun_too=True)
             if worker.tasks and worker.tasks[-1] is task:  # or it has ended, and what came of it is on its way

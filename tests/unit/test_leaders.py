@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -368,3 +369,38 @@ def test_init_app_after_a_shutdown(join: Callable[..., Pair]) -> None:
     assert app is not None
     executor.init_app(app)
     assert service.call("add", 1).result(10) == 2
+
+
+# ---- calls that wait for another worker ----
+
+
+@pytest.mark.parametrize("by_force", [False, True])
+def test_a_call_whose_worker_died_before_it_began_is_stopped(join: Callable[..., Pair], by_force: bool) -> None:
+    (_, first), (_, second) = join(), join()
+    pid = first.call("pid").result(10)
+    assert second.call("pid").result(10) == pid
+    os.kill(pid, signal.SIGSTOP)
+    future = second.call("add", 1)
+    assert wait_until(future.running), "it was given to the worker, which has not read it"
+    supervisor = first._services().crew("Counter")._backend._supervisor
+    supervisor._crashes = 9  # the next worker comes in half a minute
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: first.status().failures == 1)
+    assert future.stop(grace=0 if by_force else 10)
+    with pytest.raises(JobStopped):
+        future.result(5)
+
+
+def test_a_call_is_stopped_while_its_service_stops(join: Callable[..., Pair]) -> None:
+    (_, first), (_, second) = join(), join()
+    first.start()
+    future = second.call("sleep", 20)
+    assert wait_until(future.running)
+    thread = threading.Thread(target=first.stop)
+    thread.start()
+    assert wait_until(lambda: not first._services().started())
+    assert future.stop(grace=10)
+    with pytest.raises(JobStopped):
+        future.result(10)
+    thread.join(10)
+    assert first.status().pids == (), "it was not started again for that"
