@@ -20,6 +20,7 @@ from flask_executor.errands import Errand
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
+from flask_executor.incoming import Incoming
 from flask_executor.jobs import JobOptions, JobStatus
 from flask_executor.leaders import Seat, meeting_place
 from flask_executor.logs import logger
@@ -28,7 +29,6 @@ from flask_executor.messages import Sent
 from flask_executor.relays import Relay
 from flask_executor.residents import ServiceResident, answer
 from flask_executor.runner import PlainCall, pickled
-from flask_executor.serial import SerialThread
 from flask_executor.services import ServiceDefinition, ServiceStatus, check_handler
 from flask_executor.worker import Resident
 
@@ -84,7 +84,7 @@ class Services:
         self._lock = threading.RLock()
         self._crews: dict[str, Crew] = {}
         self._all_started = 0  # how many there were
-        self._incoming = SerialThread("flask-executor-messages")
+        self._incoming = Incoming(self._deliver)
         self._seat: Seat | None = None
         self._closed = False  # no more messages are accepted
         self._ended = False  # nor done
@@ -92,6 +92,9 @@ class Services:
     def member(self, name: str) -> Crew | Remote:
         """The workers of a service: those of this process, or the way to those of the one that leads."""
         self._check_open()
+        return self._member(name)
+
+    def _member(self, name: str) -> Crew | Remote:
         definition = self._definitions[name]
         if definition.per == "process":
             return self.crew(name)
@@ -132,16 +135,23 @@ class Services:
                 if self._ended:
                     raise ExecutorShutdown(_SHUT)
                 self._owner.leave_in_order()
-                crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._router())
+                crew = Crew(self._definitions[name], self._owner, self._options(), self._incoming.take)
                 crew.start()
+                self._crews[name] = crew
             return crew
 
     def start(self) -> None:
         """Start all that were not; called at every request."""
         if self._all_started != len(self._definitions):
             self._all_started = len(self._definitions)
+            errors = []
             for name in list(self._definitions):
-                self.member(name)
+                try:
+                    self.member(name)
+                except Exception as error:  # the others are to start all the same
+                    errors.append(error)
+            if errors:
+                raise errors[0]
 
     def started(self) -> list[Crew]:
         """Those that were."""
@@ -202,40 +212,54 @@ class Services:
         self._finish(deadline)
 
     def _finish(self, deadline: float | None) -> None:
-        if self._seat is not None and not self._seat.leading:  # if the leader ends too, this process may yet lead
-            self._seat.relay.drain(_LAST_WORDS if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._drain(deadline)  # if the leader ends too, this process may yet lead
         self._ended = True
-        for crew in self.started():
-            crew.stop(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._end_crews(deadline)
         while len(self._incoming) and (deadline is None or time.monotonic() < deadline):
-            time.sleep(0.01)
-        self._incoming.close(wait=False)
+            time.sleep(_LOOK)
+        self._drain(deadline)  # what services here have sent at their end
+        self._incoming.close()
         if self._seat is not None:
             self._seat.close()
+
+    def _drain(self, deadline: float | None) -> None:
+        if self._seat is not None and not self._seat.leading:
+            self._seat.relay.drain(_LAST_WORDS if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def _end_crews(self, deadline: float | None) -> None:
+        """End all workers at once, but those that others send messages to after those others.
+
+        Who sends to whom is known of those that have done so. Others, with nothing to do, wait for it for a moment.
+        """
+        crews = {crew.definition.name: crew for crew in self.started()}
+        left, ending = dict(crews), set[str]()
+        moment = time.monotonic() + _LAST_MOMENT
+        while left and (deadline is None or time.monotonic() < deadline):
+            quiet = time.monotonic() > moment or not any(crew.busy for crew in left.values())
+            for name in self._incoming.senders_first(left):
+                if name not in ending and (quiet or left[name].busy):
+                    ending.add(name)
+                    left[name].close(wait=False)
+            for name in [name for name in ending if name in left and left[name].ended]:
+                if not self._incoming.between:
+                    del left[name]
+            if left:
+                time.sleep(_LOOK)
+        for crew in left.values():
+            crew.close(wait=False)
+        last = time.monotonic() + _LAST_MOMENT
+        for crew in crews.values():
+            crew.stop(None if deadline is None else max(0.0, last - time.monotonic()))
 
     def after_fork(self) -> None:
         """In the child of a fork: those of the parent are not here."""
         self._reset()
 
-    def _router(self) -> Callable[[str, Sent], None]:
-        """What takes the messages of services in supervisor threads, which must not keep the app alive."""
-        incoming, deliver = self._incoming, weakref.WeakMethod(self._deliver)
-
-        def route(sender: str, message: Sent) -> None:
-            def run() -> None:
-                services = deliver()
-                if services is not None:
-                    services(sender, message)
-
-            incoming.run(run)
-
-        return route
-
     def _deliver(self, sender: str, message: Sent) -> None:
         body = pickle.loads(message.body)
         if message.to is not None:
             try:
-                self.member(message.to).send(message.type, packed(message.type, body))
+                self._member(message.to).send(message.type, packed(message.type, body))
             except (KeyError, ValueError, QueueFull, ExecutorShutdown) as error:
                 logger.error("Service %r sent a message to %r, which is lost: %s", sender, message.to, error)
             return
@@ -288,6 +312,9 @@ class Tenant:
 
 
 _SHUT = "this executor was shut down in this process, and takes no more messages"
+_LOOK = 0.01  # seconds between two looks whether something has ended
+_LAST_MOMENT = 1.0  # seconds in which services may still send the first message to another, and in which those end
+# that could not before, as others that send them messages went on
 _LAST_WORDS = 30.0  # seconds in which the process that leads may still answer one that ends
 
 
@@ -407,6 +434,16 @@ class Crew:
     def crew(self) -> list[WorkerState]:
         """The workers."""
         return [replace(worker, service=self.definition.name) for worker in self._backend.crew()]
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are messages to be handled."""
+        return self._waiting() > 0 or any(worker.busy for worker in self._backend.crew())
+
+    @property
+    def ended(self) -> bool:
+        """Whether all has ended; after :meth:`close`."""
+        return self._backend.ended
 
     def close(self, *, wait: bool) -> None:
         """Accept no more messages, and end the workers after what was accepted."""

@@ -146,6 +146,11 @@ class Supervisor:
                 thread.join()
             self.callbacks.close(wait=True)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has, or was never started."""
+        return self._thread is None or not self._thread.is_alive()
+
     def abandon(self, grace: float) -> None:
         """End, and end workers by force that have not ended by themselves after ``grace`` seconds."""
         self.shutdown(wait=False)

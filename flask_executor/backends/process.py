@@ -106,6 +106,11 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def abandon(self, grace: float) -> None:
         self._supervisor.abandon(grace)
 
+    @property
+    def ended(self) -> bool:
+        """Whether all has ended; after :meth:`shutdown`."""
+        return self._supervisor.ended
+
     def crew(self) -> Sequence[WorkerState]:
         return self._supervisor.dispatcher.crew()
 

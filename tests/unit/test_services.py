@@ -357,6 +357,72 @@ def test_messages_to_other_services(forked: Executor, caplog: pytest.LogCaptureF
     assert "service 'second' has no handler for 'nothing'" in caplog.text
 
 
+def test_a_slow_handler_of_the_app_does_not_hold_up_services(forked: Executor) -> None:
+    first, second = make(forked, name="first"), make(forked, name="second")
+    go_on = threading.Event()
+
+    @forked.on("first", "told")
+    def hear(_: Any) -> None:
+        go_on.wait(20)
+
+    try:
+        first.call("tell main").result(10)
+        first.call("pass on", ("second", "note", "hello")).result(10)
+        assert wait_until(lambda: second.call("seen").result(10) == ["hello"])
+    finally:
+        go_on.set()
+
+
+def test_more_messages_than_the_app_handles(
+    forked: Executor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flask_executor.incoming._MOST", 10)
+    counter = make(forked)
+    go_on = threading.Event()
+    told: list[int] = []
+
+    @forked.on("Counter", "told")
+    def hear(number: int) -> None:
+        go_on.wait(20)
+        told.append(number)
+
+    for number in range(30):
+        counter.call("tell main", number).result(10)
+    go_on.set()
+    assert wait_until(lambda: told == list(range(10)))
+    counter.call("tell main", 30).result(10)
+    assert wait_until(lambda: told[-1] == 30)
+    assert caplog.text.count("Service 'Counter' sends messages faster than they are handled: 10 wait") == 1
+    assert "20 messages of services were dropped" in caplog.text
+
+
+def test_what_services_send_each_other_arrives_at_the_end(forked: Executor) -> None:
+    last, first = make(forked, name="last"), make(forked, name="first")
+    told: list[Any] = []
+    forked.on("last", "told")(told.append)
+    for service in (last, first):
+        service.call("pid").result(10)
+    first.send("slowly", 0.1)
+    for number in range(50):
+        first.send("pass on", ("last", "tell main", number))
+    forked.shutdown()
+    assert told == list(range(50))
+
+
+def test_one_that_hangs_does_not_keep_others_from_their_teardown(forked: Executor, tmp_path: Path) -> None:
+    hanging, other, behind = (make(forked, str(tmp_path / name), name=name) for name in ("hanging", "other", "behind"))
+    for name, service in (("hanging", hanging), ("other", other), ("behind", behind)):
+        (tmp_path / name).mkdir()
+        service.call("pid").result(10)
+    hanging.send("pass on", ("behind", "note", 1))
+    assert wait_until(lambda: behind.call("seen").result(10) == [1])
+    hanging.send("block", 60)
+    assert wait_until(lambda: hanging.status().busy)
+    hanging._services().leave(time.monotonic() + 0.5)
+    torn_down = {path.parent.name for path in tmp_path.glob("*/teardown")}
+    assert torn_down == {"other", "behind"}
+
+
 def test_a_handler_of_the_app_that_fails(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
     counter = make(forked)
     told: list[Any] = []
