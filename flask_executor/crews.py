@@ -21,7 +21,7 @@ from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
 from flask_executor.incoming import Incoming
-from flask_executor.jobs import JobOptions, JobStatus
+from flask_executor.jobs import JobOptions, JobStatus, LiveJob
 from flask_executor.leaders import Seat, meeting_place
 from flask_executor.logs import logger
 from flask_executor.mailbox import Mailbox
@@ -319,17 +319,31 @@ _LAST_WORDS = 30.0  # seconds in which the process that leads may still answer o
 
 
 class RelayedCall(PlainCall):
-    """A call that another process waits for."""
+    """A call that another process waits for.
 
-    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], begun: Callable[[], object]) -> None:
-        super().__init__(fn, args, {})
+    :param job: as it is called there.
+    """
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        job: LiveJob,
+        begun: Callable[[], object],
+        progressed: Callable[[LiveJob], object],
+    ) -> None:
+        super().__init__(answer, args, {})
+        self.job = job
         self._begun = begun
+        self._progressed = progressed
 
     def begin(self) -> bool:
         first, claimed = self._claimed is None, super().begin()
         if first and claimed:
             self._begun()
         return claimed
+
+    def progressed(self) -> None:
+        self._progressed(self.job)
 
 
 class Crew:
@@ -383,12 +397,19 @@ class Crew:
 
     # ---- for other processes ----
 
-    def start_call(self, type: str, message: bytes, begun: Callable[[], object]) -> PreparedCall:
-        """Have a worker handle a message for another process, which is told when it has begun."""
+    def start_call(
+        self, type: str, message: bytes, id: str, begun: Callable[[], object], progressed: Callable[[LiveJob], object]
+    ) -> PreparedCall:
+        """Have a worker handle a message for another process, which is told when it has begun, and how far it is."""
         self._check_room()
-        call = RelayedCall(answer, self._next_call(type, message), begun)
+        job = LiveJob(name_of(self.definition, type), id=id)
+        call = RelayedCall(self._next_call(type, message), job, begun, progressed)
         self._backend.enqueue(call)
         return call
+
+    def tell(self, call: PreparedCall, data: bytes) -> None:
+        """Send a message to the job that a call is: a JobMessage, pickled."""
+        self._backend.deliver_packed(call, data)
 
     def adopt(self, call: PreparedCall) -> None:
         """Take over a call that was to be sent to another process."""
@@ -486,7 +507,12 @@ class Remote:
 
 def options_of(definition: ServiceDefinition, type: str, timeout: float | None) -> JobOptions:
     """Those of the job that a call is."""
-    return JobOptions(name=f"{definition.name}.{type}", timeout=math.inf if timeout is None else timeout)
+    return JobOptions(name=name_of(definition, type), timeout=math.inf if timeout is None else timeout)
+
+
+def name_of(definition: ServiceDefinition, type: str) -> str:
+    """What the job is called that a call is."""
+    return f"{definition.name}.{type}"
 
 
 class ServiceHandle:

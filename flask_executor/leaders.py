@@ -212,12 +212,14 @@ class Seat:
                 end.settimeout(_PATIENCE)
                 end.connect(str(self._place() / "socket"))
                 wire = Wire(end)
-                wire.say(Errand("status", service, "", b""))
+                wire.say(Errand("status", service))
                 while selector.select(_PATIENCE):
                     for kind, _, body in wire.receive():
                         if kind == Kind.RESULT:
                             status: ServiceStatus = pickle.loads(body)
                             return status
+                        if kind != Kind.BEGUN:  # it is ending
+                            return None
             except (OSError, EOFError):
                 pass
         return None

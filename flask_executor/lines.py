@@ -57,6 +57,8 @@ class Wire:
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
         self._outgoing: deque[memoryview] = deque()
+        #: How many frames, or parts of them, were sent in full.
+        self.sent = 0
         self._buffer = bytearray(self._CHUNK)
         self._filled = 0  # bytes of the buffer that have arrived and were not given out
 
@@ -99,6 +101,7 @@ class Wire:
                 return False
             if sent == len(part):
                 outgoing.popleft()
+                self.sent += 1
             else:
                 outgoing[0] = part[sent:]
         return True

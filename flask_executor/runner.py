@@ -525,3 +525,12 @@ def unpack_error(payload: bytes) -> BaseException:
         error = NotPicklable(f"a job's error cannot be rebuilt here: {describe_error(unable)}")
     error.__cause__ = RemoteTraceback(text)
     return error
+
+
+def unpack_meta(payload: bytes) -> dict[str, Any]:
+    """What a job has reported, by name."""
+    try:
+        meta: dict[str, Any] = pickle.loads(payload)
+    except BaseException as error:  # classes that this process cannot import
+        return {"error": f"what the job has reported cannot be rebuilt: {describe_error(error)}"}
+    return meta

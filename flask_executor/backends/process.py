@@ -81,8 +81,11 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         self._dispatcher.kill(call.job.id, attempt)
 
     def deliver(self, call: PreparedCall, message: JobMessage) -> None:
-        data = pickled(message, f"The message for job {call.job.name}")
-        self._dispatcher.deliver(Told(call.job.id, b"".join(data)))
+        self.deliver_packed(call, b"".join(pickled(message, f"The message for job {call.job.name}")))
+
+    def deliver_packed(self, call: PreparedCall, data: bytes) -> None:
+        """As :meth:`deliver`, of a message that is pickled."""
+        self._dispatcher.deliver(Told(call.job.id, data))
 
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)

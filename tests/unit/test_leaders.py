@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,8 +225,7 @@ def test_a_follower_that_shuts_down_waits_for_its_answers(join: Callable[..., Pa
         second.call("add", 1)
 
 
-def test_a_leader_that_reads_slowly_gets_everything(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_executor.relays._MOST_UNSENT", 1)
+def test_a_leader_that_reads_slowly_gets_everything(join: Callable[..., Pair]) -> None:
     (_, first), (_, second) = join(), join()
     first.start()
     large = "x" * 300_000
@@ -247,6 +249,117 @@ def test_more_messages_than_the_leader_takes(join: Callable[..., Pair], tmp_path
         return False
 
     assert wait_until(all_seen, 20), "nothing that was accepted is lost"
+
+
+def test_order_when_the_leader_takes_no_more(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(max_pending=10), join(max_pending=10)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    for number in range(300):
+        second.send("note", number)
+    begin = time.process_time()
+    time.sleep(0.3)  # the leader is asked again and again
+    assert time.process_time() - begin < 0.1, "but not with all of them"
+    path.touch()
+    seen: list[int] = []
+
+    def all_seen() -> bool:
+        with contextlib.suppress(QueueFull):
+            seen[:] = first.call("seen").result(10)
+        return len(seen) == 300
+
+    assert wait_until(all_seen, 20)
+    assert seen == list(range(300))
+
+
+def test_one_service_that_takes_no_more_does_not_hold_up_another(join: Callable[..., Pair], tmp_path: Path) -> None:
+    pairs = [join(max_pending=5), join(max_pending=5)]
+    (_, first), (_, second) = pairs
+    other_first, other_second = (executor.service(Counter, name="other") for executor, _ in pairs)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    other_first.start()
+    for number in range(100):
+        second.send("note", number)
+    for number in range(100):
+        assert other_second.call("add", number).result(10) == number + 1
+    path.touch()
+
+
+def test_what_was_not_sent_yet_waits_for_the_next_leader(join: Callable[..., Pair]) -> None:
+    _, service = join()
+    ready, never = multiprocessing.Pipe()
+
+    def lead() -> None:
+        ready.close()
+        service.call("pid").result(10)
+        never.send("it leads")
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=lead)
+    process.start()
+    try:
+        assert ready.poll(20)
+        service.call("pid").result(10)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        for number in range(30):
+            service.send("note", (number, "x" * 100_000))
+    finally:
+        process.kill()
+        process.join()
+        ready.close()
+        never.close()
+    seen = [number for number, _ in service.call("seen").result(20)]
+    assert len(seen) > 20, "some were in the hands of the system"
+    assert seen == list(range(30))[-len(seen) :]
+
+
+def test_what_a_call_reports_and_is_told(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (leader, first), (_, second) = join(), join()
+    assert second.call("app").result(10) == first.call("app").result(10) == ("shop", "Counter.app")
+    looping = second.call("loop")
+    assert wait_until(lambda: looping.message == "looping")
+    assert looping.progress == 0.5
+    looping.stop()
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    waiting = [second.call("receive") for _ in range(2)]
+    for number, future in enumerate(waiting):
+        assert future.send("number", number)
+    path.touch()
+    assert wait_until(waiting[0].running)
+    waiting[0].send("number", 10)
+    assert waiting[0].result(10) == [("number", 0), ("number", 10)]
+    leader.shutdown(wait=False)
+    waiting[1].send("number", 11)
+    assert waiting[1].result(10) == [("number", 1), ("number", 11)]
+
+
+def test_who_leads_since_is_not_kept_alive(join: Callable[..., Pair], app: Flask) -> None:
+    leader, first = join()
+    first.start()
+
+    def follow() -> int:
+        app = Flask("shop", instance_path=app_of(leader).instance_path)
+        app.config.update(EXECUTOR_START_METHOD="fork")
+        service = Executor(app).service(Counter)
+        service.call("pid").result(10)
+        leader.shutdown()
+        return int(service.call("pid").result(10))
+
+    pid = follow()
+    gc.collect()
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def app_of(executor: Executor) -> Flask:
+    app = executor.app
+    assert app is not None
+    return app
 
 
 def test_a_follower_that_ends_has_given_all_away(join: Callable[..., Pair], tmp_path: Path) -> None:
