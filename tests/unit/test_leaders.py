@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -517,3 +518,63 @@ def test_a_call_is_stopped_while_its_service_stops(join: Callable[..., Pair]) ->
         future.result(10)
     thread.join(10)
     assert first.status().pids == (), "it was not started again for that"
+
+
+# ---- who leads, and whom ----
+
+
+def test_a_worker_process_does_not_lead_if_another_one_can(
+    join: Callable[..., Pair], app: Flask, make_executor: MakeExecutor, tmp_path: Path
+) -> None:
+    leader, first = join()
+    first.call("pid").result(10)
+    app_with_jobs = Flask("shop", instance_path=app_of(leader).instance_path)
+    with_jobs = make_executor(app_with_jobs, type="process", max_workers=1, start_method="fork")
+    second = with_jobs.service(Counter)
+
+    def job() -> int:
+        return int(second.call("pid").result(10))
+
+    module = sys.modules[__name__]
+    vars(module)["_job_with_a_service"] = job
+    job.__qualname__ = "_job_with_a_service"
+    assert with_jobs.submit(job).result(10) == first.call("pid").result(10)
+    second.start()
+    leader.shutdown()
+    pid = second.call("pid").result(10)
+    assert second.status().supervisor == os.getpid()
+    assert with_jobs.submit(job).result(10) == pid
+
+
+def test_a_worker_process_leads_if_there_is_none_else(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="process", max_workers=1, start_method="fork")
+    service = executor.service(Counter)
+    vars(sys.modules[__name__])["_job_with_a_service"] = job = lambda: service.call("add", 1).result(10)
+    job.__qualname__ = "_job_with_a_service"
+    assert executor.submit(job).result(20) == 2
+
+
+def test_tests_and_other_deployments_are_apart(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor()
+
+    def identity() -> tuple[object, ...]:
+        return executor._binding()[1].identity
+
+    first = identity()
+    app.testing = True
+    second = identity()
+    app.secret_key = "another"
+    third = identity()
+    assert len({first, second, third}) == 3
+
+
+def test_who_ends_leaves_the_socket_of_another_leader(join: Callable[..., Pair]) -> None:
+    (leader, first), (_, second) = join(), join()
+    first.start()
+    place = first._services()._seat._place()
+    shutil.rmtree(place)
+    second.start()
+    second.call("pid").result(10)
+    leader.shutdown()
+    (_, third) = join()
+    assert third.call("pid").result(10) == second.call("pid").result(10)
