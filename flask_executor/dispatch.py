@@ -22,6 +22,7 @@ from flask_executor.queues import PriorityQueue
 
 _AHEAD = 8  # calls that a worker is given beyond the one it runs
 _BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
+_MOST_MAIL = 64  # messages for a job that are kept without a look whether it has begun
 _START_LIMIT = 60.0  # seconds that a worker may take to get ready, until its initializers run
 
 
@@ -125,11 +126,16 @@ class Dispatcher:
         """Send a message to a job; it is kept until that begins."""
         with self._lock:
             task = self._tasks.get(message.id)
-            if task is not None:
+            if task is None:
+                return
+            if not task.taken:
                 task.mail.append(message)
-                if task.begun and task.worker is not None:
-                    self._say(task.worker, message)
-                    self._wake_up()  # to send on the rest
+            if task.begun and task.worker is not None:
+                self._say(task.worker, message)
+                self._wake_up()  # to send on the rest
+                if len(task.mail) > _MOST_MAIL and task.worker.calls.is_taken(task.number):
+                    task.taken = True
+                    task.mail.clear()
 
     def kill(self, id: str, attempt: int) -> None:
         """End this attempt of a job by force, and nothing else."""

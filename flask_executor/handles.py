@@ -23,7 +23,7 @@ from flask_executor.worker import WorkerSettings, main
 class Task:
     """A call on its way: in the queue, or in the list of one worker."""
 
-    __slots__ = ("begun", "call", "id", "killed", "mail", "number", "parts", "told", "unattended", "worker")
+    __slots__ = ("begun", "call", "id", "killed", "mail", "number", "parts", "taken", "told", "unattended", "worker")
 
     def __init__(self, call: PreparedCall, parts: list[bytes], *, unattended: bool = False) -> None:
         self.call = call
@@ -39,8 +39,10 @@ class Task:
         self.killed = False
         #: Which of the calls of its worker it is.
         self.number = 0
-        #: The messages for its job.
+        #: The messages for its job, which it gets (again) with its worker.
         self.mail: list[Told] = []
+        #: Whether its worker has taken it for certain, and no other will.
+        self.taken = False
         #: What its worker was told last: the attempt, and why it has to leave.
         self.told: tuple[int, JobStatus] | None = None
 

@@ -217,6 +217,16 @@ class Calls:
                     numbers.add(_HEAD.unpack(packet)[0])
         return numbers
 
+    def is_taken(self, number: int) -> bool:
+        """Whether the worker has begun with a call that it was given, so that it cannot be taken back."""
+        if self._there is None:
+            return True
+        try:
+            packet = self._there.recv(_HEAD.size, _DONT_WAIT | socket.MSG_PEEK)
+        except BlockingIOError:  # there is none that it has not
+            return True
+        return bool(packet) and bool(_HEAD.unpack(packet)[0] > number)
+
     def end(self) -> None:
         """There will be no more calls.
 

@@ -459,7 +459,7 @@ def log_exceptions() -> None:
         log.error("by hand: %s", traceback.format_exc())
 
 
-def echo_messages(count: int) -> list[tuple[str, Any]]:
+def echo_messages(count: int, _: str = "") -> list[tuple[str, Any]]:
     """Get so many messages."""
     current_job.update(message="receiving")
     found: list[tuple[str, Any]] = []
