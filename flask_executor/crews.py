@@ -22,7 +22,7 @@ from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
 from flask_executor.incoming import Incoming
 from flask_executor.jobs import JobOptions, JobStatus, LiveJob
-from flask_executor.leaders import Seat, meeting_place
+from flask_executor.leaders import PATIENCE, Seat, meeting_place
 from flask_executor.logs import logger
 from flask_executor.mailbox import Mailbox
 from flask_executor.messages import Sent
@@ -172,16 +172,20 @@ class Services:
         if there is not None and there.pids:
             raise RuntimeError(f"service {name!r} is looked after by process {there.supervisor}: stop it there")
 
-    def status(self, name: str) -> ServiceStatus:
-        """How one is doing, whichever process looks after it."""
-        return self._ask(name) or self.local_status(name)
+    def status(self, name: str, deadline: float | None = None) -> ServiceStatus:
+        """How one is doing, whichever process looks after it.
 
-    def _ask(self, name: str) -> ServiceStatus | None:
+        :param deadline: until when to wait for its answer (:func:`time.monotonic`).
+        """
+        return self._ask(name, deadline) or self.local_status(name)
+
+    def _ask(self, name: str, deadline: float | None = None) -> ServiceStatus | None:
         """What the process says that leads, if it is another one."""
         if self._definitions[name].per == "process" or name in self._crews:
             return None
         seat = self._seat_here()
-        return None if seat.leading else seat.ask(name)
+        patience = PATIENCE if deadline is None else max(0.0, deadline - time.monotonic())
+        return None if seat.leading else seat.ask(name, patience)
 
     def local_status(self, name: str) -> ServiceStatus:
         """How one is doing in this process."""
@@ -193,7 +197,8 @@ class Services:
 
     def statuses(self) -> tuple[ServiceStatus, ...]:
         """How all are doing."""
-        return () if self._closed else tuple(map(self.status, list(self._definitions)))
+        deadline = time.monotonic() + PATIENCE  # for a leader that hangs
+        return () if self._closed else tuple(self.status(name, deadline) for name in list(self._definitions))
 
     def close(self, *, wait: bool) -> None:
         """Accept no more messages, and end when what was accepted is done.
@@ -536,10 +541,12 @@ class ServiceHandle:
         :param timeout: seconds that the handler may take; then it has to leave as a job that is asked to stop, and the
             result is a :exc:`~flask_executor.JobTimeout`. None for no limit.
         :return: the handle of what it returns or raises; a :exc:`~flask_executor.WorkerLost` when its process dies.
-        :raises ValueError: when nothing handles messages of this type.
+        :raises ValueError: when nothing handles messages of this type, and for a timeout that cannot be used.
         :raises NotPicklable: for a body that cannot be sent.
-        :raises QueueFull: when too many messages wait.
+        :raises QueueFull: when too many messages wait; where another process looks after the service it is the result.
         """
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds greater than 0, or None")
         return self._services().member(self.name).call(type, packed(type, body), timeout)
 
     def send(self, type: str, body: object = None) -> None:

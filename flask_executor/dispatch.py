@@ -56,6 +56,7 @@ class Dispatcher:
         self._workers: list[WorkerHandle] = []
         self._idle: list[WorkerHandle] = []
         self._left: list[Task] = []  # were asked to leave before they began; to be settled by the supervisor
+        self._early: dict[str, list[Told]] = {}  # messages for jobs that wait for their next attempts
         self._levels = False  # whether there ever was a priority other than 0
         self._unhurried = True  # whether the supervisor may sleep until something happens
         self.closing = False
@@ -76,6 +77,8 @@ class Dispatcher:
             priority = task.call.priority
             waiting = len(self._queue)
             self._tasks[task.id] = task
+            if self._early:
+                task.mail.extend(self._early.pop(task.id, ()))
             self._queue.push(task, priority)
             if priority:
                 self._levels = True
@@ -122,11 +125,18 @@ class Dispatcher:
             self._left.append(task)
             self._wake_up()
 
-    def deliver(self, message: Told) -> None:
-        """Send a message to a job; it is kept until that begins."""
+    def deliver(self, message: Told, *, retried: bool = False) -> None:
+        """Send a message to a job; it is kept until that begins.
+
+        :param retried: whether it is kept also if the job is not here, as its next attempt may be.
+        """
         with self._lock:
             task = self._tasks.get(message.id)
             if task is None:
+                if retried:
+                    self._early.setdefault(message.id, []).append(message)
+                    if len(self._early) > _MOST_MAIL:  # of jobs that came no more
+                        del self._early[next(iter(self._early))]
                 return
             if not task.taken:
                 task.mail.append(message)

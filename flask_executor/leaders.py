@@ -51,7 +51,7 @@ except ImportError:  # Windows, where there are no worker processes either
 
 _PAUSES = 0.02, 0.5  # seconds before one tries again to lead or to reach the leader: the first time, and at most
 _RELUCTANCE = 2.0  # seconds without a leader after which a worker process leads, which may be ended at any time
-_PATIENCE = 5.0  # seconds to wait for the leader's word
+PATIENCE = 5.0  # seconds to wait for the leader's word
 _LONGEST = 40  # characters of the folder for temporary files: the path of a socket may have some 100
 
 
@@ -220,16 +220,16 @@ class Seat:
         self.relay.serve(Wire(not_for_children(end)))
         return True
 
-    def ask(self, service: str) -> ServiceStatus | None:
-        """What the leader says of a service; None when there is none."""
+    def ask(self, service: str, patience: float = PATIENCE) -> ServiceStatus | None:
+        """What the leader says of a service; None when there is none, or it does not answer in so many seconds."""
         with socket.socket(socket.AF_UNIX) as end, selectors.DefaultSelector() as selector:
             selector.register(end, selectors.EVENT_READ)
             try:
-                end.settimeout(_PATIENCE)
+                end.settimeout(max(0.01, patience))
                 end.connect(str(self._place() / "socket"))
                 wire = Wire(end)
                 wire.say(Errand("status", service))
-                while selector.select(_PATIENCE):
+                while selector.select(patience):
                     for kind, _, body in wire.receive():
                         if kind == Kind.RESULT:
                             status: ServiceStatus = pickle.loads(body)
@@ -248,6 +248,6 @@ class Seat:
         self.relay.end()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(_PATIENCE)
+            thread.join(PATIENCE)
         self._give_way()
         self.relay.close()

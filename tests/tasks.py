@@ -470,6 +470,14 @@ def echo_messages(count: int, _: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def receive_at_last(attempts: int) -> Any:
+    """Fail until the last attempt, which gets a message."""
+    if current_job.attempt < attempts:
+        raise ValueError("not yet")
+    message = current_job.receive(timeout=5)
+    return message and (message.type, message.body)
+
+
 def no_messages() -> Any:
     return current_job.receive(timeout=0.05), current_job.receive(timeout=0)
 

@@ -85,7 +85,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     def deliver_packed(self, call: PreparedCall, data: bytes) -> None:
         """As :meth:`deliver`, of a message that is pickled."""
-        self._dispatcher.deliver(Told(call.job.id, data))
+        self._dispatcher.deliver(Told(call.job.id, data), retried=call.retried)
 
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -432,6 +433,19 @@ def test_a_place_that_is_not_safe(
     assert "The services cannot be started." in caplog.text
     with pytest.raises(PermissionError, match="it belongs to somebody else"):
         service.call("add", 1)
+
+
+def test_a_leader_that_hangs_is_waited_for_once(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flask_executor.crews.PATIENCE", 0.5)
+    executor, service = join()
+    for name in ("second", "third", "fourth"):
+        executor.service(Counter, name=name)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(service._services()._seat_here()._place() / "socket"))
+        listener.listen()
+        begin = time.monotonic()
+        assert [status.pids for status in executor.health().services] == [()] * 4
+        assert time.monotonic() - begin < 1
 
 
 def test_looking_starts_nothing(join: Callable[..., Pair]) -> None:

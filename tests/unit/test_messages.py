@@ -78,17 +78,11 @@ def test_retries_begin_without_the_messages_of_the_last_attempt(make_executor: M
     assert future.result(10) == 2
 
 
-def test_messages_between_two_attempts(make_executor: MakeExecutor) -> None:
-    def work() -> object:
-        if current_job.attempt == 1:
-            raise ValueError
-        message = current_job.receive(5)
-        return message.body if message else None
-
-    future = make_executor().options(retries=1, backoff=0.3).submit(work)
-    assert wait_until(lambda: future.record().attempt == 2)
+def test_messages_between_two_attempts(executor: Executor) -> None:
+    future = executor.options(retries=1, backoff=0.5).submit(tasks.receive_at_last, 2)
+    assert wait_until(lambda: future.record().attempt == 2, 20)
     future.send("a", 1)
-    assert future.result(10) == 1
+    assert future.result(20) == ("a", 1)
 
 
 @pytest.mark.parametrize("size", [10, 20_000])

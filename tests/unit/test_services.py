@@ -87,6 +87,13 @@ def test_unknown_handlers(forked: Executor) -> None:
             send("ad", 1)
 
 
+def test_timeouts_that_cannot_be_used(forked: Executor) -> None:
+    counter = make(forked)
+    for timeout in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="it must be a number of seconds greater than 0, or None"):
+            counter.call("add", 1, timeout=timeout)
+
+
 def test_what_cannot_be_sent(forked: Executor) -> None:
     counter = make(forked)
     for send in (counter.call, counter.send, counter.broadcast):
