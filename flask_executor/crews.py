@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
 from flask_executor.backends.process import ProcessBackend
 from flask_executor.context import call_to_end
-from flask_executor.errands import Errand
+from flask_executor.errands import Errand, Watcher
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
@@ -333,22 +333,20 @@ class RelayedCall(PlainCall):
         self,
         args: tuple[Any, ...],
         job: LiveJob,
-        begun: Callable[[], object],
-        progressed: Callable[[LiveJob], object],
+        watcher: Watcher,
     ) -> None:
         super().__init__(answer, args, {})
         self.job = job
-        self._begun = begun
-        self._progressed = progressed
+        self._watcher = watcher
 
     def begin(self) -> bool:
         first, claimed = self._claimed is None, super().begin()
         if first and claimed:
-            self._begun()
+            self._watcher.begun()
         return claimed
 
     def progressed(self) -> None:
-        self._progressed(self.job)
+        self._watcher.progressed(self.job)
 
 
 class Crew:
@@ -402,14 +400,12 @@ class Crew:
 
     # ---- for other processes ----
 
-    def start_call(
-        self, type: str, message: bytes, id: str, begun: Callable[[], object], progressed: Callable[[LiveJob], object]
-    ) -> PreparedCall:
-        """Have a worker handle a message for another process, which is told when it has begun, and how far it is."""
+    def start_call(self, type: str, message: bytes, id: str, watcher: Watcher) -> PreparedCall:
+        """Have a worker handle a message for another process, which is told how it goes on."""
         self._check_room()
         job = LiveJob(name_of(self.definition, type), id=id)
-        call = RelayedCall(self._next_call(type, message), job, begun, progressed)
-        self._backend.enqueue(call)
+        call = RelayedCall(self._next_call(type, message), job, watcher)
+        self._backend.enqueue_relayed(call, watcher.given)
         return call
 
     def tell(self, call: PreparedCall, data: bytes) -> None:

@@ -36,13 +36,6 @@ class Visitor(Talk):
         #: Services for which something was given back: so is what comes behind it, until the visitor asks again.
         self.refused: set[str] = set()
 
-    def progressed(self, number: int, job: LiveJob) -> None:
-        """A call has something new to report."""
-        if not self.wire.pending:  # or it reads slowly: later, with what is new then
-            with contextlib.suppress(Exception):  # what cannot be pickled again
-                meta = None if job.meta is None else b"".join(pickle_parts(job.meta))
-                self.send(Kind.MESSAGE, pickle_parts(Progressed(job.id, job.progress, job.message, meta)), number)
-
     def give_back(self, number: int, errand: Errand) -> None:
         """This is not done, and nothing that comes behind it for the same service."""
         self.refused.add(errand.service)
@@ -63,6 +56,30 @@ class Visitor(Talk):
                 self.send(Kind.RESULT, pickled(future.result(), "The result"), number)
             except Exception as refused:
                 self.send(Kind.ERROR, [pack_error(refused)], number)
+
+
+class Teller:
+    """Tells a visitor of one of its calls."""
+
+    def __init__(self, visitor: Visitor, number: int) -> None:
+        self._visitor = visitor
+        self._number = number
+
+    def given(self) -> None:
+        """A worker gets it now."""
+        self._visitor.send(Kind.GIVEN, [], self._number)
+
+    def begun(self) -> None:
+        """A worker begins with it."""
+        self._visitor.send(Kind.BEGUN, [], self._number)
+
+    def progressed(self, job: LiveJob) -> None:
+        """It has something new to report."""
+        if not self._visitor.wire.pending:  # or it reads slowly: later, with what is new then
+            with contextlib.suppress(Exception):  # what cannot be pickled again
+                meta = None if job.meta is None else b"".join(pickle_parts(job.meta))
+                message = Progressed(job.id, job.progress, job.message, meta)
+                self._visitor.send(Kind.MESSAGE, pickle_parts(message), self._number)
 
 
 class Desk:
@@ -196,13 +213,7 @@ class Desk:
 
     def _do_with(self, workforce: Workforce, visitor: Visitor, number: int, errand: Errand) -> None:
         if errand.verb == "call":
-            call = workforce.start_call(
-                errand.type,
-                errand.data,
-                errand.job,
-                lambda: visitor.send(Kind.BEGUN, [], number),
-                lambda job: visitor.progressed(number, job),
-            )
+            call = workforce.start_call(errand.type, errand.data, errand.job, Teller(visitor, number))
             visitor.calls[number] = workforce, call
             call.future.add_done_callback(lambda future: visitor.reply(number, future))
         elif errand.verb == "send":

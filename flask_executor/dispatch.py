@@ -413,6 +413,8 @@ class Dispatcher:
         return self._max_tasks is not None and worker.given >= self._max_tasks
 
     def _give(self, worker: WorkerHandle, task: Task) -> None:
+        if task.given is not None and not task.begun:
+            task.given()
         worker.give(task)
         if task.begun:
             self._send_mail(task, worker)

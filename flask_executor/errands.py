@@ -38,17 +38,27 @@ class Errand(Message):
     job: str = ""
 
 
+class Watcher(Protocol):
+    """Tells another process of its call."""
+
+    def given(self) -> None:
+        """A worker gets it now."""
+
+    def begun(self) -> None:
+        """A worker begins with it."""
+
+    def progressed(self, job: LiveJob) -> None:
+        """It has something new to report."""
+
+
 class Workforce(Protocol):
     """What the leader has: the workers of a service."""
 
-    def start_call(
-        self, type: str, message: bytes, id: str, begun: Callable[[], object], progressed: Callable[[LiveJob], object]
-    ) -> PreparedCall:
+    def start_call(self, type: str, message: bytes, id: str, watcher: Watcher) -> PreparedCall:
         """Have a worker handle a message.
 
         :param id: of the job that this is where it comes from.
-        :param begun: called when a worker begins with it.
-        :param progressed: called when it has something new to report.
+        :param watcher: is told how it goes on.
         """
 
     def tell(self, call: PreparedCall, data: bytes) -> None:

@@ -13,9 +13,9 @@ process ends, whatever way. Then the next one gets it.
    │                                      │  socket  │ Seat: tries to lead when that is closed   │
    └──────────────────────────────────────┘          └───────────────────────────────────────────┘
 
-Lock and socket are in a folder that only this user can enter. What is on its way when the leader dies is lost: calls
-fail with :exc:`~flask_executor.WorkerLost`. What was not sent yet waits for the next leader, and so does what a leader
-that ends in order gives back.
+Lock and socket are in a folder that only this user can enter. What a worker has got when the leader dies is lost:
+calls fail with :exc:`~flask_executor.WorkerLost`, as nobody knows whether they have begun. Other calls, and messages
+that were not sent yet, wait for the next leader, and so does what a leader that ends in order gives back.
 """
 
 from __future__ import annotations

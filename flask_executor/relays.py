@@ -135,6 +135,8 @@ class SentCall:
     """A call that the leader has."""
 
     call: PreparedCall
+    #: Whether a worker has got it, and may have begun with it.
+    given: bool = False
     #: Whether a worker has begun with it, and its future is claimed.
     begun: bool = False
     #: Whether it was to be ended by force.
@@ -418,6 +420,10 @@ class Relay(Backend):
                 if number == line.question:
                     line.go_on()
             sent = self._sent.get(number)
+            if kind == Kind.GIVEN:
+                if sent is not None:
+                    sent.given = True
+                return
             if sent is None or not sent.begin():  # it was cancelled
                 self._forget(number)
                 return
@@ -460,12 +466,12 @@ class Relay(Backend):
                 self._last = None
             sent = list(self._sent.values())
             for number, one in self._sent.items():
-                if not one.begun:
+                if not one.given and not one.begun:
                     self._line(one.call.args[0]).push(number, one.call)
             self._sent.clear()
             self._emptied.notify_all()
         for one in sent:
-            if one.begun:
+            if (one.given or one.begun) and one.begin():
                 error = WorkerLost(f"The process ended that looked after service {one.call.args[0]!r}.")
                 one.call.fail(error, JobStatus.LOST)
 

@@ -45,11 +45,20 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def enqueue(self, call: PreparedCall) -> None:
         self._enqueue(call)
 
-    def _enqueue(self, call: PreparedCall, *, unattended: bool = False) -> None:
+    def enqueue_relayed(self, call: PreparedCall, given: Callable[[], object]) -> None:
+        """As :meth:`enqueue`.
+
+        :param given: called before a worker gets the call, and may begin with it before that is known here.
+        """
+        self._enqueue(call, given=given)
+
+    def _enqueue(
+        self, call: PreparedCall, *, unattended: bool = False, given: Callable[[], object] | None = None
+    ) -> None:
         parts = call.packed or pack_call(call)
         if call.retried:
             call.packed = parts  # the next attempt is the same call, whatever becomes of its arguments meanwhile
-        task = Task(call, parts, unattended=unattended)
+        task = Task(call, parts, unattended=unattended, given=given)
         self._supervisor.start()
         self._dispatcher.add(task)
 

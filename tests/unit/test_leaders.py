@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +290,9 @@ def test_one_service_that_takes_no_more_does_not_hold_up_another(join: Callable[
     path.touch()
 
 
-def test_what_was_not_sent_yet_waits_for_the_next_leader(join: Callable[..., Pair]) -> None:
-    _, service = join()
+@contextlib.contextmanager
+def led_by_a_child(service: Any) -> Iterator[Any]:
+    """The process that leads, for as long as it takes."""
     ready, never = multiprocessing.Pipe()
 
     def lead() -> None:
@@ -305,18 +306,35 @@ def test_what_was_not_sent_yet_waits_for_the_next_leader(join: Callable[..., Pai
     try:
         assert ready.poll(20)
         service.call("pid").result(10)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGSTOP)
-        for number in range(30):
-            service.send("note", (number, "x" * 100_000))
+        yield process
     finally:
         process.kill()
         process.join()
         ready.close()
         never.close()
+
+
+def test_what_was_not_sent_yet_waits_for_the_next_leader(join: Callable[..., Pair]) -> None:
+    _, service = join()
+    with led_by_a_child(service) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        for number in range(30):
+            service.send("note", (number, "x" * 100_000))
     seen = [number for number, _ in service.call("seen").result(20)]
     assert len(seen) > 20, "some were in the hands of the system"
     assert seen == list(range(30))[-len(seen) :]
+
+
+def test_no_call_is_handled_twice_when_the_leader_is_killed(join: Callable[..., Pair], tmp_path: Path) -> None:
+    _, service = join(str(tmp_path))
+    with led_by_a_child(service):
+        futures = {number: service.call("die if", number) for number in range(100, 600)}
+        futures[150].result(10)
+    for number, future in futures.items():
+        lost = isinstance(future.exception(20), WorkerLost)
+        path = tmp_path / f"message {number}"
+        times = len(path.read_text().split()) if path.exists() else 0
+        assert times <= 1 if lost else times == 1
 
 
 def test_what_a_call_reports_and_is_told(join: Callable[..., Pair], tmp_path: Path) -> None:
