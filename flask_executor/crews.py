@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
 from flask_executor.backends.process import ProcessBackend
@@ -35,6 +35,7 @@ from flask_executor.worker import Resident
 if TYPE_CHECKING:
     from flask import Flask
 
+T = TypeVar("T")
 Handlers = Mapping[tuple[str, str], Callable[[Any], object]]
 
 
@@ -543,7 +544,8 @@ class ServiceHandle:
         """
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds greater than 0, or None")
-        return self._services().member(self.name).call(type, packed(type, body), timeout)
+        message = packed(type, body)
+        return self._do(lambda member: member.call(type, message, timeout))
 
     def send(self, type: str, body: object = None) -> None:
         """Have one of the workers handle a message, and do not wait for it. An error that it raises is logged.
@@ -554,7 +556,8 @@ class ServiceHandle:
         :raises NotPicklable: for a body that cannot be sent.
         :raises QueueFull: when too many messages wait.
         """
-        self._services().member(self.name).send(type, packed(type, body))
+        message = packed(type, body)
+        self._do(lambda member: member.send(type, message))
 
     def broadcast(self, type: str, body: object = None) -> None:
         """Have every worker handle a message, before those that are sent from now on, and before those that wait.
@@ -564,7 +567,20 @@ class ServiceHandle:
         :raises ValueError: when nothing handles messages of this type.
         :raises NotPicklable: for a body that cannot be sent.
         """
-        self._services().member(self.name).broadcast(type, packed(type, body))
+        message = packed(type, body)
+        self._do(lambda member: member.broadcast(type, message))
+
+    def _do(self, what: Callable[[Crew | Remote], T]) -> T:
+        services = self._services()
+        member = services.member(self.name)
+        while True:
+            try:
+                return what(member)
+            except ExecutorShutdown:
+                before, member = member, services.member(self.name)
+                if member is before or isinstance(member, Remote):
+                    raise
+                # it was stopped in between, and is started again
 
     def start(self) -> None:
         """Start the workers now, and not at the first request; or see to it that another process has."""

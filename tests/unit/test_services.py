@@ -266,6 +266,27 @@ def test_stop_by_force(forked: Executor) -> None:
     assert isinstance(future.exception(10), WorkerLost)
 
 
+def test_it_is_used_while_it_is_stopped(forked: Executor) -> None:
+    counter = make(forked)
+    ended = threading.Event()
+
+    def stop() -> None:
+        while not ended.is_set():
+            counter.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        futures = []
+        for number in range(300):
+            futures.append(counter.call("add", number))
+            counter.send("note", number)
+        assert [future.result(20) for future in futures] == list(range(1, 301))
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_after_shutdown(forked: Executor) -> None:
     counter = make(forked)
     counter.call("add", 1).result(10)
