@@ -30,7 +30,7 @@ from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, 
 from flask_executor.exits import leave_in_order
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name, is_one_of_many
-from flask_executor.inherited import forking
+from flask_executor.inherited import forking, origin
 from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
@@ -128,7 +128,11 @@ class Binding(JobChannel):
     def identity(self) -> tuple[object, ...]:
         """What tells the app, and this executor of it, from others on this machine."""
         app = self.app
-        return (self.name, self.config.store, None if app is None else (app.name, app.root_path, app.instance_path))
+        if app is None:
+            return self.name, self.config.store
+        where = app.name, app.root_path, app.instance_path
+        # Tests have nothing to do with a server that runs beside them, nor with each other.
+        return self.name, self.config.store, where, app.secret_key, origin() if app.testing else None
 
     def leave_in_order(self) -> None:
         """See to it that jobs and services end before the process does."""

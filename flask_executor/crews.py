@@ -11,30 +11,31 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall, WorkerState
 from flask_executor.backends.process import ProcessBackend
 from flask_executor.context import call_to_end
-from flask_executor.errands import Errand
+from flask_executor.errands import Errand, Watcher
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
-from flask_executor.jobs import JobOptions, JobStatus
-from flask_executor.leaders import Seat, meeting_place
+from flask_executor.incoming import Incoming
+from flask_executor.jobs import JobOptions, JobStatus, LiveJob
+from flask_executor.leaders import PATIENCE, Seat, meeting_place
 from flask_executor.logs import logger
 from flask_executor.mailbox import Mailbox
 from flask_executor.messages import Sent
 from flask_executor.relays import Relay
 from flask_executor.residents import ServiceResident, answer
 from flask_executor.runner import PlainCall, pickled
-from flask_executor.serial import SerialThread
 from flask_executor.services import ServiceDefinition, ServiceStatus, check_handler
 from flask_executor.worker import Resident
 
 if TYPE_CHECKING:
     from flask import Flask
 
+T = TypeVar("T")
 Handlers = Mapping[tuple[str, str], Callable[[Any], object]]
 
 
@@ -84,7 +85,7 @@ class Services:
         self._lock = threading.RLock()
         self._crews: dict[str, Crew] = {}
         self._all_started = 0  # how many there were
-        self._incoming = SerialThread("flask-executor-messages")
+        self._incoming = Incoming(self._deliver)
         self._seat: Seat | None = None
         self._closed = False  # no more messages are accepted
         self._ended = False  # nor done
@@ -92,6 +93,9 @@ class Services:
     def member(self, name: str) -> Crew | Remote:
         """The workers of a service: those of this process, or the way to those of the one that leads."""
         self._check_open()
+        return self._member(name)
+
+    def _member(self, name: str) -> Crew | Remote:
         definition = self._definitions[name]
         if definition.per == "process":
             return self.crew(name)
@@ -132,16 +136,23 @@ class Services:
                 if self._ended:
                     raise ExecutorShutdown(_SHUT)
                 self._owner.leave_in_order()
-                crew = self._crews[name] = Crew(self._definitions[name], self._owner, self._options(), self._router())
+                crew = Crew(self._definitions[name], self._owner, self._options(), self._incoming.take)
                 crew.start()
+                self._crews[name] = crew
             return crew
 
     def start(self) -> None:
         """Start all that were not; called at every request."""
         if self._all_started != len(self._definitions):
             self._all_started = len(self._definitions)
+            errors = []
             for name in list(self._definitions):
-                self.member(name)
+                try:
+                    self.member(name)
+                except Exception as error:  # the others are to start all the same
+                    errors.append(error)
+            if errors:
+                raise errors[0]
 
     def started(self) -> list[Crew]:
         """Those that were."""
@@ -162,16 +173,20 @@ class Services:
         if there is not None and there.pids:
             raise RuntimeError(f"service {name!r} is looked after by process {there.supervisor}: stop it there")
 
-    def status(self, name: str) -> ServiceStatus:
-        """How one is doing, whichever process looks after it."""
-        return self._ask(name) or self.local_status(name)
+    def status(self, name: str, deadline: float | None = None) -> ServiceStatus:
+        """How one is doing, whichever process looks after it.
 
-    def _ask(self, name: str) -> ServiceStatus | None:
+        :param deadline: until when to wait for its answer (:func:`time.monotonic`).
+        """
+        return self._ask(name, deadline) or self.local_status(name)
+
+    def _ask(self, name: str, deadline: float | None = None) -> ServiceStatus | None:
         """What the process says that leads, if it is another one."""
         if self._definitions[name].per == "process" or name in self._crews:
             return None
         seat = self._seat_here()
-        return None if seat.leading else seat.ask(name)
+        patience = PATIENCE if deadline is None else max(0.0, deadline - time.monotonic())
+        return None if seat.leading else seat.ask(name, patience)
 
     def local_status(self, name: str) -> ServiceStatus:
         """How one is doing in this process."""
@@ -183,7 +198,8 @@ class Services:
 
     def statuses(self) -> tuple[ServiceStatus, ...]:
         """How all are doing."""
-        return () if self._closed else tuple(map(self.status, list(self._definitions)))
+        deadline = time.monotonic() + PATIENCE  # for a leader that hangs
+        return () if self._closed else tuple(self.status(name, deadline) for name in list(self._definitions))
 
     def close(self, *, wait: bool) -> None:
         """Accept no more messages, and end when what was accepted is done.
@@ -202,40 +218,54 @@ class Services:
         self._finish(deadline)
 
     def _finish(self, deadline: float | None) -> None:
-        if self._seat is not None and not self._seat.leading:  # if the leader ends too, this process may yet lead
-            self._seat.relay.drain(_LAST_WORDS if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._drain(deadline)  # if the leader ends too, this process may yet lead
         self._ended = True
-        for crew in self.started():
-            crew.stop(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._end_crews(deadline)
         while len(self._incoming) and (deadline is None or time.monotonic() < deadline):
-            time.sleep(0.01)
-        self._incoming.close(wait=False)
+            time.sleep(_LOOK)
+        self._drain(deadline)  # what services here have sent at their end
+        self._incoming.close()
         if self._seat is not None:
             self._seat.close()
+
+    def _drain(self, deadline: float | None) -> None:
+        if self._seat is not None and not self._seat.leading:
+            self._seat.relay.drain(_LAST_WORDS if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def _end_crews(self, deadline: float | None) -> None:
+        """End all workers at once, but those that others send messages to after those others.
+
+        Who sends to whom is known of those that have done so. Others, with nothing to do, wait for it for a moment.
+        """
+        crews = {crew.definition.name: crew for crew in self.started()}
+        left, ending = dict(crews), set[str]()
+        moment = time.monotonic() + _LAST_MOMENT
+        while left and (deadline is None or time.monotonic() < deadline):
+            quiet = time.monotonic() > moment or not any(crew.busy for crew in left.values())
+            for name in self._incoming.senders_first(left):
+                if name not in ending and (quiet or left[name].busy):
+                    ending.add(name)
+                    left[name].close(wait=False)
+            for name in [name for name in ending if name in left and left[name].ended]:
+                if not self._incoming.between:
+                    del left[name]
+            if left:
+                time.sleep(_LOOK)
+        for crew in left.values():
+            crew.close(wait=False)
+        last = time.monotonic() + _LAST_MOMENT
+        for crew in crews.values():
+            crew.stop(None if deadline is None else max(0.0, last - time.monotonic()))
 
     def after_fork(self) -> None:
         """In the child of a fork: those of the parent are not here."""
         self._reset()
 
-    def _router(self) -> Callable[[str, Sent], None]:
-        """What takes the messages of services in supervisor threads, which must not keep the app alive."""
-        incoming, deliver = self._incoming, weakref.WeakMethod(self._deliver)
-
-        def route(sender: str, message: Sent) -> None:
-            def run() -> None:
-                services = deliver()
-                if services is not None:
-                    services(sender, message)
-
-            incoming.run(run)
-
-        return route
-
     def _deliver(self, sender: str, message: Sent) -> None:
         body = pickle.loads(message.body)
         if message.to is not None:
             try:
-                self.member(message.to).send(message.type, packed(message.type, body))
+                self._member(message.to).send(message.type, packed(message.type, body))
             except (KeyError, ValueError, QueueFull, ExecutorShutdown) as error:
                 logger.error("Service %r sent a message to %r, which is lost: %s", sender, message.to, error)
             return
@@ -288,21 +318,36 @@ class Tenant:
 
 
 _SHUT = "this executor was shut down in this process, and takes no more messages"
+_LOOK = 0.01  # seconds between two looks whether something has ended
+_LAST_MOMENT = 1.0  # seconds in which services may still send the first message to another, and in which those end
+# that could not before, as others that send them messages went on
 _LAST_WORDS = 30.0  # seconds in which the process that leads may still answer one that ends
 
 
 class RelayedCall(PlainCall):
-    """A call that another process waits for."""
+    """A call that another process waits for.
 
-    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], begun: Callable[[], object]) -> None:
-        super().__init__(fn, args, {})
-        self._begun = begun
+    :param job: as it is called there.
+    """
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        job: LiveJob,
+        watcher: Watcher,
+    ) -> None:
+        super().__init__(answer, args, {})
+        self.job = job
+        self._watcher = watcher
 
     def begin(self) -> bool:
         first, claimed = self._claimed is None, super().begin()
         if first and claimed:
-            self._begun()
+            self._watcher.begun()
         return claimed
+
+    def progressed(self) -> None:
+        self._watcher.progressed(self.job)
 
 
 class Crew:
@@ -356,12 +401,17 @@ class Crew:
 
     # ---- for other processes ----
 
-    def start_call(self, type: str, message: bytes, begun: Callable[[], object]) -> PreparedCall:
-        """Have a worker handle a message for another process, which is told when it has begun."""
+    def start_call(self, type: str, message: bytes, id: str, watcher: Watcher) -> PreparedCall:
+        """Have a worker handle a message for another process, which is told how it goes on."""
         self._check_room()
-        call = RelayedCall(answer, self._next_call(type, message), begun)
-        self._backend.enqueue(call)
+        job = LiveJob(name_of(self.definition, type), id=id)
+        call = RelayedCall(self._next_call(type, message), job, watcher)
+        self._backend.enqueue_relayed(call, watcher.given)
         return call
+
+    def tell(self, call: PreparedCall, data: bytes) -> None:
+        """Send a message to the job that a call is: a JobMessage, pickled."""
+        self._backend.deliver_packed(call, data)
 
     def adopt(self, call: PreparedCall) -> None:
         """Take over a call that was to be sent to another process."""
@@ -408,6 +458,16 @@ class Crew:
         """The workers."""
         return [replace(worker, service=self.definition.name) for worker in self._backend.crew()]
 
+    @property
+    def busy(self) -> bool:
+        """Whether there are messages to be handled."""
+        return self._waiting() > 0 or any(worker.busy for worker in self._backend.crew())
+
+    @property
+    def ended(self) -> bool:
+        """Whether all has ended; after :meth:`close`."""
+        return self._backend.ended
+
     def close(self, *, wait: bool) -> None:
         """Accept no more messages, and end the workers after what was accepted."""
         self._mailbox.close()
@@ -449,7 +509,12 @@ class Remote:
 
 def options_of(definition: ServiceDefinition, type: str, timeout: float | None) -> JobOptions:
     """Those of the job that a call is."""
-    return JobOptions(name=f"{definition.name}.{type}", timeout=math.inf if timeout is None else timeout)
+    return JobOptions(name=name_of(definition, type), timeout=math.inf if timeout is None else timeout)
+
+
+def name_of(definition: ServiceDefinition, type: str) -> str:
+    """What the job is called that a call is."""
+    return f"{definition.name}.{type}"
 
 
 class ServiceHandle:
@@ -473,11 +538,14 @@ class ServiceHandle:
         :param timeout: seconds that the handler may take; then it has to leave as a job that is asked to stop, and the
             result is a :exc:`~flask_executor.JobTimeout`. None for no limit.
         :return: the handle of what it returns or raises; a :exc:`~flask_executor.WorkerLost` when its process dies.
-        :raises ValueError: when nothing handles messages of this type.
+        :raises ValueError: when nothing handles messages of this type, and for a timeout that cannot be used.
         :raises NotPicklable: for a body that cannot be sent.
-        :raises QueueFull: when too many messages wait.
+        :raises QueueFull: when too many messages wait; where another process looks after the service it is the result.
         """
-        return self._services().member(self.name).call(type, packed(type, body), timeout)
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds greater than 0, or None")
+        message = packed(type, body)
+        return self._do(lambda member: member.call(type, message, timeout))
 
     def send(self, type: str, body: object = None) -> None:
         """Have one of the workers handle a message, and do not wait for it. An error that it raises is logged.
@@ -488,7 +556,8 @@ class ServiceHandle:
         :raises NotPicklable: for a body that cannot be sent.
         :raises QueueFull: when too many messages wait.
         """
-        self._services().member(self.name).send(type, packed(type, body))
+        message = packed(type, body)
+        self._do(lambda member: member.send(type, message))
 
     def broadcast(self, type: str, body: object = None) -> None:
         """Have every worker handle a message, before those that are sent from now on, and before those that wait.
@@ -498,7 +567,20 @@ class ServiceHandle:
         :raises ValueError: when nothing handles messages of this type.
         :raises NotPicklable: for a body that cannot be sent.
         """
-        self._services().member(self.name).broadcast(type, packed(type, body))
+        message = packed(type, body)
+        self._do(lambda member: member.broadcast(type, message))
+
+    def _do(self, what: Callable[[Crew | Remote], T]) -> T:
+        services = self._services()
+        member = services.member(self.name)
+        while True:
+            try:
+                return what(member)
+            except ExecutorShutdown:
+                before, member = member, services.member(self.name)
+                if member is before or isinstance(member, Remote):
+                    raise
+                # it was stopped in between, and is started again
 
     def start(self) -> None:
         """Start the workers now, and not at the first request; or see to it that another process has."""

@@ -16,9 +16,10 @@ from flask_executor.abc import PreparedCall
 from flask_executor.errands import WELCOME, Errand, Leader, Talk, Workforce
 from flask_executor.exceptions import ExecutorShutdown, JobStopped, QueueFull
 from flask_executor.inherited import not_for_children
+from flask_executor.jobs import LiveJob
 from flask_executor.lines import Wire, pickle_parts
 from flask_executor.logs import logger
-from flask_executor.messages import Kind
+from flask_executor.messages import Kind, Progressed
 from flask_executor.runner import pack_error, pickled
 
 _GOODBYE = 2.0  # seconds in which others may still be given back what they have sent
@@ -32,6 +33,13 @@ class Visitor(Talk):
         super().__init__(wire, wake)
         #: What it has asked for and waits for, by number.
         self.calls: dict[int, tuple[Workforce, PreparedCall]] = {}
+        #: Services for which something was given back: so is what comes behind it, until the visitor asks again.
+        self.refused: set[str] = set()
+
+    def give_back(self, number: int, errand: Errand) -> None:
+        """This is not done, and nothing that comes behind it for the same service."""
+        self.refused.add(errand.service)
+        self.send(Kind.MESSAGE, pickle_parts(errand), number)
 
     def reply(self, number: int, future: Future[Any]) -> None:
         """A call has ended."""
@@ -48,6 +56,30 @@ class Visitor(Talk):
                 self.send(Kind.RESULT, pickled(future.result(), "The result"), number)
             except Exception as refused:
                 self.send(Kind.ERROR, [pack_error(refused)], number)
+
+
+class Teller:
+    """Tells a visitor of one of its calls."""
+
+    def __init__(self, visitor: Visitor, number: int) -> None:
+        self._visitor = visitor
+        self._number = number
+
+    def given(self) -> None:
+        """A worker gets it now."""
+        self._visitor.send(Kind.GIVEN, [], self._number)
+
+    def begun(self) -> None:
+        """A worker begins with it."""
+        self._visitor.send(Kind.BEGUN, [], self._number)
+
+    def progressed(self, job: LiveJob) -> None:
+        """It has something new to report."""
+        if not self._visitor.wire.pending:  # or it reads slowly: later, with what is new then
+            with contextlib.suppress(Exception):  # what cannot be pickled again
+                meta = None if job.meta is None else b"".join(pickle_parts(job.meta))
+                message = Progressed(job.id, job.progress, job.message, meta)
+                self._visitor.send(Kind.MESSAGE, pickle_parts(message), self._number)
 
 
 class Desk:
@@ -93,7 +125,7 @@ class Desk:
                 self._care()
             selector.unregister(self._listener)
             for visitor in self._visitors:
-                visitor.send(Kind.MESSAGE, pickle_parts(Errand("close", "", "", b"")), 0)
+                visitor.send(Kind.MESSAGE, pickle_parts(Errand("close", "")), 0)
             deadline = time.monotonic() + _GOODBYE
             while self._visitors and time.monotonic() < deadline:  # until all have got back what they still sent
                 self._serve(selector, 0.1)
@@ -144,33 +176,47 @@ class Desk:
         return True
 
     def _do(self, visitor: Visitor, number: int, errand: Errand) -> None:
-        leader = self._leader()
         try:
-            if leader is None:
-                raise ExecutorShutdown("the app is gone")
-            if errand.verb == "ready":
+            if errand.verb in ("ready", "again"):
+                visitor.refused.discard(errand.service)
                 visitor.send(Kind.RESULT, pickle_parts(None), number)
+            elif errand.verb in ("tell", "leave", "kill"):
+                self._do_for_call(visitor.calls.get(number), errand)
             elif errand.verb == "status":
-                visitor.send(Kind.RESULT, pickle_parts(leader.local_status(errand.service)), number)
+                visitor.send(Kind.RESULT, pickle_parts(self._services().local_status(errand.service)), number)
+            elif errand.service in visitor.refused:
+                visitor.give_back(number, errand)
             else:
-                self._do_with(leader.crew(errand.service), visitor, number, errand)
+                self._do_with(self._services().crew(errand.service), visitor, number, errand)
         except Exception as error:
-            if isinstance(error, ExecutorShutdown) or (isinstance(error, QueueFull) and errand.verb == "send"):
-                visitor.send(Kind.MESSAGE, pickle_parts(errand), number)  # for the next leader, or when there is room
+            full = isinstance(error, QueueFull) and errand.verb == "send"
+            if full or (isinstance(error, ExecutorShutdown) and errand.verb in ("call", "send", "broadcast")):
+                visitor.give_back(number, errand)  # for the next leader, or when there is room
             elif errand.verb in ("call", "status"):
                 visitor.send(Kind.ERROR, [pack_error(error)], number)
             else:
                 logger.error("A message for service %r from another process is lost: %s", errand.service, error)
 
+    def _services(self) -> Leader:
+        leader = self._leader()
+        if leader is None:
+            raise ExecutorShutdown("the app is gone")
+        return leader
+
+    def _do_for_call(self, there: tuple[Workforce, PreparedCall] | None, errand: Errand) -> None:
+        if there is not None:  # or it has ended
+            workforce, call = there
+            if errand.verb == "tell":
+                workforce.tell(call, errand.data)
+            else:
+                workforce.leave(call, forced=errand.verb == "kill")
+
     def _do_with(self, workforce: Workforce, visitor: Visitor, number: int, errand: Errand) -> None:
         if errand.verb == "call":
-            call = workforce.start_call(errand.type, errand.data, lambda: visitor.send(Kind.BEGUN, [], number))
+            call = workforce.start_call(errand.type, errand.data, errand.job, Teller(visitor, number))
             visitor.calls[number] = workforce, call
             call.future.add_done_callback(lambda future: visitor.reply(number, future))
         elif errand.verb == "send":
             workforce.send(errand.type, errand.data)
         elif errand.verb == "broadcast":
             workforce.broadcast(errand.type, errand.data)
-        elif errand.verb in ("leave", "kill") and number in visitor.calls:
-            workforce, call = visitor.calls[number]
-            workforce.leave(call, forced=errand.verb == "kill")

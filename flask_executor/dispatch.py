@@ -22,6 +22,7 @@ from flask_executor.queues import PriorityQueue
 
 _AHEAD = 8  # calls that a worker is given beyond the one it runs
 _BRIEF = 0.02  # seconds: behind a job that runs for longer nothing is left waiting
+_MOST_MAIL = 64  # messages for a job that are kept without a look whether it has begun
 _START_LIMIT = 60.0  # seconds that a worker may take to get ready, until its initializers run
 
 
@@ -55,6 +56,7 @@ class Dispatcher:
         self._workers: list[WorkerHandle] = []
         self._idle: list[WorkerHandle] = []
         self._left: list[Task] = []  # were asked to leave before they began; to be settled by the supervisor
+        self._early: dict[str, list[Told]] = {}  # messages for jobs that wait for their next attempts
         self._levels = False  # whether there ever was a priority other than 0
         self._unhurried = True  # whether the supervisor may sleep until something happens
         self.closing = False
@@ -75,6 +77,8 @@ class Dispatcher:
             priority = task.call.priority
             waiting = len(self._queue)
             self._tasks[task.id] = task
+            if self._early:
+                task.mail.extend(self._early.pop(task.id, ()))
             self._queue.push(task, priority)
             if priority:
                 self._levels = True
@@ -91,6 +95,8 @@ class Dispatcher:
             if task is None:
                 return True
             worker = task.worker
+            if worker is None and task.call.future.running():
+                return False  # a plain one, that was put back
             if worker is not None:
                 if not task.begun:
                     self._take_back(worker)
@@ -105,26 +111,52 @@ class Dispatcher:
         """Tell this attempt of a running job to leave."""
         with self._lock:
             task = self._tasks.get(id)
-            if task is not None and task.worker is not None and task.call.job.attempt == attempt:
+            if task is None or task.call.job.attempt != attempt:
+                return
+            if task.worker is not None:
                 task.worker.leave(task, reason)
+            else:
+                self._leave_queue(task)
 
-    def deliver(self, message: Told) -> None:
-        """Send a message to a job; it is kept until that begins."""
+    def _leave_queue(self, task: Task) -> None:
+        """One that was put back, claimed as it is, need not begin any more."""
+        if task.call.future.running():
+            self._drop(task)
+            self._left.append(task)
+            self._wake_up()
+
+    def deliver(self, message: Told, *, retried: bool = False) -> None:
+        """Send a message to a job; it is kept until that begins.
+
+        :param retried: whether it is kept also if the job is not here, as its next attempt may be.
+        """
         with self._lock:
             task = self._tasks.get(message.id)
-            if task is not None:
+            if task is None:
+                if retried:
+                    self._early.setdefault(message.id, []).append(message)
+                    if len(self._early) > _MOST_MAIL:  # of jobs that came no more
+                        del self._early[next(iter(self._early))]
+                return
+            if not task.taken:
                 task.mail.append(message)
-                if task.begun and task.worker is not None:
-                    self._say(task.worker, message)
-                    self._wake_up()  # to send on the rest
+            if task.begun and task.worker is not None:
+                self._say(task.worker, message)
+                self._wake_up()  # to send on the rest
+                if len(task.mail) > _MOST_MAIL and task.worker.calls.is_taken(task.number):
+                    task.taken = True
+                    task.mail.clear()
 
     def kill(self, id: str, attempt: int) -> None:
         """End this attempt of a job by force, and nothing else."""
         with self._lock:
             task = self._tasks.get(id)
-            if task is None or task.worker is None or task.call.job.attempt != attempt:
+            if task is None or task.call.job.attempt != attempt:
                 return
             worker = task.worker
+            if worker is None:
+                self._leave_queue(task)
+                return
             # With nothing left to take, the worker cannot go on to another call between this decision and its death.
             self._take_back(worker, begun_too=True)
             if worker.tasks and worker.tasks[-1] is task:  # or it has ended, and what came of it is on its way
@@ -381,6 +413,8 @@ class Dispatcher:
         return self._max_tasks is not None and worker.given >= self._max_tasks
 
     def _give(self, worker: WorkerHandle, task: Task) -> None:
+        if task.given is not None and not task.begun:
+            task.given()
         worker.give(task)
         if task.begun:
             self._send_mail(task, worker)

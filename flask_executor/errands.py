@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flask_executor.abc import PreparedCall
+from flask_executor.jobs import LiveJob
 from flask_executor.lines import Wire
 from flask_executor.messages import Kind, Message
 from flask_executor.services import ServiceStatus
@@ -25,23 +26,43 @@ class Errand(Message):
     What the leader does not do now it gives back.
     """
 
-    #: ``call``, ``send``, ``broadcast``, ``leave``, ``kill``, ``status``, ``ready``, ``close``.
+    #: ``call``, ``send``, ``broadcast``; of a call ``tell``, ``leave``, ``kill``; ``again``, ``status``, ``ready``,
+    #: ``close``.
     verb: str
     service: str
     #: Of the message.
-    type: str
+    type: str = ""
     #: The message, packed.
-    data: bytes
+    data: bytes = b""
+    #: Of a call: the id of its job.
+    job: str = ""
+
+
+class Watcher(Protocol):
+    """Tells another process of its call."""
+
+    def given(self) -> None:
+        """A worker gets it now."""
+
+    def begun(self) -> None:
+        """A worker begins with it."""
+
+    def progressed(self, job: LiveJob) -> None:
+        """It has something new to report."""
 
 
 class Workforce(Protocol):
     """What the leader has: the workers of a service."""
 
-    def start_call(self, type: str, message: bytes, begun: Callable[[], object]) -> PreparedCall:
+    def start_call(self, type: str, message: bytes, id: str, watcher: Watcher) -> PreparedCall:
         """Have a worker handle a message.
 
-        :param begun: called when a worker begins with it.
+        :param id: of the job that this is where it comes from.
+        :param watcher: is told how it goes on.
         """
+
+    def tell(self, call: PreparedCall, data: bytes) -> None:
+        """Send a message to the job that a call is: a JobMessage, pickled."""
 
     def adopt(self, call: PreparedCall) -> None:
         """Take over a call of a :class:`~flask_executor.relays.Relay`."""
@@ -87,11 +108,16 @@ class Talk:
         self._wake = wake
         self._lock = threading.Lock()
 
-    def send(self, kind: Kind, body: list[bytes], number: int) -> None:
-        """Send a frame; what does not go out at once follows. Never waits, and does nothing when the other is gone."""
-        with self._lock, contextlib.suppress(OSError):
-            if not self.wire.send(kind, body, number):
-                self._wake()
+    def send(self, kind: Kind, body: list[bytes], number: int) -> int:
+        """Send a frame; what does not go out at once follows. Never waits, and does nothing when the other is gone.
+
+        :return: what ``wire.sent`` is when all of it is out.
+        """
+        with self._lock:
+            with contextlib.suppress(OSError):
+                if not self.wire.send(kind, body, number):
+                    self._wake()
+            return self.wire.sent + self.wire.pending
 
     def flush(self) -> None:
         """Send what is left."""

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -23,10 +24,32 @@ from flask_executor.worker import WorkerSettings, main
 class Task:
     """A call on its way: in the queue, or in the list of one worker."""
 
-    __slots__ = ("begun", "call", "id", "killed", "mail", "number", "parts", "told", "unattended", "worker")
+    __slots__ = (
+        "begun",
+        "call",
+        "given",
+        "id",
+        "killed",
+        "mail",
+        "number",
+        "parts",
+        "taken",
+        "told",
+        "unattended",
+        "worker",
+    )
 
-    def __init__(self, call: PreparedCall, parts: list[bytes], *, unattended: bool = False) -> None:
+    def __init__(
+        self,
+        call: PreparedCall,
+        parts: list[bytes],
+        *,
+        unattended: bool = False,
+        given: Callable[[], object] | None = None,
+    ) -> None:
         self.call = call
+        #: Called before a worker gets it that has not begun with it.
+        self.given = given
         #: Whether nobody waits for it: it is kept while workers cannot start, and taken in until all has ended.
         self.unattended = unattended
         #: The call as bytes, one part if it is small.
@@ -39,8 +62,10 @@ class Task:
         self.killed = False
         #: Which of the calls of its worker it is.
         self.number = 0
-        #: The messages for its job.
+        #: The messages for its job, which it gets (again) with its worker.
         self.mail: list[Told] = []
+        #: Whether its worker has taken it for certain, and no other will.
+        self.taken = False
         #: What its worker was told last: the attempt, and why it has to leave.
         self.told: tuple[int, JobStatus] | None = None
 

@@ -32,6 +32,7 @@ except ImportError:  # Windows
 #: In a thread that forks a worker process: ``forking.worker`` is the line that the worker dies with; None afterwards.
 forking = threading.local()
 
+_origin: int | None = None  # in a worker process: the id of the process that has begun it all
 _lines: weakref.WeakSet[Any] = weakref.WeakSet()
 _processes: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -74,6 +75,22 @@ _inherited_stdin: object = None
 
 
 after_fork_in_child(_disown)
+
+
+def be_worker(origin: int) -> None:
+    """This is a worker process, of workers of this one perhaps."""
+    global _origin
+    _origin = origin
+
+
+def is_worker() -> bool:
+    """Whether this is a worker process, or was forked by one."""
+    return _origin is not None
+
+
+def origin() -> int:
+    """The id of the process that has this worker process, directly or not; of this one if it is none."""
+    return os.getpid() if _origin is None else _origin
 
 
 def let_go() -> None:

@@ -13,9 +13,9 @@ process ends, whatever way. Then the next one gets it.
    │                                      │  socket  │ Seat: tries to lead when that is closed   │
    └──────────────────────────────────────┘          └───────────────────────────────────────────┘
 
-Lock and socket are in a folder that only this user can enter. What is on its way when the leader dies is lost: calls
-fail with :exc:`~flask_executor.WorkerLost`. What was not sent yet waits for the next leader, and so does what a leader
-that ends in order gives back.
+Lock and socket are in a folder that only this user can enter. What a worker has got when the leader dies is lost:
+calls fail with :exc:`~flask_executor.WorkerLost`, as nobody knows whether they have begun. Other calls, and messages
+that were not sent yet, wait for the next leader, and so does what a leader that ends in order gives back.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flask_executor.desks import Desk
 from flask_executor.errands import Errand, Leader
-from flask_executor.inherited import not_for_children
+from flask_executor.inherited import is_worker, not_for_children
 from flask_executor.lines import Wire
 from flask_executor.logs import logger
 from flask_executor.messages import Kind
@@ -49,7 +50,8 @@ except ImportError:  # Windows, where there are no worker processes either
     fcntl = None  # type: ignore[assignment]
 
 _PAUSES = 0.02, 0.5  # seconds before one tries again to lead or to reach the leader: the first time, and at most
-_PATIENCE = 5.0  # seconds to wait for the leader's word
+_RELUCTANCE = 2.0  # seconds without a leader after which a worker process leads, which may be ended at any time
+PATIENCE = 5.0  # seconds to wait for the leader's word
 _LONGEST = 40  # characters of the folder for temporary files: the path of a socket may have some 100
 
 
@@ -58,7 +60,7 @@ def meeting_place(*what: object) -> Path:
 
     :raises PermissionError: when it is somebody else's, or open to others.
     """
-    user = os.getuid() if hasattr(os, "getuid") else 0
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
     temporary = tempfile.gettempdir()
     parent = Path(temporary if len(temporary) <= _LONGEST else "/tmp") / f"flask-executor-{user}"  # noqa: S108
     folder = parent / hashlib.sha256(repr(what).encode()).hexdigest()[:24]
@@ -89,6 +91,7 @@ class Seat:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
+        self._lead_from = 0.0  # when this process may lead (monotonic)
         self.relay = Relay()
         self.leading = False
 
@@ -98,6 +101,7 @@ class Seat:
             return True
         with self._lock:
             if not self.leading and not self._closed.is_set() and self._thread is None:
+                self._hesitate()
                 if self._try_to_lead():
                     self.leading = True
                 else:
@@ -106,13 +110,17 @@ class Seat:
                     self._thread = thread
             return self.leading
 
+    def _hesitate(self) -> None:
+        if is_worker():
+            self._lead_from = time.monotonic() + _RELUCTANCE
+
     def _try_to_lead(self) -> bool:
         """Get the lock and open the desk; False when another process has it.
 
         :raises OSError: when that cannot be done.
         """
         with self._lock:
-            if self._closed.is_set() or not self._get_lock():
+            if self._closed.is_set() or time.monotonic() < self._lead_from or not self._get_lock():
                 return False
             listener = not_for_children(socket.socket(socket.AF_UNIX))
             try:
@@ -120,11 +128,11 @@ class Seat:
                 path.unlink(missing_ok=True)
                 listener.bind(str(path))
                 listener.listen(128)
+                self._desk = Desk(listener, self._leader, self._keep)
             except BaseException:
                 listener.close()
                 self._drop_lock()
                 raise
-            self._desk = Desk(listener, self._leader, self._keep)
             return True
 
     def _get_lock(self) -> bool:
@@ -137,10 +145,14 @@ class Seat:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if not path.exists() or os.fstat(self._file.fileno()).st_ino != path.stat().st_ino:  # somebody has tidied up
+        if not self._is_here(path):  # somebody has tidied up
             self._drop_lock()
             return False
         return True
+
+    def _is_here(self, path: Path) -> bool:
+        """Whether this is the file that this process has the lock of."""
+        return path.exists() and os.fstat(self._file.fileno()).st_ino == path.stat().st_ino
 
     def _drop_lock(self) -> None:
         self._file.close()
@@ -150,6 +162,7 @@ class Seat:
         """See to it that nobody takes the files of a leader for forgotten, and tidies up."""
         with contextlib.suppress(OSError):
             os.utime(self._file.fileno())
+            os.utime(self._place() / "socket")
 
     def _follow(self) -> None:
         """In a thread: serve the relay to the leader; lead when there is none."""
@@ -160,6 +173,7 @@ class Seat:
                 if self._promoted():
                     return
                 if self._meet():
+                    self._hesitate()
                     pause = _PAUSES[0]
                     continue
             except Exception:
@@ -188,7 +202,9 @@ class Seat:
             desk, self._desk = self._desk, None
             if desk is not None:
                 with contextlib.suppress(OSError):
-                    (self._place() / "socket").unlink(missing_ok=True)
+                    place = self._place()
+                    if self._is_here(place / "lock"):  # or the files are another leader's
+                        (place / "socket").unlink(missing_ok=True)
                 desk.close()
             if self._file is not None:
                 self._drop_lock()
@@ -204,20 +220,22 @@ class Seat:
         self.relay.serve(Wire(not_for_children(end)))
         return True
 
-    def ask(self, service: str) -> ServiceStatus | None:
-        """What the leader says of a service; None when there is none."""
+    def ask(self, service: str, patience: float = PATIENCE) -> ServiceStatus | None:
+        """What the leader says of a service; None when there is none, or it does not answer in so many seconds."""
         with socket.socket(socket.AF_UNIX) as end, selectors.DefaultSelector() as selector:
             selector.register(end, selectors.EVENT_READ)
             try:
-                end.settimeout(_PATIENCE)
+                end.settimeout(max(0.01, patience))
                 end.connect(str(self._place() / "socket"))
                 wire = Wire(end)
-                wire.say(Errand("status", service, "", b""))
-                while selector.select(_PATIENCE):
+                wire.say(Errand("status", service))
+                while selector.select(patience):
                     for kind, _, body in wire.receive():
                         if kind == Kind.RESULT:
                             status: ServiceStatus = pickle.loads(body)
                             return status
+                        if kind != Kind.BEGUN:  # it is ending
+                            return None
             except (OSError, EOFError):
                 pass
         return None
@@ -230,6 +248,6 @@ class Seat:
         self.relay.end()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(_PATIENCE)
+            thread.join(PATIENCE)
         self._give_way()
         self.relay.close()

@@ -57,6 +57,8 @@ class Wire:
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
         self._outgoing: deque[memoryview] = deque()
+        #: How many frames, or parts of them, were sent in full.
+        self.sent = 0
         self._buffer = bytearray(self._CHUNK)
         self._filled = 0  # bytes of the buffer that have arrived and were not given out
 
@@ -99,6 +101,7 @@ class Wire:
                 return False
             if sent == len(part):
                 outgoing.popleft()
+                self.sent += 1
             else:
                 outgoing[0] = part[sent:]
         return True
@@ -213,6 +216,16 @@ class Calls:
                 while packet := self._there.recv(_HEAD.size, _DONT_WAIT):
                     numbers.add(_HEAD.unpack(packet)[0])
         return numbers
+
+    def is_taken(self, number: int) -> bool:
+        """Whether the worker has begun with a call that it was given, so that it cannot be taken back."""
+        if self._there is None:
+            return True
+        try:
+            packet = self._there.recv(_HEAD.size, _DONT_WAIT | socket.MSG_PEEK)
+        except BlockingIOError:  # there is none that it has not
+            return True
+        return bool(packet) and bool(_HEAD.unpack(packet)[0] > number)
 
     def end(self) -> None:
         """There will be no more calls.

@@ -127,3 +127,4 @@ class Kind(enum.IntEnum):
     LEFT = 2  # nothing: it left as it was asked to
     MESSAGE = 3  # a message, pickled
     BEGUN = 4  # nothing: a call that was relayed to a worker has begun
+    GIVEN = 5  # nothing: it is given to a worker, and may begin at any time

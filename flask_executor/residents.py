@@ -21,6 +21,8 @@ from flask_executor.services import Main, Service, check_handler
 if TYPE_CHECKING:
     from flask import Flask
 
+_LONGEST = 3600.0  # seconds of one wait; some systems refuse more than 24 days
+_REST = 1.0  # seconds after an error of what is called whenever there is no message
 _PLACES = 1 << 24  # twice the messages of a batch, at most; the mark has its number above them
 
 
@@ -70,7 +72,7 @@ class ServiceResident:
         self._due = {name: now + seconds for name, seconds in service.schedule.items()}
 
     def patience(self) -> float | None:
-        return max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
+        return min(max(0.0, min(self._due.values()) - time.monotonic()), _LONGEST) if self._due else None
 
     def tend(self) -> None:
         self._tend(idle=True)
@@ -82,7 +84,8 @@ class ServiceResident:
             seconds = self._service.schedule[name]
             if due <= now and (idle or seconds > 0):
                 self._due[name] = max(due + seconds, now)
-                self._try(name, self._outside.run, self._call, name)
+                if not self._try(name, self._outside.run, self._call, name) and not seconds:
+                    self._due[name] = time.monotonic() + _REST
 
     def hear(self, message: Broadcast) -> None:
         with self._changed:
@@ -130,12 +133,15 @@ class ServiceResident:
         with self._app.app_context():
             return call_to_end(getattr(self._service, method), args, {})
 
-    def _try(self, what: str, fn: Callable[..., object], *args: object) -> None:
+    def _try(self, what: str, fn: Callable[..., object], *args: object) -> bool:
+        well = False
         try:
             fn(*args)
+            well = True
         except BaseException:  # also SystemExit: what comes behind it is not its own
             logger.exception("Service %r: %s failed.", self._name, what)
         self._leave_child(Kind.RESULT)
+        return well
 
     def _post(self, to: str | None, type: str, body: object) -> None:
         what = f"The body of message {type!r} from service {self._name!r}"

@@ -231,6 +231,9 @@ class Call(Generic[F]):
         if self.options.retry is not None and not isinstance(error, JobStopped):
             self._again = self.options.retry.delay(self.job.attempt, error)
         # Who asks for a job to be stopped does not want to see it again; who asks now finds it queued.
+        if self._again is not None:
+            with _posting:  # what comes from now on is for the next attempt
+                self._running = None
         if self._again is not None and self.future.queue_again(error):
             self._call_off()
         else:
@@ -525,3 +528,12 @@ def unpack_error(payload: bytes) -> BaseException:
         error = NotPicklable(f"a job's error cannot be rebuilt here: {describe_error(unable)}")
     error.__cause__ = RemoteTraceback(text)
     return error
+
+
+def unpack_meta(payload: bytes) -> dict[str, Any]:
+    """What a job has reported, by name."""
+    try:
+        meta: dict[str, Any] = pickle.loads(payload)
+    except BaseException as error:  # classes that this process cannot import
+        return {"error": f"what the job has reported cannot be rebuilt: {describe_error(error)}"}
+    return meta

@@ -24,7 +24,10 @@ def on(type: str) -> Callable[[F], F]:
     The method gets the body of the message; what it returns or raises is the caller's.
 
     :param type: any name; several methods cannot have the same one.
+    :raises TypeError: when that is forgotten.
     """
+    if callable(type):
+        raise TypeError('@on needs the type of the messages: @on("predict")')
 
     def decorate(fn: F) -> F:
         setattr(fn, _ON, (*getattr(fn, _ON, ()), type))
@@ -38,8 +41,12 @@ def every(seconds: float) -> Callable[[F], F]:
 
     :param seconds: from the beginning of one call to the beginning of the next. With 0 it is called whenever there is
         no message: for a method that itself waits for something, a second or so.
+        After an error of such a method there is a second's rest.
     :raises ValueError: for a negative number.
+    :raises TypeError: when the seconds are forgotten.
     """
+    if callable(seconds):
+        raise TypeError("@every needs the seconds between two calls: @every(60)")
     if not seconds >= 0:
         raise ValueError(f"every({seconds!r}): the seconds between two calls must be 0 or more")
 
@@ -109,16 +116,18 @@ class Service:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        handlers, schedule = dict(cls.handlers), dict(cls.schedule)
-        own: set[str] = set()
-        for name, value in vars(cls).items():
-            for type in getattr(value, _ON, ()):
-                if type in own:
-                    raise TypeError(f"{cls.__name__} has two handlers for {type!r}: {handlers[type]} and {name}")
-                own.add(type)
-                handlers[type] = name
-            if hasattr(value, _EVERY):
-                schedule[name] = getattr(value, _EVERY)
+        handlers: dict[str, str] = {}
+        schedule: dict[str, float] = {}
+        for each in reversed(cls.__mro__):
+            own: dict[str, str] = {}
+            for name, value in vars(each).items():
+                for type in getattr(value, _ON, ()):
+                    if type in own:
+                        raise TypeError(f"{each.__name__} has two handlers for {type!r}: {own[type]} and {name}")
+                    own[type] = name
+                if hasattr(value, _EVERY):
+                    schedule[name] = getattr(value, _EVERY)
+            handlers.update(own)
         cls.handlers, cls.schedule = handlers, schedule
 
     def setup(self) -> None:

@@ -58,7 +58,7 @@ from flask_executor.jobs import JobStatus
 from flask_executor.lines import Wire
 from flask_executor.logs import line_of, logger
 from flask_executor.messages import Dropped, Kind, Logged, Message, NotReady, Progressed, Ready, Sent, Up
-from flask_executor.runner import settle_packed, unpack_error
+from flask_executor.runner import settle_packed, unpack_error, unpack_meta
 from flask_executor.serial import SerialThread, serve_this_thread
 from flask_executor.worker import Resident, WorkerSettings, log_levels
 
@@ -145,6 +145,11 @@ class Supervisor:
             if thread is not None and thread is not threading.current_thread():
                 thread.join()
             self.callbacks.close(wait=True)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has, or was never started."""
+        return self._thread is None or not self._thread.is_alive()
 
     def abandon(self, grace: float) -> None:
         """End, and end workers by force that have not ended by themselves after ``grace`` seconds."""
@@ -309,7 +314,7 @@ class Supervisor:
             if call is not None:
                 call.job.progress, call.job.message = message.progress, message.message
                 if message.meta is not None:
-                    call.job.meta = {**(call.job.meta or {}), **_unpickled_meta(message.meta)}
+                    call.job.meta = {**(call.job.meta or {}), **unpack_meta(message.meta)}
                 call.progressed()
         elif isinstance(message, Logged):
             self._logged(message)
@@ -451,14 +456,6 @@ def _rebuilt(message: Logged) -> logging.LogRecord:
 
 def _handle(record: logging.LogRecord) -> None:
     logging.getLogger(record.name).handle(record)
-
-
-def _unpickled_meta(payload: bytes) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = pickle.loads(payload)
-    except BaseException as error:  # classes that this process cannot import
-        return {"error": f"what the job has reported cannot be rebuilt: {describe_error(error)}"}
-    return meta
 
 
 _NO_START = (

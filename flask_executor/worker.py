@@ -25,13 +25,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from flask_executor.apps import import_app
 from flask_executor.control import RunningJob, running_job
 from flask_executor.helpers import describe_error, safe_repr
-from flask_executor.inherited import die_with, let_go, let_go_of_engines, own_process_group
+from flask_executor.inherited import be_worker, die_with, let_go, let_go_of_engines, origin, own_process_group
 from flask_executor.jobs import LiveJob
 from flask_executor.lines import IncomingCalls, Wire, pickle_parts
 from flask_executor.logs import know_jobs, logger
@@ -74,6 +74,8 @@ class WorkerSettings:
     log_levels: Mapping[str, int]
     #: Makes what lives in the process, if anything does.
     resident: Callable[[], Resident] | None = None
+    #: See :func:`flask_executor.inherited.origin`.
+    origin: int = field(default_factory=origin)
 
 
 class Resident(Protocol):
@@ -115,6 +117,7 @@ def main(
     inherited = [*logging._handlerList]  # type: ignore[attr-defined]
     own_process_group()
     die_with(life)
+    be_worker(settings.origin)
     outbox = Outbox(Wire(wire))
     if hasattr(os, "register_at_fork"):
         # What a job forks is an ordinary process: it says nothing here, and ends when it is told to. Signals wait

@@ -102,6 +102,11 @@ class Counter(Service):
             checkpoint()
             time.sleep(0.001)
 
+    @on("receive")
+    def receive(self, _: None) -> list[tuple[str, Any]]:
+        messages = [current_job.receive(), current_job.receive()]
+        return [(message.type, message.body) for message in messages if message]
+
     @on("wait for")
     def wait_for(self, path: str) -> str:
         while not Path(path).exists():

@@ -459,7 +459,7 @@ def log_exceptions() -> None:
         log.error("by hand: %s", traceback.format_exc())
 
 
-def echo_messages(count: int) -> list[tuple[str, Any]]:
+def echo_messages(count: int, _: str = "") -> list[tuple[str, Any]]:
     """Get so many messages."""
     current_job.update(message="receiving")
     found: list[tuple[str, Any]] = []
@@ -468,6 +468,14 @@ def echo_messages(count: int) -> list[tuple[str, Any]]:
         assert message is not None
         found.append((message.type, message.body))
     return found
+
+
+def receive_at_last(attempts: int) -> Any:
+    """Fail until the last attempt, which gets a message."""
+    if current_job.attempt < attempts:
+        raise ValueError("not yet")
+    message = current_job.receive(timeout=5)
+    return message and (message.type, message.body)
 
 
 def no_messages() -> Any:

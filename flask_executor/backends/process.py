@@ -45,11 +45,20 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def enqueue(self, call: PreparedCall) -> None:
         self._enqueue(call)
 
-    def _enqueue(self, call: PreparedCall, *, unattended: bool = False) -> None:
+    def enqueue_relayed(self, call: PreparedCall, given: Callable[[], object]) -> None:
+        """As :meth:`enqueue`.
+
+        :param given: called before a worker gets the call, and may begin with it before that is known here.
+        """
+        self._enqueue(call, given=given)
+
+    def _enqueue(
+        self, call: PreparedCall, *, unattended: bool = False, given: Callable[[], object] | None = None
+    ) -> None:
         parts = call.packed or pack_call(call)
         if call.retried:
             call.packed = parts  # the next attempt is the same call, whatever becomes of its arguments meanwhile
-        task = Task(call, parts, unattended=unattended)
+        task = Task(call, parts, unattended=unattended, given=given)
         self._supervisor.start()
         self._dispatcher.add(task)
 
@@ -81,8 +90,11 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         self._dispatcher.kill(call.job.id, attempt)
 
     def deliver(self, call: PreparedCall, message: JobMessage) -> None:
-        data = pickled(message, f"The message for job {call.job.name}")
-        self._dispatcher.deliver(Told(call.job.id, b"".join(data)))
+        self.deliver_packed(call, b"".join(pickled(message, f"The message for job {call.job.name}")))
+
+    def deliver_packed(self, call: PreparedCall, data: bytes) -> None:
+        """As :meth:`deliver`, of a message that is pickled."""
+        self._dispatcher.deliver(Told(call.job.id, data), retried=call.retried)
 
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)
@@ -105,6 +117,11 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     def abandon(self, grace: float) -> None:
         self._supervisor.abandon(grace)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all has ended; after :meth:`shutdown`."""
+        return self._supervisor.ended
 
     def crew(self) -> Sequence[WorkerState]:
         return self._supervisor.dispatcher.crew()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import threading
 import time
@@ -422,6 +423,7 @@ def test_fork_while_others_write(store: JobStore) -> None:
         pid = os.fork()
         if not pid:
             try:
+                faulthandler.dump_traceback_later(10, exit=True)
                 begin = time.monotonic()
                 store.after_fork()
                 found = store.get(started(store, f"key {os.getpid()}").id)

@@ -416,6 +416,7 @@ def test_a_job_that_does_not_stop(
 
         result = run("stop", "running", "--grace", "60")
         assert (result.exit_code, "is still running" in result.output) == (1, True)
+        monkeypatch.setattr(cli, "_PATIENCE", 20)
         result = run("stop", "waiting", "--json")
         assert json.loads(result.output)["status"] == "cancelled"
         assert waiting.cancelled()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import multiprocessing
 import os
 import shutil
+import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +227,7 @@ def test_a_follower_that_shuts_down_waits_for_its_answers(join: Callable[..., Pa
         second.call("add", 1)
 
 
-def test_a_leader_that_reads_slowly_gets_everything(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_executor.relays._MOST_UNSENT", 1)
+def test_a_leader_that_reads_slowly_gets_everything(join: Callable[..., Pair]) -> None:
     (_, first), (_, second) = join(), join()
     first.start()
     large = "x" * 300_000
@@ -246,6 +251,135 @@ def test_more_messages_than_the_leader_takes(join: Callable[..., Pair], tmp_path
         return False
 
     assert wait_until(all_seen, 20), "nothing that was accepted is lost"
+
+
+def test_order_when_the_leader_takes_no_more(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(max_pending=10), join(max_pending=10)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    for number in range(300):
+        second.send("note", number)
+    begin = time.process_time()
+    time.sleep(0.3)  # the leader is asked again and again
+    assert time.process_time() - begin < 0.1, "but not with all of them"
+    path.touch()
+    seen: list[int] = []
+
+    def all_seen() -> bool:
+        with contextlib.suppress(QueueFull):
+            seen[:] = first.call("seen").result(10)
+        return len(seen) == 300
+
+    assert wait_until(all_seen, 20)
+    assert seen == list(range(300))
+
+
+def test_one_service_that_takes_no_more_does_not_hold_up_another(join: Callable[..., Pair], tmp_path: Path) -> None:
+    pairs = [join(max_pending=5), join(max_pending=5)]
+    (_, first), (_, second) = pairs
+    other_first, other_second = (executor.service(Counter, name="other") for executor, _ in pairs)
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    other_first.start()
+    for number in range(100):
+        second.send("note", number)
+    for number in range(100):
+        assert other_second.call("add", number).result(10) == number + 1
+    path.touch()
+
+
+@contextlib.contextmanager
+def led_by_a_child(service: Any) -> Iterator[Any]:
+    """The process that leads, for as long as it takes."""
+    ready, never = multiprocessing.Pipe()
+
+    def lead() -> None:
+        ready.close()
+        service.call("pid").result(10)
+        never.send("it leads")
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=lead)
+    process.start()
+    try:
+        assert ready.poll(20)
+        service.call("pid").result(10)
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        ready.close()
+        never.close()
+
+
+def test_what_was_not_sent_yet_waits_for_the_next_leader(join: Callable[..., Pair]) -> None:
+    _, service = join()
+    with led_by_a_child(service) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        for number in range(30):
+            service.send("note", (number, "x" * 100_000))
+    seen = [number for number, _ in service.call("seen").result(20)]
+    assert len(seen) > 20, "some were in the hands of the system"
+    assert seen == list(range(30))[-len(seen) :]
+
+
+def test_no_call_is_handled_twice_when_the_leader_is_killed(join: Callable[..., Pair], tmp_path: Path) -> None:
+    _, service = join(str(tmp_path))
+    with led_by_a_child(service):
+        futures = {number: service.call("die if", number) for number in range(100, 600)}
+        futures[150].result(10)
+    for number, future in futures.items():
+        lost = isinstance(future.exception(20), WorkerLost)
+        path = tmp_path / f"message {number}"
+        times = len(path.read_text().split()) if path.exists() else 0
+        assert times <= 1 if lost else times == 1
+
+
+def test_what_a_call_reports_and_is_told(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (leader, first), (_, second) = join(), join()
+    assert second.call("app").result(10) == first.call("app").result(10) == ("shop", "Counter.app")
+    looping = second.call("loop")
+    assert wait_until(lambda: looping.message == "looping")
+    assert looping.progress == 0.5
+    looping.stop()
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    waiting = [second.call("receive") for _ in range(2)]
+    for number, future in enumerate(waiting):
+        assert future.send("number", number)
+    path.touch()
+    assert wait_until(waiting[0].running)
+    waiting[0].send("number", 10)
+    assert waiting[0].result(10) == [("number", 0), ("number", 10)]
+    leader.shutdown(wait=False)
+    waiting[1].send("number", 11)
+    assert waiting[1].result(10) == [("number", 1), ("number", 11)]
+
+
+def test_who_leads_since_is_not_kept_alive(join: Callable[..., Pair], app: Flask) -> None:
+    leader, first = join()
+    first.start()
+
+    def follow() -> int:
+        app = Flask("shop", instance_path=app_of(leader).instance_path)
+        app.config.update(EXECUTOR_START_METHOD="fork")
+        service = Executor(app).service(Counter)
+        service.call("pid").result(10)
+        leader.shutdown()
+        return int(service.call("pid").result(10))
+
+    pid = follow()
+    gc.collect()
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def app_of(executor: Executor) -> Flask:
+    app = executor.app
+    assert app is not None
+    return app
 
 
 def test_a_follower_that_ends_has_given_all_away(join: Callable[..., Pair], tmp_path: Path) -> None:
@@ -319,6 +453,19 @@ def test_a_place_that_is_not_safe(
         service.call("add", 1)
 
 
+def test_a_leader_that_hangs_is_waited_for_once(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flask_executor.crews.PATIENCE", 0.5)
+    executor, service = join()
+    for name in ("second", "third", "fourth"):
+        executor.service(Counter, name=name)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(service._services()._seat_here()._place() / "socket"))
+        listener.listen()
+        begin = time.monotonic()
+        assert [status.pids for status in executor.health().services] == [()] * 4
+        assert time.monotonic() - begin < 1
+
+
 def test_looking_starts_nothing(join: Callable[..., Pair]) -> None:
     (_, first), (_, second) = join(), join()
     first.start()
@@ -368,3 +515,98 @@ def test_init_app_after_a_shutdown(join: Callable[..., Pair]) -> None:
     assert app is not None
     executor.init_app(app)
     assert service.call("add", 1).result(10) == 2
+
+
+# ---- calls that wait for another worker ----
+
+
+@pytest.mark.parametrize("by_force", [False, True])
+def test_a_call_whose_worker_died_before_it_began_is_stopped(join: Callable[..., Pair], by_force: bool) -> None:
+    (_, first), (_, second) = join(), join()
+    pid = first.call("pid").result(10)
+    assert second.call("pid").result(10) == pid
+    os.kill(pid, signal.SIGSTOP)
+    future = second.call("add", 1)
+    assert wait_until(future.running), "it was given to the worker, which has not read it"
+    supervisor = first._services().crew("Counter")._backend._supervisor
+    supervisor._crashes = 9  # the next worker comes in half a minute
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: first.status().failures == 1)
+    assert future.stop(grace=0 if by_force else 10)
+    with pytest.raises(JobStopped):
+        future.result(5)
+
+
+def test_a_call_is_stopped_while_its_service_stops(join: Callable[..., Pair]) -> None:
+    (_, first), (_, second) = join(), join()
+    first.start()
+    future = second.call("sleep", 20)
+    assert wait_until(future.running)
+    thread = threading.Thread(target=first.stop)
+    thread.start()
+    assert wait_until(lambda: not first._services().started())
+    assert future.stop(grace=10)
+    with pytest.raises(JobStopped):
+        future.result(10)
+    thread.join(10)
+    assert first.status().pids == (), "it was not started again for that"
+
+
+# ---- who leads, and whom ----
+
+
+def test_a_worker_process_does_not_lead_if_another_one_can(
+    join: Callable[..., Pair], app: Flask, make_executor: MakeExecutor, tmp_path: Path
+) -> None:
+    leader, first = join()
+    first.call("pid").result(10)
+    app_with_jobs = Flask("shop", instance_path=app_of(leader).instance_path)
+    with_jobs = make_executor(app_with_jobs, type="process", max_workers=1, start_method="fork")
+    second = with_jobs.service(Counter)
+
+    def job() -> int:
+        return int(second.call("pid").result(10))
+
+    module = sys.modules[__name__]
+    vars(module)["_job_with_a_service"] = job
+    job.__qualname__ = "_job_with_a_service"
+    assert with_jobs.submit(job).result(10) == first.call("pid").result(10)
+    second.start()
+    leader.shutdown()
+    pid = second.call("pid").result(10)
+    assert second.status().supervisor == os.getpid()
+    assert with_jobs.submit(job).result(10) == pid
+
+
+def test_a_worker_process_leads_if_there_is_none_else(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="process", max_workers=1, start_method="fork")
+    service = executor.service(Counter)
+    vars(sys.modules[__name__])["_job_with_a_service"] = job = lambda: service.call("add", 1).result(10)
+    job.__qualname__ = "_job_with_a_service"
+    assert executor.submit(job).result(20) == 2
+
+
+def test_tests_and_other_deployments_are_apart(app: Flask, make_executor: MakeExecutor) -> None:
+    executor = make_executor()
+
+    def identity() -> tuple[object, ...]:
+        return executor._binding()[1].identity
+
+    first = identity()
+    app.testing = True
+    second = identity()
+    app.secret_key = "another"
+    third = identity()
+    assert len({first, second, third}) == 3
+
+
+def test_who_ends_leaves_the_socket_of_another_leader(join: Callable[..., Pair]) -> None:
+    (leader, first), (_, second) = join(), join()
+    first.start()
+    place = first._services()._seat._place()
+    shutil.rmtree(place)
+    second.start()
+    second.call("pid").result(10)
+    leader.shutdown()
+    (_, third) = join()
+    assert third.call("pid").result(10) == second.call("pid").result(10)

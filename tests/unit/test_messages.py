@@ -78,6 +78,26 @@ def test_retries_begin_without_the_messages_of_the_last_attempt(make_executor: M
     assert future.result(10) == 2
 
 
+def test_messages_between_two_attempts(executor: Executor) -> None:
+    future = executor.options(retries=1, backoff=0.5).submit(tasks.receive_at_last, 2)
+    assert wait_until(lambda: future.record().attempt == 2, 20)
+    future.send("a", 1)
+    assert future.result(20) == ("a", 1)
+
+
+@pytest.mark.parametrize("size", [10, 20_000])
+def test_messages_that_a_job_has_got_are_not_kept(make_executor: MakeExecutor, size: int) -> None:
+    executor = make_executor(type="process", max_workers=1, start_method="fork")
+    future = executor.submit(tasks.echo_messages, 3000, " " * size)
+    assert wait_until(lambda: future.message == "receiving", 20)
+    for number in range(2999):
+        future.send("page", number)
+    (task,) = executor._dispatcher._tasks.values()
+    assert len(task.mail) < 100
+    future.send("page", 2999)
+    assert future.result(20) == [("page", number) for number in range(3000)]
+
+
 def test_what_cannot_be_sent(make_executor: MakeExecutor) -> None:
     executor = make_executor(type="process", max_workers=1)
     future = executor.submit(tasks.echo_messages, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 import sys
@@ -84,6 +85,13 @@ def test_unknown_handlers(forked: Executor) -> None:
     for send in (counter.call, counter.send, counter.broadcast):
         with pytest.raises(ValueError, match=r"'Counter' has no handler for 'ad'; with @on.* it has 'add', 'app'"):
             send("ad", 1)
+
+
+def test_timeouts_that_cannot_be_used(forked: Executor) -> None:
+    counter = make(forked)
+    for timeout in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="it must be a number of seconds greater than 0, or None"):
+            counter.call("add", 1, timeout=timeout)
 
 
 def test_what_cannot_be_sent(forked: Executor) -> None:
@@ -258,6 +266,27 @@ def test_stop_by_force(forked: Executor) -> None:
     assert isinstance(future.exception(10), WorkerLost)
 
 
+def test_it_is_used_while_it_is_stopped(forked: Executor) -> None:
+    counter = make(forked)
+    ended = threading.Event()
+
+    def stop() -> None:
+        while not ended.is_set():
+            counter.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        futures = []
+        for number in range(300):
+            futures.append(counter.call("add", number))
+            counter.send("note", number)
+        assert [future.result(20) for future in futures] == list(range(1, 301))
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_after_shutdown(forked: Executor) -> None:
     counter = make(forked)
     counter.call("add", 1).result(10)
@@ -286,6 +315,34 @@ def test_every(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
     assert wait_until(lambda: ticker.call("ticks").result(10) > 6), "also after it has failed, and between messages"
     assert "Service 'Ticker': tick failed." in caplog.text
     assert "ValueError: the third tick" in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [30 * 86400, math.inf])
+def test_every_once_in_a_long_time(forked: Executor, seconds: float) -> None:
+    class Sleeper(Counter):
+        @every(seconds)
+        def tick(self) -> None:
+            self.die()
+
+    sleeper = forked.service(Sleeper, per="process")
+    pid = sleeper.call("pid").result(10)
+    time.sleep(0.05)  # until it waits, which nothing tells
+    assert sleeper.call("pid").result(10) == pid
+    assert sleeper.status().failures == 0
+
+
+def test_what_fails_whenever_there_is_no_message_has_a_rest(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    class Consumer(Counter):
+        @every(0)
+        def consume(self) -> None:
+            raise ConnectionError("there is no broker")
+
+    consumer = forked.service(Consumer, per="process")
+    consumer.start()
+    begin = time.monotonic()
+    assert wait_until(lambda: caplog.text.count("consume failed") >= 2)
+    assert time.monotonic() - begin > 0.9
+    assert consumer.call("add", 1).result(0.9) == 2, "messages do not wait for it"
 
 
 def test_they_start_at_the_first_request(forked: Executor, app: Flask, tmp_path: Path) -> None:
@@ -326,6 +383,72 @@ def test_messages_to_other_services(forked: Executor, caplog: pytest.LogCaptureF
     assert wait_until(lambda: "to the app, which has no @executor.on('first', 'told')" in caplog.text)
     assert "sent a message to 'nobody', which is lost" in caplog.text
     assert "service 'second' has no handler for 'nothing'" in caplog.text
+
+
+def test_a_slow_handler_of_the_app_does_not_hold_up_services(forked: Executor) -> None:
+    first, second = make(forked, name="first"), make(forked, name="second")
+    go_on = threading.Event()
+
+    @forked.on("first", "told")
+    def hear(_: Any) -> None:
+        go_on.wait(20)
+
+    try:
+        first.call("tell main").result(10)
+        first.call("pass on", ("second", "note", "hello")).result(10)
+        assert wait_until(lambda: second.call("seen").result(10) == ["hello"])
+    finally:
+        go_on.set()
+
+
+def test_more_messages_than_the_app_handles(
+    forked: Executor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flask_executor.incoming._MOST", 10)
+    counter = make(forked)
+    go_on = threading.Event()
+    told: list[int] = []
+
+    @forked.on("Counter", "told")
+    def hear(number: int) -> None:
+        go_on.wait(20)
+        told.append(number)
+
+    for number in range(30):
+        counter.call("tell main", number).result(10)
+    go_on.set()
+    assert wait_until(lambda: told == list(range(10)))
+    counter.call("tell main", 30).result(10)
+    assert wait_until(lambda: told[-1] == 30)
+    assert caplog.text.count("Service 'Counter' sends messages faster than they are handled: 10 wait") == 1
+    assert "20 messages of services were dropped" in caplog.text
+
+
+def test_what_services_send_each_other_arrives_at_the_end(forked: Executor) -> None:
+    last, first = make(forked, name="last"), make(forked, name="first")
+    told: list[Any] = []
+    forked.on("last", "told")(told.append)
+    for service in (last, first):
+        service.call("pid").result(10)
+    first.send("slowly", 0.1)
+    for number in range(50):
+        first.send("pass on", ("last", "tell main", number))
+    forked.shutdown()
+    assert told == list(range(50))
+
+
+def test_one_that_hangs_does_not_keep_others_from_their_teardown(forked: Executor, tmp_path: Path) -> None:
+    hanging, other, behind = (make(forked, str(tmp_path / name), name=name) for name in ("hanging", "other", "behind"))
+    for name, service in (("hanging", hanging), ("other", other), ("behind", behind)):
+        (tmp_path / name).mkdir()
+        service.call("pid").result(10)
+    hanging.send("pass on", ("behind", "note", 1))
+    assert wait_until(lambda: behind.call("seen").result(10) == [1])
+    hanging.send("block", 60)
+    assert wait_until(lambda: hanging.status().busy)
+    hanging._services().leave(time.monotonic() + 0.5)
+    torn_down = {path.parent.name for path in tmp_path.glob("*/teardown")}
+    assert torn_down == {"other", "behind"}
 
 
 def test_a_handler_of_the_app_that_fails(forked: Executor, caplog: pytest.LogCaptureFixture) -> None:
@@ -401,14 +524,44 @@ def test_two_handlers_for_one_type() -> None:
             @on("a")
             def two(self, body: object) -> None: ...
 
-    with pytest.raises(ValueError, match="the seconds between two calls must be 0 or more"):
-        every(-1)
+    for seconds in (-1, math.nan):
+        with pytest.raises(ValueError, match="the seconds between two calls must be 0 or more"):
+            every(seconds)
+
+
+def test_decorators_without_parentheses() -> None:
+    with pytest.raises(TypeError, match="@on needs the type of the messages"):
+        on(len)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="@every needs the seconds between two calls"):
+        every(len)  # type: ignore[arg-type]
 
 
 def test_a_service_that_inherits() -> None:
     assert Ticker.handlers["add"] == "add"
     assert Ticker.schedule == {"tick": 0.02}
     assert Counter.schedule == {}
+
+
+def test_a_service_that_inherits_from_several() -> None:
+    class Greets:  # no service by itself
+        @on("hello")
+        def hello(self, name: str) -> str:
+            return f"hello {name}"
+
+    class Calls(Service):
+        @on("call")
+        def call(self, name: str) -> str:
+            return f"{name}!"
+
+        @on("add")
+        def loudly(self, number: int) -> str:
+            return f"{number}!"
+
+    class All(Greets, Ticker, Calls):
+        pass
+
+    assert (All.handlers["hello"], All.handlers["call"], All.handlers["add"]) == ("hello", "call", "add")
+    assert All.schedule == {"tick": 0.02}
 
 
 def test_it_is_shown(forked: Executor) -> None:
