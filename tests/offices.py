@@ -40,6 +40,7 @@ def create_app():
         'sqlite:///'+os.path.join(os.getcwd(), 'data.db')
     )
     app.config['SQLALCHEMY_TRACK_MODIFICATIONS'] = False
+    app.config['EXPLAIN_TEMPLATE_LOADING'] = True
     app.redis = Redis.from_url('redis://')
     app.task_queue = Queue('my-task-queue', connection=app.redis)
     db.init_app(app)

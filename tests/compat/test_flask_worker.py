@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import re
 import sys
 import time
@@ -16,7 +17,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from conftest import run_in_threads, store_url, wait_until
-from flask_executor import Executor, MissingExtra
+from flask_executor import Executor, MissingExtra, UntrustedResult
 from flask_executor.testing import drain
 
 if not os.environ.get("CI"):  # there it is an error
@@ -293,6 +294,8 @@ def hire(**columns: Any) -> Any:
         "http://localhost:81/",
         "http://localhost@evil.example/",
         "ftp://localhost/",
+        "http://[evil.example/",
+        "http://\u2100.example/",
     ],
 )
 def test_a_callback_that_leads_elsewhere_is_refused(app: Flask, client: FlaskClient, callback: str) -> None:
@@ -370,6 +373,35 @@ def test_arguments_that_are_changed_in_place_are_stored(app: Flask, manager: Man
     with app.app_context():
         worker = the(Worker)
         assert (worker.args, worker.kwargs) == ([1, 2], {"a": 1, "b": 2})
+
+
+class Harm:
+    """What somebody who can write to the database would store."""
+
+    def __reduce__(self) -> Any:
+        return print, ("harm is done",)
+
+
+def test_arguments_are_signed(app: Flask, client: FlaskClient, capsys: pytest.CaptureFixture[str]) -> None:
+    with app.app_context():
+        hire(args=[1])
+    app.config.update(SECRET_KEY="a newer one", SECRET_KEY_FALLBACKS=[app.secret_key])
+    with app.app_context():
+        assert the(Worker).args == [1]
+        db.session.execute(sqlalchemy.text("UPDATE worker SET args = :args"), {"args": pickle.dumps([Harm()])})
+        db.session.commit()
+    app.testing = True
+    with pytest.raises(UntrustedResult, match="not signed with this app's SECRET_KEY"):
+        client.get("/")
+    assert "harm" not in capsys.readouterr().out
+
+
+def test_arguments_without_a_secret_key(app: Flask, manager: Manager) -> None:
+    app.secret_key = None
+    with app.app_context():
+        hire(args=[1])
+    with app.app_context():
+        assert the(Worker).args == [1]
 
 
 def test_a_router_remembers_models(app: Flask, manager: Manager) -> None:
