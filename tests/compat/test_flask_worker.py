@@ -16,7 +16,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from conftest import run_in_threads, store_url, wait_until
+from conftest import require, run_in_threads, store_url, wait_until
 from flask_executor import Executor, MissingExtra, UntrustedResult
 from flask_executor.testing import drain
 
@@ -65,6 +65,16 @@ def test_example_1_runs_once_and_is_remembered(office: Office) -> None:
     assert office.get("/example1") == "Example 1 finished"
     assert office.ask(page.url)[0] == 200
     assert office.printed("Request for /example1") == ["Request for /example1"] * 4
+
+
+@pytest.mark.web
+@pytest.mark.parametrize("runner", ["rq", "executor"])
+def test_the_documented_setup_with_eventlet(tmp_path: Path, request: pytest.FixtureRequest, runner: str) -> None:
+    require("eventlet")
+    redis_url = store_url("redis", request) if runner == "rq" else None
+    with offices.opened(tmp_path, redis_url, eventlet=True) as office:
+        assert office.wait_at("/example1").follow() == "Example 1 finished"
+        assert "wsgi starting up" in (tmp_path / "log").read_text(), "it is the server of eventlet"
 
 
 def test_example_2_starts_anew_after_a_reset(office: Office) -> None:
