@@ -275,7 +275,14 @@ class WorkerMixin(_Call):
         session.flush()
         if not self._is_in_progress() and self._claim():
             self._start()
-        return render_template(self.template, worker=self, job=_document(self, self.job_id), url=self._status_url())
+        has_image = self.loading_img and current_app.has_static_folder
+        return render_template(
+            self.template,
+            worker=self,
+            job=_document(self, self.job_id),
+            url=self._status_url(),
+            image=url_for("static", filename=self.loading_img) if has_image else None,
+        )
 
     def script(self) -> Markup:
         """What a template of one's own has in its head: the script that leads on when the job is done."""

@@ -474,6 +474,15 @@ def test_a_job_that_is_not_accepted_is_tried_again(app: Flask, client: FlaskClie
     assert client.get("/").text == "done"
 
 
+def test_an_app_without_a_static_folder(app: Flask, client: FlaskClient) -> None:
+    app.static_folder = None
+    with app.app_context():
+        hire()
+    page = client.get("/").text
+    assert "data-worker-url" in page
+    assert "<img" not in page
+
+
 def test_a_worker_without_a_method_has_nothing_to_do(app: Flask, client: FlaskClient) -> None:
     with app.app_context():
         hire().worker.method_name = None
