@@ -42,6 +42,7 @@ from typing import Any
 from flask import Flask
 
 from flask_executor.crews import ServiceHandle
+from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.executor import Executor
 from flask_executor.services import Service, on
 
@@ -330,6 +331,7 @@ class _Member:
     def __init__(self, worker: Worker, handle: ServiceHandle) -> None:
         self.worker = worker
         self.handle = handle
+        self._has_left = False
         self._stopper: threading.Thread | None = None
         self._early: list[tuple[str, Any]] | None = []  # messages from before the start
         self._lock = threading.RLock()  # a signal handler may send in the middle
@@ -347,17 +349,26 @@ class _Member:
         with self._lock:
             if self._early is not None:
                 self._early.append((type, body))
-            elif self._stopper is None:
+            elif not self._has_left:
                 self.handle.send(type, body)
-            return self._stopper is None
+            return not self._has_left
 
-    def stop(self, timeout: float) -> threading.Thread:
-        """Begin to end the process, by force after so many seconds; the thread that waits for it."""
+    def leave(self, timeout: float) -> None:
+        """Begin to end the process, by force after so many seconds."""
         with self._lock:
-            if self._stopper is None:
-                self._stopper = threading.Thread(target=self.handle.stop, args=(timeout,))
-                self._stopper.start()
-            return self._stopper
+            if not self._has_left:
+                self._has_left = True
+                stopper = threading.Thread(target=self.handle.stop, args=(timeout,))
+                with contextlib.suppress(RuntimeError):  # Python 3.12 refuses when the main thread has ended
+                    stopper.start()
+                    self._stopper = stopper
+
+    def stop(self, timeout: float) -> None:
+        """End the process, unless that has begun, and wait for it."""
+        if self._stopper is None:
+            self.handle.stop(timeout)
+        else:
+            self._stopper.join()
 
 
 class _Dealer:
@@ -429,8 +440,8 @@ class Main:
         self._app = _make_app()
         self._executor = Executor(self._app)
         self._keeper = Executor(self._app, name="main")
+        self._keeper.submit(bool)  # from now on it is asked first when the process ends
         self._is_running = False
-        self._has_ended = threading.Event()
         self._signals: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not the main thread: the program has to see to signals
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -448,7 +459,7 @@ class Main:
         member = self._members[worker] = _Member(worker, handle)
         executor_on = self._executor.on
         executor_on(handle, "message")(lambda body: self._route(*body))
-        executor_on(handle, "left")(lambda _: member.stop(self.exit_timeout))
+        executor_on(handle, "left")(lambda _: member.leave(self.exit_timeout))
         if self._dealer is not None:
             dealer = self._dealer
             executor_on(handle, "task")(dealer.put)
@@ -460,9 +471,18 @@ class Main:
     def run(self) -> None:
         """Start the workers, and go on until SIGINT, SIGTERM or :meth:`exit`; then end them."""
         thread = threading.current_thread()
-        if thread is not threading.main_thread() and not thread.daemon:
-            # A process whose main thread ends stops services when its jobs have ended.
-            self._keeper.submit(self._has_ended.wait)
+        if thread is threading.main_thread() or thread.daemon:
+            self._run()
+            return
+        # As a job: a process whose main thread ends waits for its jobs before it ends services.
+        try:
+            future = self._keeper.submit(self._run)
+        except ExecutorShutdown:  # it has ended already, and waits for this thread
+            self._run()
+        else:
+            future.result()
+
+    def _run(self) -> None:
         self._is_running = True
         try:
             self._run_workers()
@@ -474,8 +494,6 @@ class Main:
             self._exit_workers()
             self._is_running = False
             self._release_signals()
-            self._has_ended.set()
-            self._keeper.shutdown()
 
     def exit(self) -> None:
         """Have :meth:`run` end, from any thread or message handler, after the messages that wait."""
@@ -500,8 +518,10 @@ class Main:
     def _exit_workers(self) -> None:
         for member in self._members.values():
             member.send("message", ("exit", None))
-        for stopper in [member.stop(self.exit_timeout) for member in self._members.values()]:
-            stopper.join()
+        for member in self._members.values():
+            member.leave(self.exit_timeout)
+        for member in self._members.values():
+            member.stop(self.exit_timeout)
         self._executor.shutdown()
 
     def _caught(self, number: int, frame: Any) -> None:
@@ -523,5 +543,6 @@ class Main:
 def _make_app() -> Flask:
     app = Flask("multipro_lab")
     app.config["EXECUTOR_APP"] = f"{__name__}:_make_app()"
+    app.config["MAIN_EXECUTOR_TYPE"] = "immediate"
     app.config["MAIN_EXECUTOR_SHUTDOWN_TIMEOUT"] = 1e9  # as long as it takes
     return app
