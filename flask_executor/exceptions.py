@@ -158,7 +158,7 @@ class ResultExpired(ExecutorError, LookupError):
 
 
 class UntrustedResult(ExecutorError):
-    """What the store has as a job's result was not signed with this app's ``SECRET_KEY``, and is not unpickled."""
+    """A result or arguments that are stored were not signed with this app's ``SECRET_KEY``, and are not unpickled."""
 
 
 class StoreUnavailable(ExecutorError, ConnectionError):

@@ -27,10 +27,12 @@ from flask_socketio import SocketIO
 from flask_sqlalchemy import SQLAlchemy
 from redis import Redis
 from rq import Queue
+import eventlet
 import os
 
 db = SQLAlchemy()
-socketio = SocketIO(async_mode='threading', namespaces='*')
+eventlet.monkey_patch(socket=True)
+socketio = SocketIO(asynch_mode='eventlet')
 # 2. Initialize a Manager with the database and socketio
 manager = Manager(db=db, socketio=socketio)
 
@@ -40,6 +42,7 @@ def create_app():
         'sqlite:///'+os.path.join(os.getcwd(), 'data.db')
     )
     app.config['SQLALCHEMY_TRACK_MODIFICATIONS'] = False
+    app.config['EXPLAIN_TEMPLATE_LOADING'] = True
     app.redis = Redis.from_url('redis://')
     app.task_queue = Queue('my-task-queue', connection=app.redis)
     db.init_app(app)
@@ -339,6 +342,7 @@ class Waiting:
 
 
 _WITHOUT_REDIS = ("from redis", "from rq", "    app.redis", "    app.task_queue")
+_WITHOUT_EVENTLET = ("import eventlet", "eventlet.")
 _GIF = bytes.fromhex("47494638396101000100800000ffffff00000021f90401000000002c00000000010001000002024401003b")
 
 
@@ -386,22 +390,30 @@ class Office:
 
 
 @contextmanager
-def opened(folder: Path, redis_url: str | None, *, socketio: bool = True) -> Iterator[Office]:
-    """An office whose jobs run in a worker of RQ, and on this package's executor without Redis."""
-    _write(folder, redis_url, socketio=socketio)
+def opened(folder: Path, redis_url: str | None, *, socketio: bool = True, eventlet: bool = False) -> Iterator[Office]:
+    """An office whose jobs run in a worker of RQ, and on this package's executor without Redis.
+
+    :param eventlet: whether the server is that of the documentation.
+    """
+    _write(folder, redis_url, socketio=socketio, eventlet=eventlet)
     office = Office(folder)
     with ExitStack() as stack:
         if redis_url is not None:
             stack.enter_context(_rq_worker(folder, redis_url))
-        _, office.port = stack.enter_context(serving(folder, "", ["app"], "Running on http://127.0.0.1:"))
+        mark = " on http://127.0.0.1:"  # each server has another word before it
+        _, office.port = stack.enter_context(serving(folder, "", ["app"], mark))
         yield office
 
 
-def _write(folder: Path, redis_url: str | None, *, socketio: bool) -> None:
-    factory, run = FACTORY, "socketio.run(app, port=0, allow_unsafe_werkzeug=True)"
+def _write(folder: Path, redis_url: str | None, *, socketio: bool, eventlet: bool) -> None:
+    factory, run = FACTORY, "socketio.run(app, port=0, log_output=True, allow_unsafe_werkzeug=True)"
     if redis_url is None:
-        factory = "\n".join(line for line in factory.splitlines() if not line.startswith(_WITHOUT_REDIS))
-        factory = factory.replace(", message_queue='redis://'", "")
+        factory = _without(factory, _WITHOUT_REDIS).replace(", message_queue='redis://'", "")
+    if eventlet:
+        run = "socketio.run(app, port=0, log_output=True)"
+    else:
+        factory = _without(factory, _WITHOUT_EVENTLET)
+        factory = factory.replace("asynch_mode='eventlet'", "async_mode='threading', namespaces='*'")
     if not socketio:
         factory = factory.replace("db=db, socketio=socketio", "db=db")
         run = "app.run(port=0)"
@@ -417,6 +429,11 @@ def _write(folder: Path, redis_url: str | None, *, socketio: bool) -> None:
     (folder / "static").mkdir()
     (folder / "static" / "worker_loading.gif").write_bytes(_GIF)
     (folder / "static" / "my-loading-img.gif").write_bytes(_GIF)
+
+
+def _without(text: str, beginnings: tuple[str, ...]) -> str:
+    """A text without the lines that begin so."""
+    return "\n".join(line for line in text.splitlines() if not line.startswith(beginnings))
 
 
 @contextmanager

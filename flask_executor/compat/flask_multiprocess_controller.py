@@ -189,7 +189,8 @@ class MetaMPController:
         self._max_num_queue = max_num_queue
         self._numbers = itertools.count(1)
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
-        name = re.sub(r"\W", "_", self._name, flags=re.ASCII)
+        self._prefix = re.sub(r"\W", "_", self._name, flags=re.ASCII)
+        name = _name_for(self._prefix, target_task)
         self._executor = Executor(name=name)
         self._callbacks = Executor(name=f"{name}_callback")
         if callback_url:
@@ -272,12 +273,13 @@ class MetaMPController:
         bound = self._max_num_queue if self._max_num_queue > 0 else None
         fixed = {"TYPE": "process", "MAX_WORKERS": self._max_num_process, "MAX_PENDING": bound}
         # A fresh process for each task; handles for as long as there are records.
-        defaults = {"MAX_TASKS_PER_CHILD": 1, "FUTURES_MAX_LENGTH": 10_000}
+        defaults = {"MAX_TASKS_PER_CHILD": 1, "FUTURES_MAX_LENGTH": 10_000, **_config_of(self._prefix, app)}
         _configure(self._executor, app, fixed, defaults)
         if self._callback_url:
             # One at a time, so that the end of a task is told after its beginning.
             fixed = {"TYPE": "thread", "MAX_WORKERS": 1}
-            _configure(self._callbacks, app, fixed, {"MAX_PENDING": 1000, "SHUTDOWN_TIMEOUT": _CALLBACK_LAST})
+            defaults = {"MAX_PENDING": 1000, "SHUTDOWN_TIMEOUT": _CALLBACK_LAST}
+            _configure(self._callbacks, app, fixed, {**defaults, **_config_of(f"{self._prefix}_callback", app)})
 
     def _nothing_runs(self, key: str, job: Job | None) -> dict[str, Any]:
         """What is answered about a task that has ended, or never was."""
@@ -393,6 +395,24 @@ class TemplateFactory:
 
 _binding = threading.Lock()
 _configured: set[type] = set()
+_tasks: dict[str, list[tuple[str, str]]] = {}  # those of the controllers that have one name
+
+
+def _name_for(name: str, task: type[MetaMPTask]) -> str:
+    """What the executor is called: as the controller, and the same in all processes also if several are called so."""
+    with _binding:
+        tasks = _tasks.setdefault(name, [])
+        this = (task.__module__, task.__qualname__)  # an app that is made again makes its controllers again
+        if this not in tasks:
+            tasks.append(this)
+        number = tasks.index(this) + 1
+    return name if number == 1 else f"{name}_{number}"
+
+
+def _config_of(name: str, app: Flask) -> dict[str, Any]:
+    """What the app's config has for the controllers of that name, by key without prefix."""
+    prefix = f"{name.upper()}_EXECUTOR_"
+    return {key.removeprefix(prefix): value for key, value in app.config.items() if key.startswith(prefix)}
 
 
 def _configure(executor: Executor, app: Flask, fixed: dict[str, Any], defaults: dict[str, Any]) -> None:

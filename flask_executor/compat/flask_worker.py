@@ -13,6 +13,7 @@ is in progress, or finished, or has failed, when it is neither.
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import pickle
 import re
@@ -24,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from flask import Flask, Response, abort, current_app, jsonify, render_template, request, url_for
+from itsdangerous import BadSignature, Signer
 from markupsafe import Markup
 from werkzeug.utils import import_string
 
-from flask_executor.exceptions import MissingExtra, NotPicklable
+from flask_executor.exceptions import MissingExtra, NotPicklable, UntrustedResult
 from flask_executor.executor import Executor
 from flask_executor.jobs import JobStatus
 
@@ -135,11 +137,30 @@ class _ArgumentPickler(pickle.Pickler):
 
     @staticmethod
     def dumps(value: Any, protocol: int) -> bytes:
+        signer = _signer()
         with io.BytesIO() as file:
             _ArgumentPickler(file, protocol).dump(value)
-            return file.getvalue()
+            return file.getvalue() if signer is None else signer.sign(file.getvalue())
 
-    loads = staticmethod(pickle.loads)
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        signer = _signer()
+        try:
+            return pickle.loads(data if signer is None else signer.unsign(data))
+        except BadSignature:
+            raise UntrustedResult(
+                "Arguments in the database were not signed with this app's SECRET_KEY, and are not unpickled. All "
+                "processes of an app need the same key; a former one goes into SECRET_KEY_FALLBACKS."
+            ) from None
+
+
+def _signer() -> Signer | None:
+    """Signs arguments: whoever can write to the database could make us run code. None without a ``SECRET_KEY``."""
+    key = current_app.secret_key
+    if not key:
+        return None
+    keys = [*(current_app.config.get("SECRET_KEY_FALLBACKS") or ()), key]
+    return Signer(keys, salt="flask-executor.flask-worker", digest_method=hashlib.sha256)
 
 
 def _with_models(value: Any) -> Any:
@@ -254,7 +275,14 @@ class WorkerMixin(_Call):
         session.flush()
         if not self._is_in_progress() and self._claim():
             self._start()
-        return render_template(self.template, worker=self, job=_document(self, self.job_id), url=self._status_url())
+        has_image = self.loading_img and current_app.has_static_folder
+        return render_template(
+            self.template,
+            worker=self,
+            job=_document(self, self.job_id),
+            url=self._status_url(),
+            image=url_for("static", filename=self.loading_img) if has_image else None,
+        )
 
     def script(self) -> Markup:
         """What a template of one's own has in its head: the script that leads on when the job is done."""
@@ -331,7 +359,10 @@ def _path_here(url: str) -> str:
     :raises HTTPException: 400 when it leads to another site.
     """
     read = re.sub(r"[\t\r\n]", "", url).strip("".join(map(chr, range(33)))).replace("\\", "/")
-    scheme, host, path, query, fragment = urlsplit(urljoin(request.base_url, read))
+    try:
+        scheme, host, path, query, fragment = urlsplit(urljoin(request.base_url, read))
+    except ValueError:  # a host that cannot be one
+        scheme = host = path = query = fragment = ""
     if (scheme, host) != (request.scheme, request.host):
         abort(400, "The callback of this worker leads to another site.")
     return urlunsplit(("", "", f"/{path.lstrip('/')}", query, fragment))

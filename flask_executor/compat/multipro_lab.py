@@ -27,31 +27,32 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import math
 import pickle
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 from flask import Flask
 
-from flask_executor.config import Config
 from flask_executor.crews import ServiceHandle
-from flask_executor.exceptions import ExecutorShutdown, QueueFull
+from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.executor import Executor
-from flask_executor.exits import leave_in_order
-from flask_executor.logs import logger
 from flask_executor.services import Service, on
 
 __all__ = ["Main", "MessageReceiver", "MessageRouter", "TaskQueue", "Timer", "Worker"]
 
 Handler = Callable[..., object]
 
-_MOST_CRASHES = 3  # of the workers that had one task
+logger = logging.getLogger(__name__)
+
+_MOST_AT_A_TIME = 1.0  # seconds that messages may hold up main_action(), beyond its pace
 
 
 class Timer:
@@ -83,6 +84,7 @@ class MessageReceiver:
         self.block = block
         self.message_handler_d: dict[Hashable, Handler] = {}
         self._inbox: queue.SimpleQueue[tuple[Hashable, Any] | None] = queue.SimpleQueue()  # signal handlers may put
+        self._until = math.inf  # when to handle no more (monotonic)
 
     def __reduce__(self) -> Any:
         return type(self), (self.block,), {"message_handler_d": self.message_handler_d}
@@ -98,22 +100,30 @@ class MessageReceiver:
         self.message_handler_d[message_type] = message_handler
 
     def get_messages(self) -> None:
-        """Handle all messages that wait, in :class:`Main`. Those of a worker are handled as they come."""
-        with contextlib.suppress(queue.Empty):
-            while True:
+        """Handle the messages that wait, in :class:`Main`. Those of a worker are handled as they come."""
+        self._handle_until(math.inf)
+
+    def _handle_until(self, end: float) -> None:
+        for _ in range(self._inbox.qsize()):  # not what comes meanwhile: it might never end
+            if time.monotonic() >= min(end, self._until):
+                return
+            with contextlib.suppress(queue.Empty):
                 self._handle_safely(self._inbox.get_nowait())
 
-    def _handle_until(self, deadline: float | None) -> None:
-        """Handle what comes until then (monotonic); without a deadline the first that comes, and all behind it."""
-        try:
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            item = self._inbox.get(timeout=timeout)
-            while item is not None:
-                self._handle_safely(item)
-                timeout = 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
-                item = self._inbox.get(timeout=timeout)
-        except queue.Empty:
-            pass
+    def _handle_for(self, seconds: float | None) -> None:
+        """Handle what comes in so many seconds, and then what waits; with None sleep until something comes."""
+        end = None if seconds is None else time.monotonic() + seconds
+        with contextlib.suppress(queue.Empty):
+            while self._until == math.inf and (end is None or time.monotonic() < end):
+                self._handle_safely(self._inbox.get(timeout=None if end is None else max(0.0, end - time.monotonic())))
+                if end is None:
+                    break
+        self._handle_until(time.monotonic() + _MOST_AT_A_TIME)
+
+    def _close(self, until: float) -> None:
+        """Handle no more than what waits, until then (monotonic)."""
+        self._until = min(self._until, until)
+        self._inbox.put(None)
 
     def _handle_safely(self, item: tuple[Hashable, Any] | None) -> None:
         try:
@@ -282,16 +292,16 @@ class _Resident(Service):
                 self.act()
 
     @on("task")
-    def task(self, task: bytes) -> bool:
-        """Do a task; whether another may come."""
+    def task(self, task: bytes) -> None:
+        """Do a task."""
         self._tasks.append(task)
+        self._has_asked = False
         self.act()
         if self._worker._exit_flag:
             while self._tasks:
                 self.main.send("task", self._tasks.popleft())
-        if self._tasks:
-            self._has_asked = False  # it does not take each at once: it asks again when it has
-        return not self._tasks
+        elif not self._tasks:  # else it does not take each at once, and asks again when it has
+            self._ask()
 
     def _ask(self) -> None:
         if not self._has_asked:
@@ -315,24 +325,15 @@ class _Resident(Service):
                 self.main.send("left")
 
 
-class _Task:
-    """A task in the hands of a worker, or on its way there."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.crashes = 0
-
-
 class _Member:
     """A worker, in the main process."""
 
     def __init__(self, worker: Worker, handle: ServiceHandle) -> None:
         self.worker = worker
         self.handle = handle
-        self.asks = False
-        self.task: _Task | None = None
-        self.stopper: threading.Thread | None = None
-        self._early: list[tuple[Hashable, Any]] | None = []  # messages from before the start
+        self._has_left = False
+        self._stopper: threading.Thread | None = None
+        self._early: list[tuple[str, Any]] | None = []  # messages from before the start
         self._lock = threading.RLock()  # a signal handler may send in the middle
 
     def start(self) -> None:
@@ -341,46 +342,44 @@ class _Member:
             self.handle.start()
             early, self._early = self._early or [], None
             for message in early:
-                self.handle.send("message", message)
+                self.handle.send(*message)
 
-    def send(self, type: Hashable, body: Any) -> None:
-        """Send a message; not to one that has left, which would be started again."""
+    def send(self, type: str, body: Any) -> bool:
+        """Send a message; False to one that has left, which would be started again."""
         with self._lock:
             if self._early is not None:
                 self._early.append((type, body))
-            elif self.stopper is None:
-                self.handle.send("message", (type, body))
+            elif not self._has_left:
+                self.handle.send(type, body)
+            return not self._has_left
 
-    def call(self, task: _Task) -> Future[bool]:
-        """Have a task done.
-
-        :raises ExecutorShutdown: when it has left.
-        """
+    def leave(self, timeout: float) -> None:
+        """Begin to end the process, by force after so many seconds."""
         with self._lock:
-            if self.stopper is not None:
-                raise ExecutorShutdown
-            return self.handle.call("task", task.data)
+            if not self._has_left:
+                self._has_left = True
+                stopper = threading.Thread(target=self.handle.stop, args=(timeout,))
+                with contextlib.suppress(RuntimeError):  # Python 3.12 refuses when the main thread has ended
+                    stopper.start()
+                    self._stopper = stopper
 
-    def stop(self, timeout: float) -> threading.Thread:
-        """Begin to end the process, by force after so many seconds; the thread that waits for it."""
-        with self._lock:
-            if self.stopper is None:
-                self.stopper = threading.Thread(target=self.handle.stop, args=(timeout,))
-                self.stopper.start()
-            return self.stopper
+    def stop(self, timeout: float) -> None:
+        """End the process, unless that has begun, and wait for it."""
+        if self._stopper is None:
+            self.handle.stop(timeout)
+        else:
+            self._stopper.join()
 
 
 class _Dealer:
-    """Gives the tasks to the workers that ask for some, one at a time each."""
+    """Gives the tasks to the workers that ask for some, one for each time they ask."""
 
-    # Members' tasks, and _again, are changed under _lock.
+    # A signal handler may come in the middle of what is done under _lock.
 
     def __init__(self, tasks: TaskQueue) -> None:
         self._tasks = tasks._tasks
-        self._members: list[_Member] = []
-        self._again: deque[_Task] = deque()  # whose workers have died
-        self._lock = threading.RLock()  # what has failed at once calls back in the middle
-        self._closed = False
+        self._asking: deque[_Member] = deque()
+        self._lock = threading.RLock()
         tasks._put = self.put
 
     def put(self, data: bytes) -> None:
@@ -391,77 +390,24 @@ class _Dealer:
     def asked(self, member: _Member) -> None:
         """A worker wants one."""
         with self._lock:
-            if member not in self._members:
-                self._members.append(member)
-            member.asks = True
+            if member not in self._asking:  # one that was started again has asked before
+                self._asking.append(member)
         self._deal()
-
-    def close(self) -> None:
-        """Give out no more."""
-        with self._lock:
-            self._closed = True
 
     def _deal(self) -> None:
         with self._lock:
-            for member in self._members:
-                task = self._next() if member.asks and member.task is None and member.stopper is None else None
-                if task is not None:
-                    member.asks, member.task = False, task
-                    self._give(member, task)
-            # In turn, not always to the first.
-            self._members.sort(key=lambda member: member.task is not None)
+            while self._tasks and self._asking:
+                with contextlib.suppress(IndexError):
+                    self._give(self._asking.popleft())
 
-    def _next(self) -> _Task | None:
-        if self._closed:
-            return None
-        if self._again:
-            return self._again.popleft()
+    def _give(self, member: _Member) -> None:
         try:
-            return _Task(self._tasks.popleft())
-        except IndexError:
-            return None
-
-    def _give(self, member: _Member, task: _Task) -> None:
-        try:
-            future = member.call(task)
-        except (ExecutorShutdown, QueueFull):  # it leaves, or has too many messages
-            member.asks, member.task = True, None
-            self._again.append(task)
+            task = self._tasks.popleft()
+        except IndexError:  # Main itself has taken it
+            self._asking.appendleft(member)
         else:
-            future.add_done_callback(lambda future: self._done(member, task, future))
-
-    def _done(self, member: _Member, task: _Task, future: Future[bool]) -> None:
-        error = None if future.cancelled() else future.exception()
-        with self._lock:
-            member.task = None
-            if error is None:
-                member.asks = member.asks or (not future.cancelled() and future.result())
-            else:
-                self._retry(member, task, error)
-        self._deal()
-
-    def _retry(self, member: _Member, task: _Task, error: BaseException) -> None:
-        task.crashes += 1
-        if task.crashes < _MOST_CRASHES:
-            self._again.append(task)
-        elif not self._closed:
-            logger.error("A task is dropped, as %d workers have died of it: %s", task.crashes, error)
-
-
-class _Runs:
-    """The threads that run a :class:`Main`: a process whose main thread ends waits for them, before workers end."""
-
-    def __init__(self) -> None:
-        self.config = Config.read({}, "")
-        self.threads: set[threading.Thread] = set()
-
-    def leave(self, deadline: float) -> None:
-        """Wait, for as long as it takes."""
-        for thread in self.threads - {threading.current_thread()}:
-            thread.join()
-
-
-_runs = _Runs()
+            if not member.send("task", task):
+                self._tasks.appendleft(task)
 
 
 class Main:
@@ -493,11 +439,13 @@ class Main:
         self._exit_flag = False
         self._app = _make_app()
         self._executor = Executor(self._app)
-        leave_in_order(_runs)
+        self._keeper = Executor(self._app, name="main")
+        self._keeper.submit(bool)  # from now on it is asked first when the process ends
+        self._is_running = False
         self._signals: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not the main thread: the program has to see to signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._signals[number] = signal.signal(number, lambda *_: self.exit())
+                self._signals[number] = signal.signal(number, self._caught)
 
     def register_worker(self, worker: Worker) -> None:
         """Have a worker; before :meth:`run`."""
@@ -507,11 +455,11 @@ class Main:
         name = worker.name or type(worker).__name__
         if name in self._executor.services:
             name = f"{name} ({len(self.worker_arr)})"
-        handle = self._executor.service(_Resident, worker, name=name, per="process")
+        handle = self._executor.service(_Resident, worker, name=name, per="process", max_pending=sys.maxsize)
         member = self._members[worker] = _Member(worker, handle)
         executor_on = self._executor.on
         executor_on(handle, "message")(lambda body: self._route(*body))
-        executor_on(handle, "left")(lambda _: member.stop(self.exit_timeout))
+        executor_on(handle, "left")(lambda _: member.leave(self.exit_timeout))
         if self._dealer is not None:
             dealer = self._dealer
             executor_on(handle, "task")(dealer.put)
@@ -522,27 +470,39 @@ class Main:
 
     def run(self) -> None:
         """Start the workers, and go on until SIGINT, SIGTERM or :meth:`exit`; then end them."""
-        _runs.threads.add(threading.current_thread())
+        thread = threading.current_thread()
+        if thread is threading.main_thread() or thread.daemon:
+            self._run()
+            return
+        # As a job: a process whose main thread ends waits for its jobs before it ends services.
+        try:
+            future = self._keeper.submit(self._run)
+        except ExecutorShutdown:  # it has ended already, and waits for this thread
+            self._run()
+        else:
+            future.result()
+
+    def _run(self) -> None:
+        self._is_running = True
         try:
             self._run_workers()
             while not self._exit_flag:
                 self.main_action()
-                if not self._exit_flag:  # what wakes us then may have been taken out by get_messages()
-                    pace = self.main_loop_sleep_time
-                    self.msg_receiver._handle_until(None if pace is None else time.monotonic() + pace)
+                self.msg_receiver._handle_for(self.main_loop_sleep_time)
+            self.msg_receiver.get_messages()
         finally:
             self._exit_workers()
+            self._is_running = False
             self._release_signals()
-            _runs.threads.discard(threading.current_thread())
 
     def exit(self) -> None:
-        """Have :meth:`run` end, from any thread or message handler."""
+        """Have :meth:`run` end, from any thread or message handler, after the messages that wait."""
         self._exit_flag = True
-        self.msg_receiver._inbox.put(None)
+        self.msg_receiver._close(time.monotonic() + self.exit_timeout)
 
     def send_exit_msg(self, worker: Worker) -> None:
         """Have one worker leave, after the messages that it has."""
-        self._members[worker].send("exit", None)
+        self._members[worker].send("message", ("exit", None))
 
     def _run_workers(self) -> None:
         for member in self._members.values():
@@ -553,17 +513,26 @@ class Main:
         if receiver is self:
             self.msg_receiver._inbox.put((type, body))
         elif isinstance(receiver, Worker):
-            self._members[receiver].send(type, body)
+            self._members[receiver].send("message", (type, body))
 
     def _exit_workers(self) -> None:
-        if self._dealer is not None:
-            self._dealer.close()
         for member in self._members.values():
-            with contextlib.suppress(QueueFull):  # it is ended all the same
-                member.send("exit", None)
-        for stopper in [member.stop(self.exit_timeout) for member in self._members.values()]:
-            stopper.join()
+            member.send("message", ("exit", None))
+        for member in self._members.values():
+            member.leave(self.exit_timeout)
+        for member in self._members.values():
+            member.stop(self.exit_timeout)
         self._executor.shutdown()
+
+    def _caught(self, number: int, frame: Any) -> None:
+        before = self._signals[number]
+        if self._is_running:
+            self.exit()
+        elif callable(before):  # as if there was no Main
+            before(number, frame)
+        elif before == signal.SIG_DFL:
+            signal.signal(number, before)
+            signal.raise_signal(number)
 
     def _release_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -574,4 +543,6 @@ class Main:
 def _make_app() -> Flask:
     app = Flask("multipro_lab")
     app.config["EXECUTOR_APP"] = f"{__name__}:_make_app()"
+    app.config["MAIN_EXECUTOR_TYPE"] = "immediate"
+    app.config["MAIN_EXECUTOR_SHUTDOWN_TIMEOUT"] = 1e9  # as long as it takes
     return app

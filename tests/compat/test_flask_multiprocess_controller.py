@@ -127,9 +127,9 @@ def use_as_documented(ask: Ask, folder: Path) -> None:
     assert ask("GET") == {"msg": "Invalid request: {}"}
 
 
-def asking(client: FlaskClient) -> Ask:
+def asking(client: FlaskClient, path: str = "/sample") -> Ask:
     def ask(method: str, /, **arguments: Any) -> Any:
-        answer = client.open("/sample", method=method, json=arguments)
+        answer = client.open(path, method=method, json=arguments)
         assert answer.status_code == 200, answer.text
         return answer.json
 
@@ -287,6 +287,11 @@ class Short(MetaMPTask, task_name="a short one", logger=logging.getLogger("shop.
                 time.sleep(0.002)
         except AbortException:
             return "cleaned up"
+
+
+class Named(MetaMPTask):
+    def execute(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyError("b")
 
 
 @pytest.fixture
@@ -643,6 +648,25 @@ def test_a_controller_serves_apps_that_have_begun_and_several(tmp_path: Path) ->
         assert asks[1]("GET", uuid=uuid)["status"] == "unknown"
     finally:
         shut_down(apps[0])
+
+
+def test_controllers_of_one_name(app: Flask) -> None:
+    app.config["SAMPLE_EXECUTOR_EXPOSE_ERRORS"] = True
+    api = Api(app)
+    controllers = {"/a": Sample(Short, max_num_process=2), "/b": Sample(Named)}
+    for path, controller in controllers.items():
+        api.add_resource(TemplateFactory.MPResource(), path, resource_class_args=(controller,))
+    client = app.test_client()
+    try:
+        for path, error in {"/b": "KeyError: 'b'", "/a": "ValueError: no paper"}.items():
+            ask = asking(client, path)
+            uuid = ask("POST", do="fail")["uuid"]
+            assert ends(ask, uuid, "failed")
+            assert ask("GET", uuid=uuid)["error"] == error
+        with app.app_context():
+            assert [controller.executor._max_workers for controller in controllers.values()] == [2, 1]
+    finally:
+        shut_down(app)
 
 
 def test_first_requests_that_come_at_once(serve: Serve, app: Flask, tmp_path: Path) -> None:

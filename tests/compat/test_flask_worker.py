@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import re
 import sys
 import time
@@ -15,8 +16,8 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from conftest import run_in_threads, store_url, wait_until
-from flask_executor import Executor, MissingExtra
+from conftest import require, run_in_threads, store_url, wait_until
+from flask_executor import Executor, MissingExtra, UntrustedResult
 from flask_executor.testing import drain
 
 if not os.environ.get("CI"):  # there it is an error
@@ -64,6 +65,16 @@ def test_example_1_runs_once_and_is_remembered(office: Office) -> None:
     assert office.get("/example1") == "Example 1 finished"
     assert office.ask(page.url)[0] == 200
     assert office.printed("Request for /example1") == ["Request for /example1"] * 4
+
+
+@pytest.mark.web
+@pytest.mark.parametrize("runner", ["rq", "executor"])
+def test_the_documented_setup_with_eventlet(tmp_path: Path, request: pytest.FixtureRequest, runner: str) -> None:
+    require("eventlet")
+    redis_url = store_url("redis", request) if runner == "rq" else None
+    with offices.opened(tmp_path, redis_url, eventlet=True) as office:
+        assert office.wait_at("/example1").follow() == "Example 1 finished"
+        assert "wsgi starting up" in (tmp_path / "log").read_text(), "it is the server of eventlet"
 
 
 def test_example_2_starts_anew_after_a_reset(office: Office) -> None:
@@ -293,6 +304,8 @@ def hire(**columns: Any) -> Any:
         "http://localhost:81/",
         "http://localhost@evil.example/",
         "ftp://localhost/",
+        "http://[evil.example/",
+        "http://\u2100.example/",
     ],
 )
 def test_a_callback_that_leads_elsewhere_is_refused(app: Flask, client: FlaskClient, callback: str) -> None:
@@ -372,6 +385,35 @@ def test_arguments_that_are_changed_in_place_are_stored(app: Flask, manager: Man
         assert (worker.args, worker.kwargs) == ([1, 2], {"a": 1, "b": 2})
 
 
+class Harm:
+    """What somebody who can write to the database would store."""
+
+    def __reduce__(self) -> Any:
+        return print, ("harm is done",)
+
+
+def test_arguments_are_signed(app: Flask, client: FlaskClient, capsys: pytest.CaptureFixture[str]) -> None:
+    with app.app_context():
+        hire(args=[1])
+    app.config.update(SECRET_KEY="a newer one", SECRET_KEY_FALLBACKS=[app.secret_key])
+    with app.app_context():
+        assert the(Worker).args == [1]
+        db.session.execute(sqlalchemy.text("UPDATE worker SET args = :args"), {"args": pickle.dumps([Harm()])})
+        db.session.commit()
+    app.testing = True
+    with pytest.raises(UntrustedResult, match="not signed with this app's SECRET_KEY"):
+        client.get("/")
+    assert "harm" not in capsys.readouterr().out
+
+
+def test_arguments_without_a_secret_key(app: Flask, manager: Manager) -> None:
+    app.secret_key = None
+    with app.app_context():
+        hire(args=[1])
+    with app.app_context():
+        assert the(Worker).args == [1]
+
+
 def test_a_router_remembers_models(app: Flask, manager: Manager) -> None:
     with app.test_request_context():
         ada = hire()
@@ -430,6 +472,15 @@ def test_a_job_that_is_not_accepted_is_tried_again(app: Flask, client: FlaskClie
     assert "data-worker-url" in client.get("/").text
     drain(app.extensions["executor"])
     assert client.get("/").text == "done"
+
+
+def test_an_app_without_a_static_folder(app: Flask, client: FlaskClient) -> None:
+    app.static_folder = None
+    with app.app_context():
+        hire()
+    page = client.get("/").text
+    assert "data-worker-url" in page
+    assert "<img" not in page
 
 
 def test_a_worker_without_a_method_has_nothing_to_do(app: Flask, client: FlaskClient) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -294,8 +295,17 @@ def test_main_exits_from_another_thread(tmp_path: Path) -> None:
     assert {"quiet exits", "busy exits"} <= set(program.lines())
 
 
-def test_a_main_thread_that_ends_does_not_end_the_workers(tmp_path: Path) -> None:
-    program = messages(tmp_path, run=IN_A_THREAD)
+STARTED = "while not (here / 'started').exists():\n        time.sleep(0.005)"
+
+
+@pytest.mark.parametrize("when", ["at once", "when they have started"])
+def test_a_main_thread_that_ends_does_not_end_the_workers(tmp_path: Path, when: str) -> None:
+    if when == "at once" and (3, 12) <= sys.version_info < (3, 12, 3):
+        pytest.skip("these versions of Python start nothing when the main thread has ended")
+    program = messages(tmp_path, run=IN_A_THREAD if when == "at once" else f"{IN_A_THREAD}\n    {STARTED}")
+    if when != "at once":
+        assert program.says("main got quiet thanks for tick 1")
+        program.ask("started")
     assert program.says("end of the script")
     assert program.says("main got quiet thanks for tick 4")
     program.process.terminate()
@@ -375,6 +385,102 @@ def test_an_error_in_main_action_ends_all(tmp_path: Path) -> None:
     assert {"quiet exits", "busy exits"} <= set(program.lines())
 
 
+FLOOD = """
+class Flooding(Worker):
+
+    def worker_action(self):
+        for number in range(2000):
+            self.msg_router.send_message(receiving_object_name="main", message_type="count", message_body=number)
+
+
+class UserMain(Main):
+    exit_timeout = 1
+    count = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.msg_receiver.register_handler(message_type="count", message_handler=self.add)
+
+    def main_action(self):
+        say("main acts")
+
+    def add(self, message_body=None):
+        self.count += 1
+        time.sleep(0.001)
+        if self.count == 1000:
+            say("has handled 1000")
+
+
+main = UserMain()
+main.register_worker(worker=Flooding(name="flooding"))
+main.run()
+"""
+
+
+def test_more_messages_than_main_can_handle(tmp_path: Path) -> None:
+    program = Program(tmp_path, FLOOD)
+    assert program.says("has handled 1000")
+    before = program.lines().count("main acts")
+    assert wait_until(lambda: program.lines().count("main acts") > before + 1, 20)
+    program.process.terminate()
+    assert program.ends()
+
+
+def test_main_handles_what_waits_when_it_exits(tmp_path: Path) -> None:
+    program = Program(
+        tmp_path,
+        """
+class UserMain(Main):
+
+    def main_action(self):
+        for number in range(3):
+            self.msg_router.send_message(receiving_object_name="main", message_type="print", message_body=number)
+        self.exit()
+
+
+main = UserMain()
+main.msg_receiver.register_handler(message_type="print", message_handler=say)
+main.run()
+say("end of the script")
+""",
+    )
+    assert program.ends()
+    assert program.lines() == ["0", "1", "2", "end of the script"]
+
+
+def test_a_worker_that_has_very_many_messages_to_handle(tmp_path: Path) -> None:
+    program = Program(
+        tmp_path,
+        """
+class Slow(Worker):
+    count = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.msg_receiver.register_handler(message_type="count", message_handler=self.add)
+
+    def add(self, message_body=None):
+        while not (here / "go on").exists():
+            time.sleep(0.005)
+        self.count += 1
+        if message_body == "last":
+            say("handled", self.count)
+
+
+main = Main()
+main.register_worker(worker=Slow(name="slow", block=True))
+thread = threading.Thread(target=main.run)
+thread.start()
+for body in [None] * 110_000 + ["last"]:
+    main.msg_router.send_message(receiving_object_name="slow", message_type="count", message_body=body)
+(here / "go on").touch()
+""",
+    )
+    assert program.says("handled 110001")
+    program.process.terminate()
+    assert program.ends()
+
+
 def test_idle_processes_use_no_time(tmp_path: Path) -> None:
     program = Program(
         tmp_path,
@@ -430,7 +536,7 @@ def busy(program: Program) -> list[str]:
     return [name for name, lines in last.items() if lines and " begins " in lines[0]]
 
 
-def test_the_task_of_a_worker_that_is_killed_is_done_by_another(tmp_path: Path) -> None:
+def test_the_task_of_a_worker_that_is_killed_is_done_again(tmp_path: Path) -> None:
     program = tasks(tmp_path)
     assert wait_until(lambda: len(results(program)) == 20, 20)
     program.ask("task 5 0")
@@ -447,7 +553,7 @@ def test_the_task_of_a_worker_that_is_killed_is_done_by_another(tmp_path: Path) 
 def test_a_task_that_kills_workers_is_dropped(tmp_path: Path) -> None:
     program = tasks(tmp_path)
     program.ask("task 100 -1")
-    assert program.says("A task is dropped, as 3 workers have died of it")
+    assert program.says("a message is dropped, as 3 worker processes have died of it")
     program.ask("task 6 7")
     assert program.says("result 42")
     assert sum(line.endswith(" begins 100") for line in program.lines()) == 3
@@ -535,6 +641,32 @@ def test_what_cannot_be_sent() -> None:
         tasks.send_task(lambda: None)
     tasks.send_task([1, 2])
     assert [tasks.get_task(), tasks.get_task()] == [[1, 2], None]
+
+
+def test_signals_before_and_after_a_run_in_a_thread() -> None:
+    caught = list[int]()
+    before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    try:
+        main = Main()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGTERM]
+        acted = threading.Event()
+        main.main_action = acted.set  # type: ignore[method-assign]
+        thread = threading.Thread(target=main.run)
+        thread.start()
+        assert acted.wait(10)
+        signal.raise_signal(signal.SIGTERM)
+        thread.join()
+        assert caught == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM] * 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_signals_are_released() -> None:
