@@ -160,17 +160,19 @@ class RedisStore(SharedStore):
         self.where = str(without_password(options.url)).partition("?")[0].replace("***@", "")
 
     def _connect(self) -> None:
-        self._redis: Any = redis.Redis.from_url(
+        pool = redis.ConnectionPool.from_url(
             self._url,
             socket_timeout=_PATIENCE,
             socket_connect_timeout=_PATIENCE,
             health_check_interval=30,
             retry=Retry(NoBackoff(), 1),  # a connection that was open when Redis was restarted
         )
-        pool = self._redis.connection_pool
         pool.make_connection()  # which connects nowhere, but raises for an option that there is not
         if pool.connection_kwargs.get("decode_responses"):
             raise ValueError("without decode_responses, as results are bytes")
+        # A client that has made its pool itself closes it when it is collected. After a fork that waits for ever: a
+        # thread of the parent may have held the lock of the pool.
+        self._redis: Any = redis.Redis(connection_pool=pool)
         self._known = False  # whether the server has our scripts, and the version was looked at
 
     # ---- one job ----
@@ -386,7 +388,7 @@ class RedisStore(SharedStore):
     def close(self) -> None:
         with suppress(redis.RedisError, OSError):
             self._redis.close()
-            self._redis.connection_pool.disconnect()  # which close() leaves to the garbage collector in redis-py 5.0.0
+            self._redis.connection_pool.disconnect()
 
     @contextmanager
     def reaching(self, *, writing: bool = False) -> Iterator[None]:
