@@ -24,10 +24,10 @@ from flask_executor.context import (
     current_app_or_none,
 )
 from flask_executor.control import RunningJob, running_job
-from flask_executor.crews import Services
 from flask_executor.documents import describe_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
 from flask_executor.exits import leave_in_order
+from flask_executor.fleet import Services
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name, is_one_of_many
 from flask_executor.inherited import forking, origin

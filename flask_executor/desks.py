@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from flask_executor.abc import PreparedCall
-from flask_executor.errands import WELCOME, Errand, Leader, Talk, Workforce
+from flask_executor.errands import WELCOME, Errand, Leader, StopCall, Talk, Workforce
 from flask_executor.exceptions import ExecutorShutdown, JobStopped, QueueFull
 from flask_executor.inherited import not_for_children
 from flask_executor.jobs import LiveJob
@@ -186,11 +186,15 @@ class Desk:
                 visitor.send(Kind.RESULT, pickle_parts(self._services().local_status(errand.service)), number)
             elif errand.service in visitor.refused:
                 visitor.give_back(number, errand)
+            elif errand.verb == "stop":
+                stop = StopCall(errand.service, pickle.loads(errand.data))
+                stop.future.add_done_callback(lambda future: visitor.reply(number, future))
+                stop.do(self._services())
             else:
                 self._do_with(self._services().crew(errand.service), visitor, number, errand)
         except Exception as error:
             full = isinstance(error, QueueFull) and errand.verb == "send"
-            if full or (isinstance(error, ExecutorShutdown) and errand.verb in ("call", "send", "broadcast")):
+            if full or (isinstance(error, ExecutorShutdown) and errand.verb in ("call", "send", "broadcast", "stop")):
                 visitor.give_back(number, errand)  # for the next leader, or when there is room
             elif errand.verb in ("call", "status"):
                 visitor.send(Kind.ERROR, [pack_error(error)], number)

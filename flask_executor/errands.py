@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import selectors
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from flask_executor.abc import PreparedCall
 from flask_executor.jobs import LiveJob
 from flask_executor.lines import Wire
 from flask_executor.messages import Kind, Message
+from flask_executor.runner import PlainCall
 from flask_executor.services import ServiceStatus
 
 #: The number of the frame by which a leader says that it listens: what is sent from then on arrives.
@@ -26,8 +28,8 @@ class Errand(Message):
     What the leader does not do now it gives back.
     """
 
-    #: ``call``, ``send``, ``broadcast``; of a call ``tell``, ``leave``, ``kill``; ``again``, ``status``, ``ready``,
-    #: ``close``.
+    #: ``call``, ``send``, ``broadcast``, ``stop``; of a call ``tell``, ``leave``, ``kill``; ``again``, ``status``,
+    #: ``ready``, ``close``.
     verb: str
     service: str
     #: Of the message.
@@ -93,8 +95,34 @@ class Leader(Protocol):
     def local_status(self, name: str) -> ServiceStatus:
         """How a service is doing in this process."""
 
+    def stop_here(self, name: str, timeout: float | None) -> None:
+        """Stop a service, if it runs in this process; return when it has ended.
+
+        :param timeout: seconds after which force is used; None for never.
+        """
+
     def lead(self) -> None:
         """This process leads from now on."""
+
+
+class StopCall(PlainCall):
+    """Has the leader stop a service."""
+
+    def __init__(self, service: str, timeout: float | None) -> None:
+        super().__init__(Leader.stop_here, (service, "", pickle.dumps(timeout)), {})
+
+    def do(self, leader: Leader) -> None:
+        """Stop it, in a thread, as it may take long."""
+        threading.Thread(target=self._do, args=(leader,), name="flask-executor-stopping", daemon=True).start()
+
+    def _do(self, leader: Leader) -> None:
+        service, _, timeout = self.args
+        if self.begin():
+            try:
+                leader.stop_here(service, pickle.loads(timeout))
+                self.succeed(None)
+            except Exception as error:
+                self.fail(error)
 
 
 class Talk:

@@ -20,8 +20,8 @@ from flask_executor.abc import Health, JobRecords
 from flask_executor.bindings import Binding
 from flask_executor.config import Config
 from flask_executor.context import CapturedContext, current_app_or_none
-from flask_executor.crews import ServiceHandle, Services
 from flask_executor.exceptions import AppNotFound, NotPicklable
+from flask_executor.fleet import ServiceHandle, Services
 from flask_executor.flow import Flow
 from flask_executor.forks import after_fork_in_child, notice_fork
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback

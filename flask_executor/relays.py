@@ -18,7 +18,7 @@ from operator import itemgetter
 from types import MappingProxyType
 
 from flask_executor.abc import Backend, PreparedCall
-from flask_executor.errands import WELCOME, Errand, Leader, Talk
+from flask_executor.errands import WELCOME, Errand, Leader, StopCall, Talk
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.inherited import not_for_children
 from flask_executor.jobs import JobMessage, JobStatus
@@ -232,8 +232,9 @@ class Relay(Backend):
             self._last = talk.send(Kind.MESSAGE, pickle_parts(item), number), number, item
             return
         sent = self._sent[number] = SentCall(item)
+        verb = "stop" if isinstance(item, StopCall) else "call"
         service, type, data = item.args
-        talk.send(Kind.MESSAGE, pickle_parts(Errand("call", service, type, data, item.job.id)), number)
+        talk.send(Kind.MESSAGE, pickle_parts(Errand(verb, service, type, data, item.job.id)), number)
         for mail in self._mail.get(item.job.id, ()):
             self._tell("tell", number, sent, mail)
 
@@ -445,7 +446,7 @@ class Relay(Backend):
                 self._talk = None
                 return True
             item: Item | None = errand
-            if errand.verb == "call":
+            if errand.verb in ("call", "stop"):
                 sent = self._sent.pop(number, None)
                 item = None if sent is None else sent.call
             line = self._line(errand.service)
@@ -500,6 +501,9 @@ def _service_of(item: Item) -> str:
 
 
 def _do_here(item: Item, leader: Leader, mail: Mapping[str, Sequence[bytes]] = MappingProxyType({})) -> None:
+    if isinstance(item, StopCall):
+        item.do(leader)
+        return
     workforce = leader.crew(_service_of(item))
     if not isinstance(item, Errand):
         workforce.adopt(item)

@@ -41,9 +41,9 @@ from typing import Any
 
 from flask import Flask
 
-from flask_executor.crews import ServiceHandle
 from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.executor import Executor
+from flask_executor.fleet import ServiceHandle
 from flask_executor.services import Service, on
 
 __all__ = ["Main", "MessageReceiver", "MessageRouter", "TaskQueue", "Timer", "Worker"]

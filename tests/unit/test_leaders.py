@@ -70,8 +70,30 @@ def test_one_leads_and_the_other_follows(join: Callable[..., Pair], tmp_path: Pa
         second.call("ad", 1)
     with pytest.raises(NotPicklable):
         second.call("add", lambda: None)
-    with pytest.raises(RuntimeError, match=f"is looked after by process {os.getpid()}"):
-        second.stop()
+
+
+def test_a_follower_stops_a_service_behind_what_it_has_sent(join: Callable[..., Pair], tmp_path: Path) -> None:
+    (_, first), (_, second) = join(str(tmp_path)), join(str(tmp_path))
+    first.start()
+    second.start()
+    path = tmp_path / "go on"
+    running = first.call("wait for", str(path))
+    assert wait_until(running.running)
+    second.send("note", 1)
+    seen = second.call("seen")
+    stopping = threading.Thread(target=second.stop)
+    stopping.start()
+    time.sleep(0.2)
+    assert stopping.is_alive(), "it waits for what was accepted"
+    path.touch()
+    stopping.join(20)
+    assert not stopping.is_alive()
+    assert seen.result(1) == [1]
+    assert (first.status().pids, second.status().pids) == ((), ())
+    second.stop()  # which is done
+    assert second.call("seen").result(20) == [], "it is started again when it is used again"
+    second.stop(timeout=1)
+    assert first.status().pids == ()
 
 
 def test_large_messages_both_ways(join: Callable[..., Pair]) -> None:
@@ -445,7 +467,7 @@ def test_a_place_that_is_not_safe(
     def refuse(*what: object) -> Path:
         raise PermissionError("it belongs to somebody else")
 
-    monkeypatch.setattr("flask_executor.crews.meeting_place", refuse)
+    monkeypatch.setattr("flask_executor.fleet.meeting_place", refuse)
     service = make_executor().service(Counter)
     assert app.test_client().get("/").status_code == 404, "the request is not to blame"
     assert "The services cannot be started." in caplog.text
@@ -454,7 +476,7 @@ def test_a_place_that_is_not_safe(
 
 
 def test_a_leader_that_hangs_is_waited_for_once(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_executor.crews.PATIENCE", 0.5)
+    monkeypatch.setattr("flask_executor.fleet.PATIENCE", 0.5)
     executor, service = join()
     for name in ("second", "third", "fourth"):
         executor.service(Counter, name=name)
