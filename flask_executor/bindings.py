@@ -298,8 +298,9 @@ class Binding(JobChannel):
             raise ExecutorShutdown(
                 "cannot schedule new futures after shutdown: this executor was shut down in this process"
             )
-        if options.timeout is None and self.config.timeout is not None:
-            options = replace(options, timeout=self.config.timeout)
+        if options.timeout is None:
+            if self.config.timeout is not None and not apart:
+                options = replace(options, timeout=self.config.timeout)
         elif options.timeout == math.inf:
             options = replace(options, timeout=None)
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -267,7 +266,7 @@ class Remote:
 
 def options_of(definition: ServiceDefinition, type: str, timeout: float | None) -> JobOptions:
     """Those of the job that a call is."""
-    return JobOptions(name=name_of(definition, type), timeout=math.inf if timeout is None else timeout)
+    return JobOptions(name=name_of(definition, type), timeout=timeout)
 
 
 def name_of(definition: ServiceDefinition, type: str) -> str:

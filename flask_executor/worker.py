@@ -18,6 +18,7 @@ import itertools
 import logging
 import os
 import pickle
+import select
 import selectors
 import signal
 import socket
@@ -209,15 +210,16 @@ class Worker:
 
     def _between_calls(self, resident: Resident) -> Iterator[None]:
         """Have the resident do what is due until there is a call; again and again."""
-        selector = selectors.DefaultSelector()
-        calls = selector.register(self._calls, selectors.EVENT_READ)
-        wakes = selector.register(resident.wakes, selectors.EVENT_READ)
+        calls, wakes = self._calls.fileno(), resident.wakes.fileno()
+        poll = select.poll()  # a selector would take longer than some calls
+        for number in (calls, wakes):
+            poll.register(number, select.POLLIN)
         while True:
             patience = resident.patience()
-            ready = {key for key, _ in selector.select(patience)}
-            if wakes in ready:
-                resident.wakes.recv(4096)
-            if patience == 0 or ready != {calls}:
+            ready = [number for number, _ in poll.poll(None if patience is None else 1000 * patience)]
+            if ready != [calls] or patience == 0:
+                if wakes in ready:
+                    resident.wakes.recv(4096)
                 resident.tend()
             if calls in ready:
                 yield
