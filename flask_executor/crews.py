@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,6 +112,7 @@ class Crew:
     """The workers of one service in this process.
 
     :param route: takes the messages that the service sends.
+    :raises NotPicklable: when its arguments cannot be sent to worker processes, and these do not inherit them.
     """
 
     def __init__(
@@ -119,10 +121,16 @@ class Crew:
         self.definition = definition
         self._owner = owner
         self._tenant = Tenant(definition, route)
+        if multiprocessing.get_context(options.start_method).get_start_method() != "fork":
+            pickled(self._tenant.resident, f"Service {definition.name!r} with its arguments")
         options = replace(options, max_workers=definition.workers, max_tasks_per_child=None)
         self._backend = ProcessBackend(options, self._tenant)
         self._mailbox = Mailbox(
-            definition.name, self._backend.submit, lambda: self._backend.broadcasts, 2 * definition.workers
+            definition.name,
+            self._backend.submit,
+            lambda: self._backend.broadcasts,
+            2 * definition.workers,
+            in_order=definition.workers == 1,
         )
 
     def start(self) -> None:
@@ -149,7 +157,7 @@ class Crew:
         check_handler(self.definition.cls, self.definition.name, type)
         if not anyway:
             self._check_room()
-        self._mailbox.put(message)
+        self._mailbox.put(type, message)
 
     def broadcast(self, type: str, message: bytes) -> None:
         """Have every worker handle a message, before those that come from now on."""

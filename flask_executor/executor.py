@@ -354,21 +354,19 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             for a set of workers in each of them.
         :param max_pending: most messages that wait; one more raises :exc:`~flask_executor.QueueFull`.
         :raises TypeError: for what is no :class:`Service`.
-        :raises ValueError: for a name that is taken, and numbers that cannot be used.
+        :raises ValueError: for a name that another service has, and numbers that cannot be used.
         """
         if not (isinstance(cls, type) and issubclass(cls, Service)):
             raise TypeError(f"{cls!r} is no service: it must be a subclass of flask_executor.Service")
         name = name or cls.__name__
-        if name in self.services:
-            raise ValueError(f"there is a service {name!r} already; give another name: service(..., name=...)")
         if per not in ("app", "process"):
             raise ValueError(f"per is {per!r}; it must be 'app' or 'process'")
         for what, number in (("workers", workers), ("max_pending", max_pending)):
             if number < 1:
                 raise ValueError(f"{what} is {number}; it must be 1 or more")
-        self.services[name] = ServiceDefinition(
-            name=name, cls=cls, args=args, workers=workers, per=per, max_pending=max_pending
-        )
+        definition = ServiceDefinition(name=name, cls=cls, args=args, workers=workers, per=per, max_pending=max_pending)
+        if self.services.setdefault(name, definition) != definition:  # a factory may be called again
+            raise ValueError(f"there is another service {name!r} already; give another name: service(..., name=...)")
         for app, binding in self._bound():
             request_started.connect(binding.start_services, app)
         return ServiceHandle(name, self._services)
@@ -384,12 +382,12 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
         It is called in an app context, in the process that looks after the service, one message after the other.
 
-        :raises ValueError: if there is one already.
+        :raises ValueError: if there is another one already. A factory that is called again replaces its own.
         """
         name = service if isinstance(service, str) else service.__name__ if inspect.isclass(service) else service.name
 
         def decorate(fn: H) -> H:
-            if (name, type) in self.handlers:
+            if not _is_made_again(fn, self.handlers.get((name, type), fn)):
                 raise ValueError(f"there is a handler for {type!r} of service {name!r} already")
             self.handlers[name, type] = fn
             return fn
@@ -744,3 +742,9 @@ def _reset_after_fork() -> None:
 
 
 after_fork_in_child(_reset_after_fork)
+
+
+def _is_made_again(fn: Callable[..., Any], before: Callable[..., Any]) -> bool:
+    """Whether a factory that is called again has made this function, as it has made the other one before."""
+    place, former = ((each.__module__, getattr(each, "__qualname__", "")) for each in (fn, before))
+    return fn is before or (place == former and re.search(r"<locals>\.\w+$", place[1]) is not None)

@@ -26,6 +26,7 @@ class Letter:
     """A message on its way: its type and body, pickled."""
 
     data: bytes
+    type: str
     #: How many workers have died of it.
     crashes: int = 0
 
@@ -41,18 +42,25 @@ class Mailbox:
     :param submit: has a worker call a function.
     :param broadcasts: how many there were.
     :param most_batches: that are under way; two for each worker.
+    :param in_order: whether a worker is to handle a batch to its end, as what it gave back would lose its place.
     """
 
     # Everything is changed under _lock. Batches are submitted under it as well, to keep their order.
 
     def __init__(
-        self, name: str, submit: Callable[..., Future[Any]], broadcasts: Callable[[], int], most_batches: int
+        self,
+        name: str,
+        submit: Callable[..., Future[Any]],
+        broadcasts: Callable[[], int],
+        most_batches: int,
+        *,
+        in_order: bool,
     ) -> None:
         self._name = name
         self._submit = submit
         self._broadcasts = broadcasts
         self._most_batches = most_batches
-        self._seconds = _BRIEF if most_batches > 2 else math.inf  # what one worker gave back would lose its place
+        self._seconds = math.inf if in_order else _BRIEF
         self._most_letters = _FIRST  # of a batch
         self._lock = threading.RLock()
         self._waiting: deque[Letter] = deque()
@@ -70,15 +78,15 @@ class Mailbox:
         """How many batches are under way."""
         return len(self._under_way)
 
-    def put(self, message: bytes) -> None:
-        """Take in a message: its type and body, pickled.
+    def put(self, type: str, message: bytes) -> None:
+        """Take in a message: its type, and type and body pickled.
 
         :raises ExecutorShutdown: after :meth:`close`.
         """
         with self._lock:
             if self._closed:
                 raise ExecutorShutdown(f"service {self._name!r} was stopped, and takes no more messages")
-            self._waiting.append(Letter(message))
+            self._waiting.append(Letter(message, type))
             self._length += 1
             self._send_off()
 
@@ -146,7 +154,7 @@ class Mailbox:
             suspect = letters[ended]
             suspect.crashes += 1
             if suspect.crashes >= _MOST_CRASHES:
-                what = "Service %r: a message is dropped, as %d worker processes have died of it: %.200r"
-                logger.error(what, self._name, suspect.crashes, suspect.data)
+                what = "Service %r: a message %r of %d bytes is dropped, as %d worker processes have died of it."
+                logger.error(what, self._name, suspect.type, len(suspect.data), suspect.crashes)
                 return letters[begun:]
         return letters[ended:]

@@ -553,7 +553,7 @@ def test_the_task_of_a_worker_that_is_killed_is_done_again(tmp_path: Path) -> No
 def test_a_task_that_kills_workers_is_dropped(tmp_path: Path) -> None:
     program = tasks(tmp_path)
     program.ask("task 100 -1")
-    assert program.says("a message is dropped, as 3 worker processes have died of it")
+    assert program.says("is dropped, as 3 worker processes have died of it")
     program.ask("task 6 7")
     assert program.says("result 42")
     assert sum(line.endswith(" begins 100") for line in program.lines()) == 3
