@@ -21,6 +21,7 @@ from flask_executor.bindings import Binding
 from flask_executor.config import Config
 from flask_executor.context import CapturedContext, current_app_or_none
 from flask_executor.exceptions import AppNotFound, NotPicklable
+from flask_executor.exits import take_sigterm
 from flask_executor.fleet import ServiceHandle, Services
 from flask_executor.flow import Flow
 from flask_executor.forks import after_fork_in_child, notice_fork
@@ -345,7 +346,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             model.broadcast("reload")                       # every worker
 
         The processes are started at the app's first request, or when the service is first used. One that dies is
-        started again.
+        started again. So that they end in order, ``SIGTERM`` then raises :exc:`SystemExit` in the main thread, if it
+        has no handler.
 
         :param args: what ``cls`` is made with, in each worker process.
         :param workers: how many processes.
@@ -367,6 +369,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         definition = ServiceDefinition(name=name, cls=cls, args=args, workers=workers, per=per, max_pending=max_pending)
         if self.services.setdefault(name, definition) != definition:  # a factory may be called again
             raise ValueError(f"there is another service {name!r} already; give another name: service(..., name=...)")
+        take_sigterm()
         for app, binding in self._bound():
             request_started.connect(binding.start_services, app)
         return ServiceHandle(name, self._services)

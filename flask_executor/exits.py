@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import os
+import signal
+import sys
 import threading
 import time
 import weakref
@@ -52,3 +56,24 @@ def _leave() -> None:
     begin = time.monotonic()
     for binding in bindings:
         binding.leave(begin + binding.config.shutdown_timeout)
+
+
+def take_sigterm() -> None:
+    """Have SIGTERM end this process in order, as Ctrl-C does, where it would end it at once.
+
+    Not where a server has signal handlers that Python does not know of, or takes it ill that somebody sets one.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if (
+        is_main
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        and not {"uwsgi", "mod_wsgi"} & sys.modules.keys()
+    ):
+        signal.signal(signal.SIGTERM, functools.partial(_exit, os.getpid()))
+
+
+def _exit(pid: int, *_: object) -> None:
+    if os.getpid() != pid:  # a child ends as it would have without us
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(0)

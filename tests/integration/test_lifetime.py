@@ -266,3 +266,32 @@ def test_spawn_without_a_guard_says_what_to_do(tmp_path: Path) -> None:
     assert code == 1
     assert "__main__" in log
     assert "WorkerLost: A worker process died before it was ready" in log
+
+
+def test_sigterm_with_services_and_without(tmp_path: Path) -> None:
+    """Services have it end the process in order, but not a child that the app has forked, nor against its own will."""
+    body = """
+from flask_executor import Service
+class Nothing(Service): pass
+if here.name == "handler":
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+executor.service(Nothing).start()
+child = os.fork()
+if not child:
+    (here / "forked").touch()
+    time.sleep(60)
+while not (here / "forked").exists():
+    time.sleep(0.01)
+os.kill(child, signal.SIGTERM)
+(here / "child").write_text(str(os.waitpid(child, 0)[1]))
+(here / "ready").touch()
+time.sleep(60)
+"""
+    for name, code in (("default", 0), ("handler", 7)):
+        here = tmp_path / name
+        here.mkdir()
+        script = Script(here, body)
+        script.wait_for("ready")
+        script.process.terminate()
+        assert script.wait()[0] == code
+        assert name == "handler" or int((here / "child").read_text()) == signal.SIGTERM

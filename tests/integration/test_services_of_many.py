@@ -192,6 +192,16 @@ def test_web_workers_are_replaced(tmp_path: Path) -> None:
     assert sorted(lines(tmp_path / "teardown")) == sorted(lines(tmp_path / "setup"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_they_end_in_order_with_a_plain_server(tmp_path: Path, number: signal.Signals) -> None:
+    command = ["flask", "--app", "served", "run", "--port", "0"]
+    with serving(tmp_path, APP, command, "Running on http://127.0.0.1:", INSTANCE=str(tmp_path)) as (server, port):
+        get(port, "/kept")
+        server.send_signal(number)
+        assert server.wait(20) in (0, 1)
+    assert lines(tmp_path / "teardown") == lines(tmp_path / "setup")
+
+
 def test_they_start_once_under_the_reloader(tmp_path: Path) -> None:
     command = ["flask", "--app", "served", "run", "--debug", "--port", "0"]
     with serving(tmp_path, APP, command, "Running on http://127.0.0.1:", INSTANCE=str(tmp_path)) as (server, port):
