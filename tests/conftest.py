@@ -7,6 +7,7 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -192,6 +193,12 @@ def without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what only Linux has: packets between processes, and descriptors of processes."""
     monkeypatch.setattr("flask_executor.handles.packet_pair", lambda: None)
     monkeypatch.delattr("os.pidfd_open", raising=False)
+
+
+def freeze(pid: int) -> None:
+    """Stop a child process, as Ctrl-Z does, and wait until it has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 10) -> bool:

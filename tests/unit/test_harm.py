@@ -16,7 +16,7 @@ import pytest
 import tasks
 from tasks import add, spin, wait_for
 
-from conftest import MakeExecutor, wait_until
+from conftest import MakeExecutor, freeze, wait_until
 from flask_executor import Executor, FutureProxy, JobStopped, JobTimeout, NotPicklable, WorkerLost
 from flask_executor.testing import drain
 
@@ -122,7 +122,7 @@ def test_the_second_call_is_taken_while_the_first_is_taken_back(make_executor: M
     executor = make_executor(type="process", max_workers=1)
     pid = executor.submit(tasks.pid).result(10)
     assert wait_until(lambda: not executor.unfinished())
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     futures = [executor.submit(add, number) for number in range(2)]
     dispatcher = executor._self._dispatcher
     (worker,) = dispatcher._workers
@@ -144,7 +144,7 @@ class TestStoppedWorkers:
     @pytest.fixture
     def worker(self, executor: Executor) -> Iterator[int]:
         worker = executor.submit(tasks.pid).result(10)
-        os.kill(worker, signal.SIGSTOP)
+        freeze(worker)
         yield worker
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGCONT)

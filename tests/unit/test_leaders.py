@@ -21,7 +21,7 @@ import pytest
 from flask import Flask
 from lodgers import Counter
 
-from conftest import MakeExecutor, run_in_threads, wait_until
+from conftest import MakeExecutor, freeze, run_in_threads, wait_until
 from flask_executor import (
     Executor,
     ExecutorShutdown,
@@ -339,7 +339,7 @@ def led_by_a_child(service: Any) -> Iterator[Any]:
 def test_what_was_not_sent_yet_waits_for_the_next_leader(join: Callable[..., Pair]) -> None:
     _, service = join()
     with led_by_a_child(service) as process:
-        os.kill(process.pid, signal.SIGSTOP)
+        freeze(process.pid)
         for number in range(30):
             service.send("note", (number, "x" * 100_000))
     seen = [number for number, _ in service.call("seen").result(20)]
@@ -547,7 +547,7 @@ def test_a_call_whose_worker_died_before_it_began_is_stopped(join: Callable[...,
     (_, first), (_, second) = join(), join()
     pid = first.call("pid").result(10)
     assert second.call("pid").result(10) == pid
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     future = second.call("add", 1)
     assert wait_until(future.running), "it was given to the worker, which has not read it"
     supervisor = first._services().crew("Counter")._backend._supervisor
