@@ -340,8 +340,12 @@ class JobStore(JobRecords):
         """Have records leave whose jobs have ended before then (seconds since the epoch); how many did."""
 
     @abc.abstractmethod
+    def find_lost(self) -> None:
+        """Find the jobs that are lost, and write it down. Quick while there are none."""
+
+    @abc.abstractmethod
     def sweep(self) -> None:
-        """Find the jobs that are lost, and have the records leave whose time has come."""
+        """As :meth:`find_lost`, and have the records leave whose time has come."""
 
     @abc.abstractmethod
     def ask_to_stop(self, request: StopRequest) -> None:
@@ -393,8 +397,11 @@ class Watch(abc.ABC):
         """Watch these jobs from now on: what is read after this and changes later ends the next :meth:`wait`."""
 
     @abc.abstractmethod
-    def wait(self, timeout: float) -> None:
-        """Wait until one of the jobs may have changed, or :meth:`wake` is called; at most so many seconds."""
+    def wait(self, timeout: float) -> Collection[str] | None:
+        """Wait until one of the jobs may have changed, or :meth:`wake` is called; at most so many seconds.
+
+        :return: the ids of jobs that may have ended, others among them; None for all.
+        """
 
     @abc.abstractmethod
     def wake(self) -> None:

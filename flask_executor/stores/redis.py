@@ -356,13 +356,17 @@ class RedisStore(SharedStore):
         self._call_each(_FORGET, [[*json.loads(names), names, ""] for names in members])
         return len(members)
 
-    def sweep(self) -> None:
+    def find_lost(self) -> None:
         with self.reaching():
             for dead in self._dead(holder.decode() for holder in self._redis.smembers(f"{self._prefix}holders")):
                 for id in self._redis.smembers(f"{self._prefix}open:{dead}"):
                     if self._truth(self._read(id.decode())) is None:
                         self._redis.srem(f"{self._prefix}open:{dead}", id)
                 self._redis.srem(f"{self._prefix}holders", dead)
+
+    def sweep(self) -> None:
+        self.find_lost()
+        with self.reaching():
             self.purge(time.time() - self.options.result_ttl)  # what stands in lists of those that have expired
             too_many = self._redis.zcard(f"{self._prefix}ended") - self.options.max_records
             if too_many > 0:
@@ -448,7 +452,7 @@ class _Subscription(Watch):
         self._wakes = f"{store._prefix}wake:{new_id()}"
         self._pubsub: Any = None
         self._channels: set[str] = set()
-        self._pending = False  # something has come that nobody has waited for yet
+        self._heard: set[str] = set()  # channels of which something has come that nobody has waited for yet
 
     def begin(self, ids: Collection[str]) -> None:
         wanted = {self._wakes, *(f"{self._store._prefix}job:{id}" for id in ids)}
@@ -467,17 +471,19 @@ class _Subscription(Watch):
                 if message["type"] == "subscribe":
                     new.discard(message["channel"].decode())
 
-    def wait(self, timeout: float) -> None:
+    def wait(self, timeout: float) -> Collection[str] | None:
         deadline = time.monotonic() + timeout
         with self._connected():
-            while not self._pending and (left := deadline - time.monotonic()) > 0:
+            while not self._heard and (left := deadline - time.monotonic()) > 0:
                 self._hear(self._pubsub.get_message(timeout=left))
             while (message := self._pubsub.get_message(timeout=0)) is not None:
                 self._hear(message)
-            self._pending = False
+        heard, self._heard = self._heard - {self._wakes}, set()
+        return [channel.removeprefix(f"{self._store._prefix}job:") for channel in heard]
 
     def _hear(self, message: dict[str, Any] | None) -> None:
-        self._pending |= message is not None and message["type"] == "message"
+        if message is not None and message["type"] == "message":
+            self._heard.add(message["channel"].decode())
 
     def wake(self) -> None:
         with suppress(redis.RedisError, OSError):  # whoever waits there will hear of that by itself

@@ -30,6 +30,7 @@ from flask_executor.stores.shared import SharedStore, Stored, loss, report_loss,
 _BUSY = 3.0  # seconds to wait for others who write
 _GONE = 10  # times as many as there may be records are remembered to have been
 _AT_ONCE = 500  # records that leave in one transaction, so that it is short
+_LATE = 5.0  # seconds after the end of a job within which it is written, nearly always
 _SHORTEST, _LONGEST = 0.002, 0.025  # seconds between two looks whether somebody has written
 
 _COLUMNS = (
@@ -321,14 +322,22 @@ class SQLiteStore(SharedStore):
             if deleted < _AT_ONCE:
                 return total
 
-    def sweep(self) -> None:
-        now = time.time()
+    def find_lost(self) -> None:
+        self._find_lost()
+
+    def _find_lost(self) -> set[str]:
+        """Those who have died, and had jobs."""
         with self._reading() as connection:
             holders = {row[0] for row in connection.execute("SELECT DISTINCT holder FROM jobs WHERE ended_at IS NULL")}
         dead = self._dead(holders)
         if dead:
             self.list(status=JobStatus.RUNNING)  # looks at each
             self.list(status=JobStatus.QUEUED)
+        return dead
+
+    def sweep(self) -> None:
+        now = time.time()
+        dead = self._find_lost()
         self.purge(self._oldest())
         self._bound()
         with self._writing() as connection:
@@ -645,18 +654,38 @@ class _FileWatch(Watch):
         self._connection = _Connection(store._path)
         self._woken = threading.Event()
         self._version = 0
+        self._ids: Collection[str] = ()
+        self._asked = 0.0  # until when (seconds since the epoch) is known which jobs have ended
 
     def begin(self, ids: Collection[str]) -> None:
-        self._version = self._data_version()
+        if not self._asked:  # later what was not heard of yet must not be passed over
+            self._asked = time.time()
+            self._version = self._data_version()
+        self._ids = ids
 
-    def wait(self, timeout: float) -> None:
+    def wait(self, timeout: float) -> Collection[str] | None:
         deadline = time.monotonic() + timeout
         pause = _SHORTEST
         while not self._woken.wait(max(0.0, min(pause, deadline - time.monotonic()))):
-            if self._data_version() != self._version or time.monotonic() >= deadline:
-                return
+            version = self._data_version()
+            if version != self._version:
+                self._version = version
+                return self._ended()
+            if time.monotonic() >= deadline:
+                return ()
             pause = min(pause * 1.5, _LONGEST)
         self._woken.clear()
+        return ()
+
+    def _ended(self) -> Collection[str]:
+        """Those that have ended since this was asked last."""
+        since, self._asked = self._asked - _LATE, time.time()
+        with self._store.reaching(), self._connection as connection:
+            rows = connection.execute(
+                "SELECT id FROM jobs WHERE space = ? AND ended_at IS NOT NULL AND ended_at >= ?",
+                (self._store._space, since),
+            )
+            return [id for (id,) in rows if id in self._ids]
 
     def wake(self) -> None:
         self._woken.set()
