@@ -313,6 +313,16 @@ class JobStore(JobRecords):
         has not ended and nobody else has the key."""
 
     @abc.abstractmethod
+    def take(self, entry: Entry, former: str | None) -> Job | None:
+        """Take a job over from the holder who has it, and write this of it, all or nothing; of many one gets it.
+
+        What is not there is written too: the record has left, or was not written yet.
+
+        :param former: who has it; None to write it only if there is no record.
+        :return: None; its record, when it has ended, or somebody else has it.
+        """
+
+    @abc.abstractmethod
     def held(self, key: Hashable) -> Job | None:
         """The job that has this key."""
 

@@ -69,6 +69,9 @@ if mode == 'claim' then
     redis.call('SET', p .. 'lease:' .. holder, '', 'PX', lease)
 elseif mode == 'lose' and redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 0 then
     return redis.call('GET', p .. 'job:' .. id)
+elseif mode == 'take' and redis.call('SREM', p .. 'open:' .. instead, id) == 0 then
+    local there = redis.call('GET', p .. 'job:' .. id)
+    if there then return there end
 end
 local new = redis.call('EXISTS', p .. 'job:' .. id) == 0
 redis.call('SET', p .. 'job:' .. id, record)
@@ -192,6 +195,11 @@ class RedisStore(SharedStore):
     def write(self, entries: Sequence[Entry]) -> None:
         with self.reaching():
             self._call_each(_PUT, [self._arguments("write", entry) for entry in entries])
+
+    def take(self, entry: Entry, former: str | None) -> Job | None:
+        with self.reaching():
+            there = _stored(self._call(_PUT, *self._arguments("take", entry, former or "")))
+            return None if there is None else there.job
 
     def _lose(self, stored: Stored) -> Job:
         lost = loss(stored)

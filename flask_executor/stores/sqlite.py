@@ -129,6 +129,18 @@ class SQLiteStore(SharedStore):
                 if entry.log:
                     _write_log(connection, entry.job.id, entry.log)
 
+    def take(self, entry: Entry, former: str | None) -> Job | None:
+        with self._writing() as connection:
+            taken = connection.execute(
+                f"{_UPDATE} AND holder = ? AND ended_at IS NULL", (*_values(entry)[4:], entry.job.id, former)
+            )
+            if taken.rowcount:
+                return None
+            there = self._one(connection, "id = ?", entry.job.id)
+            if there is None:
+                self._restore(connection, entry)
+            return None if there is None else there.job
+
     def _insert(self, connection: sqlite3.Connection, entry: Entry, *, has_key: bool = True) -> None:
         """Write a new record.
 

@@ -148,6 +148,53 @@ def test_a_claim_that_is_made_twice_as_its_answer_was_lost(store: JobStore) -> N
     assert held.id == entry.job.id
 
 
+def test_a_job_is_taken_over(store: JobStore) -> None:
+    job = claimed(store, "report")
+    before, other = job.record(), this_holder()
+    job.start()
+    taken = Entry(job=job.record(), holder=other)
+    assert store.take(taken, "engine.0..rq") == before, "somebody else has it"
+    assert store.take(taken, None) == before, "there is a record"
+    assert store.get(job.id) == before
+    assert store.take(taken, HERE) is None
+    assert store.get(job.id) == job.record()
+    assert store.take(replace(taken, holder=HERE), HERE) == job.record(), "it has it no more"
+    held = store.held("report")
+    assert held is not None
+    assert held.id == job.id
+    store.ask_to_stop(StopRequest(id=job.id))
+    assert list(store.take_requests(HERE)) == []
+    assert [request.id for request in store.take_requests(other)] == [job.id]
+    job.end(JobStatus.SUCCEEDED)
+    store.write([Entry(job=job.record(), holder=other)])
+    assert store.take(taken, other) == job.record(), "it has ended"
+    assert list(store.list(status="running")) == []
+
+
+def test_one_of_many_takes_a_job(make_store: MakeStore) -> None:
+    job = claimed(make_store(), "report")
+    answers: list[Job | None] = []
+
+    def take() -> None:
+        answers.append(make_store().take(Entry(job=job.record(), holder=this_holder()), HERE))
+
+    run_in_threads(16, take)
+    assert answers.count(None) == 1
+
+
+def test_what_is_taken_may_not_be_written_yet(store: JobStore) -> None:
+    job = LiveJob("render", "report")
+    queued = job.record()
+    job.start()
+    assert store.take(Entry(job=job.record(), holder=HERE), "engine.0..rq") is None
+    assert store.get(job.id) == job.record()
+    assert store.take(Entry(job=queued, holder="engine.0..rq"), None) == job.record(), "too late"
+    assert store.get(job.id) == job.record()
+    held = store.held("report")
+    assert held is not None, "the key was free"
+    assert held.id == job.id
+
+
 def test_release(store: JobStore) -> None:
     job = started(store, "report")
     assert not store.release("report", "another id")
