@@ -44,6 +44,12 @@ class BackendOptions:
     initializers: Sequence[Callable[[], object]] = ()
     #: Seconds that a worker process which is to end may take for it.
     exit_grace: float = 5.0
+    #: The executor's name.
+    executor_name: str = ""
+    #: Where the engine is; None for its own default.
+    url: str | None = None
+    #: The name of the queue there.
+    queue: str = "default"
 
 
 class PreparedCall(Protocol):
@@ -64,6 +70,10 @@ class PreparedCall(Protocol):
     @property
     def priority(self) -> int:
         """Higher ones are to start first."""
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that it may run."""
 
     @property
     def retried(self) -> bool:
@@ -125,6 +135,10 @@ class Backend(concurrent.futures.Executor):
     chunks: bool = False
     #: Whether a running job can be ended for certain, whatever it does.
     supports_kill: bool = False
+    #: What the engine is called whose workers run jobs without this process. They write down what becomes of them, in a
+    #: store that all share, and a handle finds it there. Calls are packed when they come. None for a backend whose jobs
+    #: are this process's.
+    engine: str | None = None
 
     @abc.abstractmethod
     def enqueue(self, call: PreparedCall) -> None:

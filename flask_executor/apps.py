@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from flask import Flask
 from flask.cli import NoAppException, ScriptInfo
 
 from flask_executor.exceptions import ConfigError
+
+if TYPE_CHECKING:
+    from flask_executor.abc import BackendOptions
 
 
 def find_import_string(app: Flask) -> str | None:
@@ -22,6 +26,25 @@ def find_import_string(app: Flask) -> str | None:
             if value is app:
                 return f"{module}:{name}"
     return os.environ.get("FLASK_APP")
+
+
+def import_string_of(options: BackendOptions, who: str) -> str:
+    """Where the workers of a backend import the app from.
+
+    :param who: these workers, for a message.
+    :raises ConfigError: when it cannot be told.
+    """
+    app = None if options.app is None else options.app()
+    found = options.app_import or (None if app is None else find_import_string(app))
+    if found is None:
+        name = "" if app is None else f" {app.name!r}"
+        raise ConfigError(
+            options.config_key("EXECUTOR_APP"),
+            None,
+            f"the import string of the app or its factory ('shop:create_app()'): {who} import it, and app{name} is not "
+            "in a module",
+        )
+    return found
 
 
 def import_app(import_string: str, config_key: str) -> Flask:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from werkzeug.utils import ImportStringError, import_string
 
 from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
+from flask_executor.backends.immediate import ImmediateBackend
 from flask_executor.context import (
     IN_PLACE,
     NO_CONTEXT,
@@ -28,16 +29,19 @@ from flask_executor.documents import describe_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
+from flask_executor.freight import SentContexts, pack_freight, unpack_freight
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name, is_one_of_many
+from flask_executor.holders import engine_holder
 from flask_executor.inherited import forking, origin
 from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.pending import Retries, Unfinished
 from flask_executor.runner import Call, Chunk
+from flask_executor.seals import CALL, Sealer
 from flask_executor.serial import callbacks_of_this_thread
-from flask_executor.sharing import open_ledger
+from flask_executor.sharing import SharedLedger, open_ledger, secret_keys
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.streams import Places
 
@@ -67,7 +71,11 @@ class Binding(JobChannel):
         default_callbacks: Sequence[Callback],
         initializers: Sequence[Callable[[], object]],
     ) -> None:
-        self.ledger: Ledger = open_ledger(config, app, self)
+        self._backend_class = _backend_class(config)
+        engine = self._backend_class.engine
+        self.ledger: Ledger = open_ledger(config, app, self, engine)
+        if isinstance(self.ledger, SharedLedger) and engine is not None:
+            self.ledger.engine = engine_holder(engine)
         self.unfinished = Unfinished()
         self.name: str = executor.name
         self._executor = executor
@@ -306,15 +314,56 @@ class Binding(JobChannel):
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         if options.meta is not None:
             job.meta = dict(options.meta)
+        if self._backend_class.engine is not None and not apart:
+            return self._prepare_to_send(job, fn, args, kwargs, context, options)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
         if not self.unfinished.add(call, limit, apart=apart):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
 
+    def _prepare_to_send(
+        self, job: LiveJob, fn: Callable[..., Any], args: Args, kwargs: Kwargs, context: Any, options: JobOptions
+    ) -> Call[FutureProxy[Any]]:
+        """A call that an engine is to have; its handle looks into the store."""
+        ledger: Any = self.ledger
+        call = Call(ledger.handle(job.record()), job, fn, args, kwargs, context, self, options)
+        call.packed = pack_freight(call, self._sealer())
+        return call
+
+    def _sealer(self) -> Sealer:
+        keys = secret_keys(self.app)
+        if not keys:
+            raise ConfigError("SECRET_KEY", None, "set, and the same for all workers: they run only what is signed")
+        return Sealer(keys, CALL)
+
+    def run_sent(self, id: str, data: bytes) -> None:
+        """In a worker of an engine: run a call that was sent to it, and return when what came of it is in the store.
+
+        :raises UntrustedResult: when it was not packed with our secret key, or by another version.
+        :raises NotPicklable: when it cannot be rebuilt.
+        """
+        freight = unpack_freight(id, data, self._sealer())
+        app, ledger, options = self.app, self.ledger, freight.options
+        if app is None or not isinstance(ledger, SharedLedger):
+            raise RuntimeError("the worker's app has no store that it shares with the app that has sent this job")
+        job = LiveJob(options.name or callable_name(freight.fn), options.key, options.owner, id=id)
+        job.queued_at = freight.queued_at
+        future: FutureProxy[Any] = FutureProxy(job, self)
+        context: Any = SentContexts(app, freight.contexts)
+        call = Call(future, job, freight.fn, freight.args, freight.kwargs, context, self, options)
+        if not ledger.adopt(call):
+            return
+        self.unfinished.add(call, None)
+        leave_in_order(self)
+        call.backend = ImmediateBackend(self.config.backend_options(self._app))
+        with future.looked_at():
+            call.run()
+        ledger.flush(None)
+
     def _limit(self) -> int | None:
         pending = self.config.max_pending
-        if pending is None or self.backend.capacity is None:
+        if pending is None or self._backend_class.engine is not None or self.backend.capacity is None:
             return None
         return self.backend.capacity + pending
 

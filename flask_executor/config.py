@@ -25,6 +25,7 @@ BACKENDS = {
     "thread": "flask_executor.backends.thread:ThreadBackend",
     "process": "flask_executor.backends.process:ProcessBackend",
     "immediate": "flask_executor.backends.immediate:ImmediateBackend",
+    "rq": "flask_executor.backends.rq:RQBackend",
 }
 #: What the url in ``EXECUTOR_STORE`` may begin with, and where the stores are.
 STORES = {
@@ -168,6 +169,18 @@ def _text_or_none(value: object) -> str | None:
     raise _RefusedError("a string such as 'shop:app' or 'shop:create_app()', or None")
 
 
+def _engine_url(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    raise _RefusedError("a url such as 'redis://host:6379/0' or 'tcp://host:8786', or None")
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise _RefusedError("a name")
+
+
 def _one_of(names: Mapping[str, str]) -> str:
     return ", ".join(map(repr, names))
 
@@ -186,6 +199,8 @@ class Config:
 
     #: The executor's name, in capitals and with an underscore, or the empty string.
     prefix: str
+    #: The executor's name.
+    name: str = ""
     #: Import string of the backend's class.
     type: str = _key("EXECUTOR_TYPE", "thread", _type)
     #: Most jobs at a time; None for the standard library's choice.
@@ -223,6 +238,11 @@ class Config:
     #: Most records of ended jobs that are kept.
     store_max_records: int = _key("EXECUTOR_STORE_MAX_RECORDS", 10_000, _count)
 
+    #: Where the broker or scheduler of an engine is.
+    url: str | None = _key("EXECUTOR_URL", None, _engine_url)
+    #: The name of the queue there.
+    queue: str = _key("EXECUTOR_QUEUE", "default", _name)
+
     #: Url of an image on the page that waits, or None.
     waiting_image: str | None = _key("EXECUTOR_WAITING_IMAGE", None, _url_or_none)
     #: Whether type and message of a job's exception are shown on pages and told over HTTP.
@@ -248,7 +268,7 @@ class Config:
                 parsed[entry.name] = entry.metadata["coerce"](value)
             except _RefusedError as refused:
                 raise ConfigError(key, without_password(value), str(refused)) from None
-        return cls(prefix=prefix, **parsed)
+        return cls(prefix=prefix, name=executor_name, **parsed)
 
     def changed(self, values: Mapping[str, Any]) -> list[str]:
         """The keys that say something else in ``app.config`` than when it was read."""
@@ -286,6 +306,9 @@ class Config:
             max_tasks_per_child=self.max_tasks_per_child,
             initializers=initializers,
             exit_grace=self.stop_grace,
+            executor_name=self.name,
+            url=self.url,
+            queue=self.queue,
         )
 
 

@@ -111,6 +111,11 @@ class Call(Generic[F]):
         return self.options.priority
 
     @property
+    def timeout(self) -> float | None:
+        """Seconds that it may run."""
+        return self.options.timeout
+
+    @property
     def retried(self) -> bool:
         """Whether it may be run again."""
         return self.options.retry is not None
@@ -292,6 +297,7 @@ class PlainCall:
     """A call without contexts, for those who use a backend as the plain executor that it is."""
 
     priority = 0
+    timeout: float | None = None
     retried = False
     backend: Backend | None = None
 

@@ -10,7 +10,8 @@ from itsdangerous import Signer
 from flask_executor.exceptions import UntrustedResult
 from flask_executor.messages import Kind
 
-_SALT = "flask-executor.outcome"
+#: What is sealed: what came of a job, or the call that it is.
+OUTCOME, CALL = "outcome", "call"
 _SIGNED, _UNSIGNED = b"S", b"U"
 _SIGNATURE = 43  # bytes, of SHA-256 in base 64 without padding
 
@@ -24,11 +25,13 @@ class Sealer:
 
     :param keys: the app's secret keys, the current one last; none for an app that has no key and a store that nobody
         else can write to.
+    :param what: is sealed: OUTCOME or CALL.
     """
 
-    def __init__(self, keys: Sequence[str | bytes]) -> None:
+    def __init__(self, keys: Sequence[str | bytes], what: str = OUTCOME) -> None:
         secret = [key.encode() if isinstance(key, str) else key for key in keys]
-        self._signer = Signer(secret, salt=_SALT, digest_method=hashlib.sha256) if secret else None
+        self._signer = Signer(secret, salt=f"flask-executor.{what}", digest_method=hashlib.sha256) if secret else None
+        self._what = what
 
     @property
     def signs(self) -> bool:
@@ -56,7 +59,7 @@ class Sealer:
             good = signed == _SIGNED and self._signer.verify_signature(_bound(id, mark, payload), sealed[2:begin])
         if not good:
             raise UntrustedResult(
-                f"What the store has as the result of job {id} was not signed with this app's SECRET_KEY, and is not "
+                f"What is there as the {self._what} of job {id} was not signed with this app's SECRET_KEY, and is not "
                 "unpickled. All processes of an app need the same key; a former one goes into SECRET_KEY_FALLBACKS."
             )
         return Kind(int(mark)), payload

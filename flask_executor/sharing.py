@@ -26,8 +26,10 @@ where only we can write.
 from __future__ import annotations
 
 import importlib
+import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from flask_executor.runner import Call
 
 _PATIENCE = 5.0  # seconds to wait until something is written
+_REDIS = "redis://localhost:6379/0"
 
 
 class SharedLedger(Ledger):
@@ -69,6 +72,7 @@ class SharedLedger(Ledger):
     def __init__(self, config: Config, store: JobStore, app: weakref.ref[Flask], channel: JobChannel) -> None:
         super().__init__(config)
         self.store = store
+        self.engine: str | None = None  # who has the jobs of this process, if not the process
         self._app = app
         self._channel = weakref.ref(channel)
         self._closed = False
@@ -114,7 +118,8 @@ class SharedLedger(Ledger):
         try:
             there = self._claim(job, again=call.options.again)
             if there is None:
-                self._recorder.add(job, claimed=True)
+                if self.engine is None:
+                    self._recorder.add(job, claimed=True)
                 futures.hold(job.key, call.future)
         except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
             self._recorder.retract(job.id)
@@ -122,7 +127,7 @@ class SharedLedger(Ledger):
         return there
 
     def _claim(self, job: LiveJob, *, again: bool) -> FutureProxy[Any] | None:
-        entry = Entry(job=job.record(), holder=self._recorder.holder)
+        entry = Entry(job=job.record(), holder=self.engine or self._recorder.holder)
         there = self.store.claim(entry, again=again)
         if there is not None and again and has_failed(self._handles.get(there.id)):
             self._recorder.flush(_PATIENCE)  # one of ours has failed just now, and the store does not know it yet
@@ -130,6 +135,10 @@ class SharedLedger(Ledger):
         return None if there is None else self.handle(there)
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
+        if self.engine is not None:
+            if call.job.key is None:
+                self.store.take(Entry(job=call.job.record(), holder=self.engine), None)
+            return
         super().add(call)
         if self._config.track == "all" and call.job.key is None:
             self._seal()
@@ -145,6 +154,30 @@ class SharedLedger(Ledger):
                 self.store.remove(future.job_id)
             except StoreUnavailable as error:
                 logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
+
+    def adopt(self, call: Call[FutureProxy[Any]]) -> bool:
+        """Have a job that an engine has given to this process; False when it was cancelled, or another one has it.
+
+        An engine may give a job to somebody else when a worker has died.
+        """
+        job = call.job
+        entry = Entry(job=job.record(), holder=self._recorder.holder)
+        there = self.store.take(entry, self.engine)
+        if there is not None:
+            there = self.store.get(job.id)  # which finds out whether it is lost
+            if there is not None and there.status is not JobStatus.LOST:
+                return False
+            self.store.write([entry])
+        self._handles[job.id] = call.future
+        self._memory.add(job)
+        self._recorder.add(job, claimed=True)
+        return True
+
+    def cancel_queued(self, job: Job) -> bool:
+        if self.engine is None or job.status is not JobStatus.QUEUED:
+            return False
+        cancelled = replace(job, status=JobStatus.CANCELLED, ended_at=time.time())
+        return self.store.take(Entry(job=cancelled, holder=self.engine), self.engine) is None
 
     def _is_written(self, job: Job) -> bool:
         """Whether the store knows, or knew, all there is to know about a job of this process."""
@@ -243,9 +276,7 @@ class SharedLedger(Ledger):
         :raises ConfigError: for a store that others can write to, in an app without a secret key.
         """
         if self._sealer is None:
-            app = self._app()
-            config = {} if app is None else app.config
-            keys = [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]
+            keys = secret_keys(self._app())
             if not keys and not self.store.private:
                 raise ConfigError(
                     "SECRET_KEY",
@@ -370,15 +401,18 @@ def _dispose(parts: Sequence[Any]) -> None:
     recorder.dispose()
 
 
-def open_ledger(config: Config, app: Flask, channel: JobChannel) -> Ledger:
+def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | None = None) -> Ledger:
     """What an executor with this configuration writes to.
 
+    :param engine: whose workers run its jobs, where it is not this process.
     :raises ConfigError: for a store that cannot be used.
     :raises MissingExtra: for one whose library is not installed.
     """
-    if config.store == "memory":
-        return Ledger(config)
     url = config.store
+    if url == "memory" and engine is not None:
+        url = _store_beside(config)
+    if url == "memory":
+        return Ledger(config)
     if url == "sqlite":
         url = f"sqlite:///{config.prefix.lower()}executor.sqlite"
     scheme, _, place = url.partition("://")
@@ -394,3 +428,18 @@ def open_ledger(config: Config, app: Flask, channel: JobChannel) -> Ledger:
         allowed = "a url that can be used, such as 'sqlite:///jobs.sqlite' or 'redis://user:password@host:6379/0'"
         raise ConfigError(config.key("EXECUTOR_STORE"), without_password(config.store), allowed) from None
     return SharedLedger(config, store, weakref.ref(app), channel)
+
+
+def _store_beside(config: Config) -> str:
+    """The store for jobs of an engine, where none was chosen: where its broker is, if that can be one."""
+    url = config.url or _REDIS
+    if url.partition("://")[0] not in STORES:
+        key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"
+        raise ConfigError(key, config.store, f"{allowed}: {config.key('EXECUTOR_TYPE')} has them run elsewhere")
+    return url
+
+
+def secret_keys(app: Flask | None) -> list[str | bytes]:
+    """The app's secret keys, the current one last."""
+    config = {} if app is None else app.config
+    return [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]

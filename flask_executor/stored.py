@@ -50,6 +50,9 @@ class Elsewhere(Protocol):
     def follow(self, future: Followed) -> None:
         """Have the handle settled when its job has ended."""
 
+    def cancel_queued(self, job: Job) -> bool:
+        """Cancel a job that waits in the queue of an engine; False where no engine has it, or it has begun."""
+
     def aside(self, fn: Callable[[], object]) -> None:
         """Run code of the user's where it holds up nobody."""
 
@@ -132,6 +135,8 @@ class StoredFuture(FutureProxy[T]):
         checked_grace(grace)
         if self.done():
             return False
+        if self._elsewhere.cancel_queued(self._seen):
+            return True
         self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
         return True
 
@@ -145,7 +150,7 @@ class StoredFuture(FutureProxy[T]):
 
     def cancel(self) -> bool:
         """Cancel the job if it has not started; waits for the answer of its process, 2 seconds at most."""
-        if self.status is JobStatus.QUEUED:
+        if self.status is JobStatus.QUEUED and not self._elsewhere.cancel_queued(self._seen):
             self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, only_queued=True))
             deadline = time.monotonic() + _PATIENCE
             while self.status is JobStatus.QUEUED and time.monotonic() < deadline:

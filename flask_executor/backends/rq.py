@@ -1,0 +1,72 @@
+"""Jobs run by workers of RQ, on any number of machines."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from flask_executor.abc import Backend, BackendOptions, PreparedCall
+from flask_executor.apps import import_string_of
+from flask_executor.exceptions import ExecutorShutdown, MissingExtra
+
+try:
+    import redis
+    import rq
+except ImportError as error:
+    raise MissingExtra("rq", "rq") from error
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_URL = "redis://localhost:6379/0"
+_SLACK = 60  # seconds beyond its own limits after which RQ ends a job
+
+
+class RQBackend(Backend):
+    """Enqueues calls for workers of RQ: ``rq worker`` or ``flask executor worker``."""
+
+    remote = True
+    engine = "rq"
+
+    def __init__(self, options: BackendOptions) -> None:
+        self._options = options
+        self._shutdown = False
+        self._app_import: str | None = None
+        connection = redis.Redis.from_url(options.url or _URL)
+        self._queue = rq.Queue(options.queue, connection=connection)
+
+    def enqueue(self, call: PreparedCall) -> None:
+        if self._shutdown:
+            raise ExecutorShutdown("cannot schedule new futures after shutdown")
+        if self._app_import is None:
+            self._app_import = import_string_of(self._options, "workers of RQ")
+        limit = call.timeout
+        self._queue.enqueue_call(
+            "flask_executor.remote.run",
+            (self._app_import, self._options.executor_name, call.job.id, call.packed),
+            timeout=-1 if limit is None else math.ceil(limit + self._options.exit_grace + _SLACK),
+            result_ttl=0,
+            failure_ttl=3600,
+            description=call.job.name,
+            job_id=call.job.id,
+            at_front=call.priority > 0,
+        )
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
+        """Not without an app: use the executor's own ``submit``."""
+        raise NotImplementedError("workers of RQ run the jobs of an app: use executor.submit()")
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more; jobs go on without this process."""
+        self._shutdown = True
+        self._queue.connection.close()
+
+    @property
+    def workers(self) -> int:
+        return rq.Worker.count(queue=self._queue)
+
+    @property
+    def capacity(self) -> None:
+        return None
