@@ -184,6 +184,15 @@ class Backend(concurrent.futures.Executor):
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
 
+    def work(self, run: Callable[[str, bytes], None], stop: Callable[[str], object], *, burst: bool) -> None:
+        """Be a worker of the engine, in the main thread, until a signal says to end.
+
+        :param run: runs a call that was sent, given the id of its job.
+        :param stop: stops a job, given its id.
+        :param burst: whether to end when the queue is empty.
+        """
+        raise NotImplementedError
+
     def crew(self) -> Sequence[WorkerState]:
         """The worker processes that are alive; none where jobs run in threads of this one."""
         return ()

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from flask import Flask
 from flask.cli import NoAppException, ScriptInfo
 
 from flask_executor.exceptions import ConfigError
-
-if TYPE_CHECKING:
-    from flask_executor.abc import BackendOptions
 
 
 def find_import_string(app: Flask) -> str | None:
@@ -28,22 +24,21 @@ def find_import_string(app: Flask) -> str | None:
     return os.environ.get("FLASK_APP")
 
 
-def import_string_of(options: BackendOptions, who: str) -> str:
-    """Where the workers of a backend import the app from.
+def import_string_of(app: Flask | None, app_import: str | None, config_key: str, who: str) -> str:
+    """Where workers import the app from.
 
+    :param app_import: what the app's config says.
+    :param config_key: what the app's config calls this setting.
     :param who: these workers, for a message.
     :raises ConfigError: when it cannot be told.
     """
-    app = None if options.app is None else options.app()
-    found = options.app_import or (None if app is None else find_import_string(app))
+    found = app_import or (None if app is None else find_import_string(app))
     if found is None:
         name = "" if app is None else f" {app.name!r}"
-        raise ConfigError(
-            options.config_key("EXECUTOR_APP"),
-            None,
-            f"the import string of the app or its factory ('shop:create_app()'): {who} import it, and app{name} is not "
-            "in a module",
+        allowed = (
+            f"the import string of the app or its factory ('shop:create_app()'): {who} import it, and app{name} is"
         )
+        raise ConfigError(config_key, None, f"{allowed} not in a module")
     return found
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,12 @@ from werkzeug.utils import ImportStringError, import_string
 
 from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
 from flask_executor.backends.immediate import ImmediateBackend
+from flask_executor.backends.process import ProcessBackend
 from flask_executor.context import (
     IN_PLACE,
     NO_CONTEXT,
     CapturedContext,
+    SentContexts,
     call_to_end,
     current_app_or_none,
 )
@@ -29,7 +31,7 @@ from flask_executor.documents import describe_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
-from flask_executor.freight import SentContexts, pack_freight, unpack_freight
+from flask_executor.freight import pack_freight, unpack_freight
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name, is_one_of_many
 from flask_executor.holders import engine_holder
@@ -337,9 +339,10 @@ class Binding(JobChannel):
             raise ConfigError("SECRET_KEY", None, "set, and the same for all workers: they run only what is signed")
         return Sealer(keys, CALL)
 
-    def run_sent(self, id: str, data: bytes) -> None:
+    def run_sent(self, id: str, data: bytes, backend: Backend | None = None) -> None:
         """In a worker of an engine: run a call that was sent to it, and return when what came of it is in the store.
 
+        :param backend: what runs it; None for here and now.
         :raises UntrustedResult: when it was not packed with our secret key, or by another version.
         :raises NotPicklable: when it cannot be rebuilt.
         """
@@ -356,10 +359,24 @@ class Binding(JobChannel):
             return
         self.unfinished.add(call, None)
         leave_in_order(self)
-        call.backend = ImmediateBackend(self.config.backend_options(self._app))
+        call.backend = backend or ImmediateBackend(self.config.backend_options(self._app))
         with future.looked_at():
-            call.run()
+            call.backend.enqueue(call)
+            wait([future])
         ledger.flush(None)
+
+    def serve(self, *, burst: bool) -> None:
+        """Be a worker of the engine: run calls that were sent, in a worker process that can be ended by force.
+
+        :param burst: whether to end when there are none.
+        """
+        options = replace(self.config.backend_options(self._app, self.initializers), max_workers=1)
+        pool = ProcessBackend(options)
+        try:
+            self.backend.work(lambda job_id, data: self.run_sent(job_id, data, pool), self.stop_job, burst=burst)
+        finally:
+            pool.shutdown()
+            self.ledger.close(wait=True)
 
     def _limit(self) -> int | None:
         pending = self.config.max_pending

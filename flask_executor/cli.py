@@ -43,6 +43,7 @@ from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus
 from flask_executor.records import decode_key, encode_key
 from flask_executor.sharing import SharedLedger
+from flask_executor.troop import run_processes
 
 _LOOK = 1.0  # seconds after which a job is looked at again of which nothing was heard: its process may have died
 _PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped
@@ -165,6 +166,18 @@ def services(as_json: bool) -> None:
     for line in () if as_json else service_table(found):
         click.echo(line)
     sys.exit(0 if all(service.ready == service.workers for service in found) else 1)
+
+
+@group.command()
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many run jobs.")
+@click.option("--burst", is_flag=True, help="End when the queue is empty.")
+def worker(processes: int, burst: bool) -> None:
+    """Run jobs that web apps have sent to a queue, until Ctrl-C or SIGTERM."""
+    _, binding = _chosen()
+    if binding.backend.engine is None:
+        key = binding.config.key("EXECUTOR_TYPE")
+        raise click.ClickException(f"Jobs are run by the web app itself: set {key} to 'rq' to have workers run them.")
+    sys.exit(run_processes(processes, lambda: binding.serve(burst=burst)))
 
 
 @group.command()

@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-import contextvars
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from flask_executor.context import Snapshot, call_to_end, snapshot
+from flask_executor.context import Snapshot, snapshot
 from flask_executor.exceptions import NotPicklable, UntrustedResult
 from flask_executor.helpers import describe_error
 from flask_executor.jobs import JobOptions
@@ -22,11 +21,7 @@ from flask_executor.runner import pickled, through_pickle
 from flask_executor.seals import Sealer
 
 if TYPE_CHECKING:
-    from flask import Flask
-
     from flask_executor.runner import Call
-
-T = TypeVar("T")
 
 _VERSION = b"FE01"
 
@@ -43,20 +38,6 @@ class Freight:
     kwargs: dict[str, Any]
     #: With the name, the key and the owner.
     options: JobOptions
-
-
-@dataclass(frozen=True, slots=True)
-class SentContexts:
-    """Contexts that have come with a call, in the place of a :class:`~flask_executor.context.CapturedContext`."""
-
-    app: Flask
-    snapshot: Snapshot | None
-
-    def run(self, fn: Callable[..., T], *args: Any) -> T:
-        """Call ``fn`` in them, and in a :class:`contextvars.Context` with nothing else."""
-        if self.snapshot is None:
-            return contextvars.Context().run(call_to_end, fn, args, {})
-        return contextvars.Context().run(self.snapshot.call, self.app, fn, args, {})
 
 
 def pack_freight(call: Call[Any], sealer: Sealer) -> bytes:

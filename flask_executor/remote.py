@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from flask import Flask
 
 from flask_executor.apps import import_app
 from flask_executor.exceptions import ConfigError
+
+#: What runs the calls in a process that is a worker of one app; see :meth:`flask_executor.abc.Backend.work`.
+serving: Callable[[str, bytes], None] | None = None
 
 
 def run(app_import: str, executor_name: str, id: str, data: bytes) -> None:
@@ -18,6 +22,9 @@ def run(app_import: str, executor_name: str, id: str, data: bytes) -> None:
     :param data: the call, packed and signed.
     :raises ConfigError: when there is no such app or executor here.
     """
+    if serving is not None:
+        serving(id, data)
+        return
     app = _app(app_import)
     executor = app.extensions.get(f"{executor_name}executor")
     if executor is None:

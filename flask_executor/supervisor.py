@@ -169,7 +169,12 @@ class Supervisor:
         method = self._context.get_start_method()
         if app is None or method == "fork":
             return None
-        return import_string_of(self._options, f"worker processes started by {method!r}")
+        return import_string_of(
+            app,
+            self._options.app_import,
+            self._options.config_key("EXECUTOR_APP"),
+            f"worker processes started by {method!r}",
+        )
 
     def _wake_up(self) -> None:
         """Have the thread look at everything."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
+import threading
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+from flask_executor import remote
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.apps import import_string_of
 from flask_executor.exceptions import ExecutorShutdown, MissingExtra
@@ -41,7 +43,9 @@ class RQBackend(Backend):
         if self._shutdown:
             raise ExecutorShutdown("cannot schedule new futures after shutdown")
         if self._app_import is None:
-            self._app_import = import_string_of(self._options, "workers of RQ")
+            options = self._options
+            app, key = None if options.app is None else options.app(), options.config_key("EXECUTOR_APP")
+            self._app_import = import_string_of(app, options.app_import, key, "workers of RQ")
         limit = call.timeout
         self._queue.enqueue_call(
             "flask_executor.remote.run",
@@ -53,6 +57,10 @@ class RQBackend(Backend):
             job_id=call.job.id,
             at_front=call.priority > 0,
         )
+
+    def work(self, run: Callable[[str, bytes], None], stop: Callable[[str], object], *, burst: bool) -> None:
+        remote.serving = run
+        _Worker([self._queue], connection=self._queue.connection, stop=stop).work(burst=burst)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
         """Not without an app: use the executor's own ``submit``."""
@@ -70,3 +78,37 @@ class RQBackend(Backend):
     @property
     def capacity(self) -> None:
         return None
+
+
+class _Worker(rq.SimpleWorker):
+    """A worker of RQ that has the app loaded, and leaves it to others to run the jobs and to end them by force.
+
+    :param stop: stops a job, given its id.
+    """
+
+    def __init__(self, *args: Any, stop: Callable[[str], object], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._stop = stop
+
+    def execute_job(self, job: Any, queue: Any) -> None:
+        execution = self.prepare_execution(job)
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(self.job_monitoring_interval):
+                self.maintain_heartbeats(job, execution)
+
+        beats = threading.Thread(target=beat, name="flask-executor-heartbeat", daemon=True)
+        beats.start()
+        try:
+            self.perform_job(job, queue, execution)
+        finally:
+            ended.set()
+            beats.join()
+        self.set_state(rq.worker.WorkerStatus.IDLE)
+
+    def kill_horse(self, *_: Any) -> None:
+        """RQ's command to stop a job."""
+        id = self.get_current_job_id()
+        if id is not None:
+            self._stop(id)
