@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,11 +47,13 @@ def app(tmp_path: Path) -> Flask:
 
 
 @pytest.fixture
-def make_executor(app: Flask, no_leaks: None) -> Iterator[MakeExecutor]:
+def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) -> Iterator[MakeExecutor]:
     """``make_executor(type="process", max_workers=2)``: an executor bound to ``app``, shut down after the test."""
     made: list[Executor] = []
 
     def make(app: Flask | None = app, *, name: str = "", **config: Any) -> Executor:
+        if config.get("type") == "rq":
+            config = {**request.getfixturevalue("rq_workers"), **config}
         prefix = f"{name.upper()}_" if name else ""
         if app is not None:
             app.config.update({f"{prefix}EXECUTOR_{key.upper()}": value for key, value in config.items()})
@@ -186,7 +189,24 @@ TYPES: dict[str, dict[str, Any]] = {
     "process spawn": {"type": "process", "start_method": "spawn"},
     "process as on macOS": {"type": "process", "start_method": "fork"},
     "immediate": {},
+    "rq": {},
 }
+
+
+@pytest.fixture(scope="session")
+def rq_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Two workers of RQ, and how an app has its jobs run there."""
+    server = RedisServer(tmp_path_factory.mktemp("rq"))
+    server.start()
+    environ = {**os.environ, "FLASK_EXECUTOR_TYPE": "rq", "FLASK_EXECUTOR_URL": server.url}
+    environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
+    with (server._folder / "log").open("w") as log:
+        worker = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
+    yield {"url": server.url}
+    worker.terminate()
+    worker.wait(30)
+    server.stop()
 
 
 def without_linux(monkeypatch: pytest.MonkeyPatch) -> None:

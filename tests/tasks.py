@@ -24,6 +24,8 @@ def create_app() -> Flask:
     """The app, for workers that import it."""
     app = Flask("shop")
     app.secret_key = "not a secret in a test"
+    if app.config.from_prefixed_env() and "EXECUTOR_TYPE" in app.config:  # a worker of an engine
+        Executor(app)
     return app
 
 
