@@ -76,6 +76,10 @@ class PreparedCall(Protocol):
         """Seconds that it may run."""
 
     @property
+    def grace(self) -> float | None:
+        """Seconds between a request to leave and force; None for the executor's."""
+
+    @property
     def retried(self) -> bool:
         """Whether it may be run again."""
 

@@ -329,6 +329,7 @@ class Binding(JobChannel):
     ) -> Call[FutureProxy[Any]]:
         """A call that an engine is to have; its handle looks into the store."""
         ledger: Any = self.ledger
+        options = replace(options, grace=self.config.stop_grace)  # the worker's may be another
         call = Call(ledger.handle(job.record()), job, fn, args, kwargs, context, self, options)
         call.packed = pack_freight(call, self._sealer())
         return call
@@ -532,7 +533,7 @@ class Binding(JobChannel):
                 return True
             attempt = call.job.attempt
             if self._ask_to_leave(call, attempt, JobStatus.STOPPED):
-                self._force_after(self.config.stop_grace if grace is None else grace, call, attempt)
+                self._force_after(self._grace(call) if grace is None else grace, call, attempt)
                 return True
         return False
 
@@ -545,7 +546,10 @@ class Binding(JobChannel):
 
     def out_of_time(self, call: PreparedCall, attempt: int) -> None:
         if self._ask_to_leave(call, attempt, JobStatus.TIMED_OUT):
-            self._force_after(self.config.stop_grace, call, attempt)
+            self._force_after(self._grace(call), call, attempt)
+
+    def _grace(self, call: PreparedCall) -> float:
+        return self.config.stop_grace if call.grace is None else call.grace
 
     def _ask_to_leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> bool:
         """Ask a running job to leave; False when this attempt does not run any more."""

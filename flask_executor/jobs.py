@@ -69,6 +69,8 @@ class JobOptions:
     owner: str | None = None
     #: Seconds that it may run.
     timeout: float | None = None
+    #: Seconds between a request to leave and force.
+    grace: float | None = None
     #: Whether and when it is run again after an error.
     retry: Retry | None = None
     #: Higher ones start first; those alike in the order of submission.

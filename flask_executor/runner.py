@@ -116,6 +116,11 @@ class Call(Generic[F]):
         return self.options.timeout
 
     @property
+    def grace(self) -> float | None:
+        """Seconds between a request to leave and force; None for the executor's."""
+        return self.options.grace
+
+    @property
     def retried(self) -> bool:
         """Whether it may be run again."""
         return self.options.retry is not None
@@ -298,6 +303,7 @@ class PlainCall:
 
     priority = 0
     timeout: float | None = None
+    grace: float | None = None
     retried = False
     backend: Backend | None = None
 

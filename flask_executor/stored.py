@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from contextlib import contextmanager, suppress
@@ -115,8 +115,8 @@ class StoredFuture(FutureProxy[T]):
     def stop_requested(self) -> bool:
         return bool(self._job.stop_requested)
 
-    def log(self) -> list[LogLine]:
-        return list(self._elsewhere.store.log(self.job_id))
+    def log(self) -> Sequence[LogLine]:
+        return tuple(self._elsewhere.store.log(self.job_id))
 
     def record(self) -> Job:
         job: Job = self._job
