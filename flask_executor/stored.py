@@ -70,6 +70,7 @@ class StoredFuture(FutureProxy[T]):
     def __init__(self, record: Job, elsewhere: Elsewhere) -> None:
         self._seen = record
         self._gone_since: float | None = None
+        self._asked = False  # whether it was asked to stop with this handle; its process will note that too
         self._waiting = 0  # in result() and exception()
         super().__init__(None, elsewhere.channel)  # type: ignore[arg-type]  # see _job
         self._elsewhere = elsewhere
@@ -113,7 +114,7 @@ class StoredFuture(FutureProxy[T]):
 
     @property
     def stop_requested(self) -> bool:
-        return bool(self._job.stop_requested)
+        return self._asked or bool(self._job.stop_requested)
 
     def log(self) -> Sequence[LogLine]:
         return tuple(self._elsewhere.store.log(self.job_id))
@@ -138,6 +139,7 @@ class StoredFuture(FutureProxy[T]):
         if self._elsewhere.cancel_queued(self._seen):
             return True
         self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
+        self._asked = True
         return True
 
     def send(self, type: str, body: object = None) -> bool:
