@@ -105,9 +105,13 @@ class RedisServer:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.terminate()
-            self._process.wait(10)
-            self._process = None
+            process, self._process = self._process, None
+
+            def has_ended() -> bool:  # it does not while it writes its first append-only file, and forgets the signal
+                process.terminate()
+                return process.poll() is not None
+
+            assert wait_until(has_ended), "Redis does not end"
 
     def _answers(self) -> bool:
         import redis

@@ -17,7 +17,7 @@ from click.testing import Result
 from flask import Flask
 from tasks import add, fail
 
-from conftest import MakeExecutor, wait_until
+from conftest import MakeExecutor, require, wait_until
 from flask_executor import Executor, FutureProxy, cli, console, current_job
 
 APP = """
@@ -168,7 +168,7 @@ def terminal() -> Iterator[tuple[int, int, Callable[[], str]]]:
 @pytest.mark.parametrize("end", ["q", "Ctrl-C"])
 def test_top_in_a_terminal(shop: Shop, rich: bool, end: str) -> None:
     if rich:
-        pytest.importorskip("rich")
+        require("rich")
     else:
         (shop.folder / "rich.py").write_text("raise ImportError")
     shop.environ["TERM"] = "xterm"

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 from tasks import sleep
 
-from conftest import MakeExecutor, redis_client
+from conftest import MakeExecutor, redis_client, require
 from flask_executor import Executor, cli, doctor
 from flask_executor.config import Config
 from flask_executor.doctor import Finding, Server, read_server
@@ -145,7 +145,7 @@ def test_network_file_systems(path: str, kind: str | None) -> None:
 
 
 def test_what_redis_does_when_memory_runs_out(app: Flask, make_executor: MakeExecutor, redis_url: str) -> None:
-    pytest.importorskip("redis")
+    require("redis")
     make_executor(store=redis_url)
     ((executor, binding),) = app.extensions["flask_executor_bindings"].items()
 
