@@ -79,6 +79,7 @@ class Binding(JobChannel):
         if isinstance(self.ledger, SharedLedger) and engine is not None:
             self.ledger.engine = engine_holder(engine)
         self.unfinished = Unfinished()
+        self._sent: weakref.WeakSet[FutureProxy[Any]] = weakref.WeakSet()  # handles of jobs that an engine has
         self.name: str = executor.name
         self._executor = executor
         self._app = weakref.ref(app)
@@ -332,7 +333,21 @@ class Binding(JobChannel):
         options = replace(options, grace=self.config.stop_grace)  # the worker's may be another
         call = Call(ledger.handle(job.record()), job, fn, args, kwargs, context, self, options)
         call.packed = pack_freight(call, self._sealer())
+        self._sent.add(call.future)
         return call
+
+    def waiting_for(self) -> list[FutureProxy[Any]]:
+        """The handles of this process whose jobs have not ended, oldest first."""
+        sent = sorted(self._sent, key=lambda future: future.record().queued_at)
+        return [*self.unfinished.all(), *(future for future in sent if not future.done())]
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until there is none left, at most so many seconds; whether that is so."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self.unfinished.wait(timeout):
+            return False
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return not wait(list(self._sent), left).not_done
 
     def _sealer(self) -> Sealer:
         keys = secret_keys(self.app)
@@ -648,6 +663,10 @@ class Binding(JobChannel):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
         self._close(wait=wait, cancel_futures=cancel_futures)
+        for future in list(self._sent) if cancel_futures else ():
+            future.cancel()
+        if wait:
+            self.wait(None)
         self.services.close(wait=wait)  # after the jobs, which may use them
         self.ledger.close(wait=wait)
 

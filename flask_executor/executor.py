@@ -432,7 +432,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
     def unfinished(self) -> list[FutureProxy[Any]]:
         """The handles of all jobs in this process that have not ended, of all apps."""
-        return [*chain.from_iterable(binding.unfinished.all() for _, binding in self._bound())]
+        return [*chain.from_iterable(binding.waiting_for() for _, binding in self._bound())]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no job is left in this process, its callbacks included, of all apps, and the store knows it.
@@ -442,7 +442,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         for _, binding in self._bound():
-            if not binding.unfinished.wait(None if deadline is None else deadline - time.monotonic()):
+            if not binding.wait(None if deadline is None else deadline - time.monotonic()):
                 return False
             if not binding.ledger.flush(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return False
