@@ -46,6 +46,8 @@ class BackendOptions:
     exit_grace: float = 5.0
     #: The executor's name.
     executor_name: str = ""
+    #: Starts a job without contexts, for backends that run jobs only.
+    start: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], concurrent.futures.Future[Any]] | None = None
     #: Where the engine is; None for its own default.
     url: str | None = None
     #: The name of the queue there.

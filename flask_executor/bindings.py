@@ -129,7 +129,8 @@ class Binding(JobChannel):
                 if backend is None:
                     leave_in_order(self)
                     self._warn_of_late_settings()
-                    backend = self._backend_class(self.config.backend_options(self._app, self.initializers))
+                    options = self.config.backend_options(self._app, self.initializers)
+                    backend = self._backend_class(replace(options, start=self._start_plain))
                     if self._closed:
                         backend.shutdown()
                     self._backend = backend
@@ -221,6 +222,9 @@ class Binding(JobChannel):
         """Start a job of a service, without contexts, on the backend of that."""
         call = self._prepare(NO_CONTEXT, options, fn, args, {}, None, apart=True)
         return self._start(call, backend)
+
+    def _start_plain(self, fn: Callable[..., Any], args: Args, kwargs: Kwargs) -> FutureProxy[Any]:
+        return self.submit(NO_CONTEXT, JobOptions(), fn, args, kwargs)  # type: ignore[arg-type]
 
     def find(self, options: JobOptions) -> FutureProxy[Any] | None:
         """The job under the key in the options; None when one would be started now."""

@@ -63,8 +63,10 @@ class RQBackend(Backend):
         _Worker([self._queue], connection=self._queue.connection, stop=stop).work(burst=burst)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
-        """Not without an app: use the executor's own ``submit``."""
-        raise NotImplementedError("workers of RQ run the jobs of an app: use executor.submit()")
+        """Run a plain function, outside of all contexts, as any executor does."""
+        if self._options.start is None:
+            raise RuntimeError("workers of RQ run jobs of an app, and this backend was made without one")
+        return self._options.start(fn, args, kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more; jobs go on without this process."""
