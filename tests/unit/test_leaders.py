@@ -394,8 +394,7 @@ def test_who_leads_since_is_not_kept_alive(join: Callable[..., Pair], app: Flask
         return int(service.call("pid").result(10))
 
     pid = follow()
-    gc.collect()
-    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    assert wait_until(lambda: gc.collect() >= 0 and not Path(f"/proc/{pid}").exists())
 
 
 def app_of(executor: Executor) -> Flask:

@@ -1027,6 +1027,7 @@ def test_the_store_is_not_closed_while_the_recorder_takes_its_leave(
         StoreOptions(url=f"sqlite:///{tmp_path}/jobs.sqlite", space="shop", result_ttl=60, max_records=10)
     )
     leaves, goes_on, done = threading.Event(), threading.Event(), []
+    close = store.close
 
     def leave(holder: str) -> None:
         leaves.set()
@@ -1043,3 +1044,4 @@ def test_the_store_is_not_closed_while_the_recorder_takes_its_leave(
     assert done == []
     goes_on.set()
     assert wait_until(lambda: done == ["left", "closed"])
+    close()
