@@ -217,6 +217,7 @@ class RunningJob:
         _running.set(self)
         self._thread = threading.get_ident()
         try:
+            self.checkpoint()  # who has wanted to interrupt it before there was a thread had asked it to leave first
             return fn(*args)
         finally:
             # The exception of interrupt() may strike here as well. It strikes once, so it is over when

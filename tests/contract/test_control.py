@@ -187,6 +187,17 @@ class TestForce:
         assert neighbour.result(10) is None
         assert executor.submit(add, 1).result(10) == 1
 
+    def test_a_job_that_is_stopped_as_it_begins_does_not_begin(self, executor: Executor, path: str) -> None:
+        def stop(_: Any, job: Any) -> None:
+            future = executor.futures.get(job.key)
+            assert future is not None
+            future.stop(grace=0)
+
+        with job_started.connected_to(stop, executor):
+            future = executor.submit_stored("report", tasks.spin, path)
+            assert isinstance(future.exception(10), JobStopped)
+        assert future.status in ("stopped", "killed")
+
     def test_a_thread_in_a_call_of_the_system_goes_on(self, make_executor: MakeExecutor) -> None:
         executor = make_executor(max_workers=1)
         future = executor.submit(sleep, 0.6)
