@@ -200,8 +200,14 @@ class TestForce:
 
     def test_a_thread_in_a_call_of_the_system_goes_on(self, make_executor: MakeExecutor) -> None:
         executor = make_executor(max_workers=1)
-        future = executor.submit(sleep, 0.6)
-        assert wait_until(future.running)
+        begun = threading.Event()
+
+        def work() -> None:
+            begun.set()
+            time.sleep(0.6)
+
+        future = executor.submit(work)
+        assert begun.wait(10)
         future.stop(grace=0)
         assert (future.status, future.stop_requested) == ("running", True)
         following = executor.submit(add, 1)
