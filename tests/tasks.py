@@ -166,6 +166,7 @@ def spin(path: str | None = None) -> NoReturn:
 
 def swallow_everything(path: str) -> str:
     """Refuses to leave."""
+    Path(f"{path}.started").touch()
     while not Path(path).exists():
         try:
             current_job.sleep(0.005)

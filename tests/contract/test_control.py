@@ -135,7 +135,7 @@ class TestStop:
         self, executor: Executor, start: Start, path: str
     ) -> None:
         future = start(tasks.swallow_everything, path)
-        assert wait_until(future.running)
+        assert wait_until(Path(f"{path}.started").exists)
         future.stop(grace=60)
         time.sleep(0.05)
         record = executor.jobs.get(future.job_id)

@@ -139,6 +139,7 @@ def test_timeouts_and_stops_count_from_the_begin(join: Callable[..., Pair], tmp_
     assert first.call("pid").result(10) == pid, "nobody had to be killed"
     blocking = second.call("block", 20)
     assert wait_until(blocking.running)
+    time.sleep(0.2)  # it has really begun, or it would just leave
     blocking.stop(grace=0)
     with pytest.raises(JobStopped):
         blocking.result(10)
