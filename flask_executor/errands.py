@@ -19,6 +19,8 @@ from flask_executor.services import ServiceStatus
 
 #: The number of the frame by which a leader says that it listens: what is sent from then on arrives.
 WELCOME = 1 << 63
+#: Why nothing is taken in any more.
+SHUT = "this executor was shut down in this process, and takes no more messages"
 
 
 @dataclass(slots=True)

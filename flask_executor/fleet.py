@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from flask_executor.abc import BackendOptions
 from flask_executor.context import call_to_end
 from flask_executor.crews import Crew, Owner, Remote, packed
-from flask_executor.errands import StopCall
+from flask_executor.errands import SHUT, StopCall
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.incoming import Incoming
@@ -25,7 +25,6 @@ from flask_executor.services import ServiceDefinition, ServiceStatus
 T = TypeVar("T")
 Handlers = Mapping[tuple[str, str], Callable[[Any], object]]
 
-_SHUT = "this executor was shut down in this process, and takes no more messages"
 _LOOK = 0.01  # seconds between two looks whether something has ended
 _LAST_MOMENT = 1.0  # seconds in which services may still send the first message to another, and in which those end
 # that could not before, as others that send them messages went on
@@ -89,7 +88,7 @@ class Services:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ExecutorShutdown(_SHUT)
+            raise ExecutorShutdown(SHUT)
 
     def lead(self) -> None:
         """This process leads from now on."""
@@ -107,7 +106,7 @@ class Services:
             crew = self._crews.get(name)
             if crew is None:
                 if self._ended:
-                    raise ExecutorShutdown(_SHUT)
+                    raise ExecutorShutdown(SHUT)
                 self._owner.leave_in_order()
                 crew = Crew(self._definitions[name], self._owner, self._options(), self._incoming.take)
                 crew.start()

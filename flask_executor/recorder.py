@@ -168,8 +168,7 @@ class Recorder:
         """As :meth:`close`, and close the store after that; the app is gone."""
         with self._changed:
             self._disposed = True
-            self._closing = True
-            self._changed.notify_all()
+            self.close(wait=False)
             thread = self._thread
         if thread is None:
             self._store.close()

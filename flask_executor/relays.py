@@ -18,7 +18,7 @@ from operator import itemgetter
 from types import MappingProxyType
 
 from flask_executor.abc import Backend, PreparedCall
-from flask_executor.errands import WELCOME, Errand, Leader, StopCall, Talk
+from flask_executor.errands import SHUT, WELCOME, Errand, Leader, StopCall, Talk
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.inherited import not_for_children
 from flask_executor.jobs import JobMessage, JobStatus
@@ -190,11 +190,11 @@ class Relay(Backend):
     def _put(self, item: Item) -> None:
         with self._lock:
             if self._closed:
-                raise ExecutorShutdown(_SHUT)
+                raise ExecutorShutdown(SHUT)
             if self._here is not None:
                 leader = self._here()
                 if leader is None:
-                    raise ExecutorShutdown(_SHUT)
+                    raise ExecutorShutdown(SHUT)
                 _do_here(item, leader)
                 return
             line = self._line(_service_of(item))
@@ -491,9 +491,6 @@ class Relay(Backend):
             self._mail.clear()
             self._here = weakref.ref(leader)
             self._emptied.notify_all()
-
-
-_SHUT = "this executor was shut down in this process, and takes no more messages"
 
 
 def _service_of(item: Item) -> str:

@@ -51,6 +51,12 @@ def join(app: Flask, make_executor: MakeExecutor, tmp_path: Path) -> Callable[..
     return join
 
 
+def busy_until(service: Any, path: Path) -> None:
+    """Have its worker wait for this file, and wait until it does."""
+    running = service.call("wait for", str(path))
+    assert wait_until(running.running)
+
+
 def test_one_leads_and_the_other_follows(join: Callable[..., Pair], tmp_path: Path) -> None:
     (_, first), (_, second) = join(str(tmp_path)), join(str(tmp_path))
     assert first.call("add", 1).result(10) == 2
@@ -77,8 +83,7 @@ def test_a_follower_stops_a_service_behind_what_it_has_sent(join: Callable[..., 
     first.start()
     second.start()
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     second.send("note", 1)
     seen = second.call("seen")
     stopping = threading.Thread(target=second.stop)
@@ -108,8 +113,7 @@ def test_large_messages_both_ways(join: Callable[..., Pair]) -> None:
 def test_a_call_that_waits_is_cancelled(join: Callable[..., Pair], tmp_path: Path) -> None:
     (_, first), (_, second) = join(), join()
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     waiting = [second.call("note", number) for number in range(3)]
     assert [future.status for future in waiting] == ["queued"] * 3
     assert waiting[1].cancel()
@@ -123,8 +127,7 @@ def test_timeouts_and_stops_count_from_the_begin(join: Callable[..., Pair], tmp_
     (_, first), (_, second) = join(), join()
     pid = first.call("pid").result(10)
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     waiting = second.call("sleep", 0, timeout=0.3)
     assert not wait_until(lambda: waiting.status != "queued", 0.5), "its time has not begun"
     path.touch()
@@ -185,8 +188,7 @@ def test_many_at_once(join: Callable[..., Pair]) -> None:
 def test_too_many_messages_for_the_leader(join: Callable[..., Pair], tmp_path: Path) -> None:
     (_, first), (_, second) = join(max_pending=5), join(max_pending=5)
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     for number in range(5):
         second.send("note", number)
     assert wait_until(lambda: first.status().waiting == 5)
@@ -262,8 +264,7 @@ def test_a_leader_that_reads_slowly_gets_everything(join: Callable[..., Pair]) -
 def test_more_messages_than_the_leader_takes(join: Callable[..., Pair], tmp_path: Path) -> None:
     (_, first), (_, second) = join(max_pending=10), join(max_pending=10)
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     for number in range(100):
         second.send("note", number)
     path.touch()
@@ -279,8 +280,7 @@ def test_more_messages_than_the_leader_takes(join: Callable[..., Pair], tmp_path
 def test_order_when_the_leader_takes_no_more(join: Callable[..., Pair], tmp_path: Path) -> None:
     (_, first), (_, second) = join(max_pending=10), join(max_pending=10)
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     for number in range(300):
         second.send("note", number)
     begin = time.process_time()
@@ -303,8 +303,7 @@ def test_one_service_that_takes_no_more_does_not_hold_up_another(join: Callable[
     (_, first), (_, second) = pairs
     other_first, other_second = (executor.service(Counter, name="other") for executor, _ in pairs)
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     other_first.start()
     for number in range(100):
         second.send("note", number)
@@ -368,8 +367,7 @@ def test_what_a_call_reports_and_is_told(join: Callable[..., Pair], tmp_path: Pa
     assert looping.progress == 0.5
     looping.stop()
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     waiting = [second.call("receive") for _ in range(2)]
     for number, future in enumerate(waiting):
         assert future.send("number", number)
@@ -407,8 +405,7 @@ def app_of(executor: Executor) -> Flask:
 def test_a_follower_that_ends_has_given_all_away(join: Callable[..., Pair], tmp_path: Path) -> None:
     (_, first), (follower, second) = join(max_pending=10), join(max_pending=10)
     path = tmp_path / "go on"
-    running = first.call("wait for", str(path))
-    assert wait_until(running.running)
+    busy_until(first, path)
     for number in range(100):
         second.send("note", number)
     threading.Timer(0.3, path.touch).start()
