@@ -445,18 +445,18 @@ def given(**arguments: Any) -> dict[str, Any]:
 
 
 def log_exceptions() -> None:
-    """In all the ways in which apps do it; the exceptions have a 1234 in them."""
+    """In all the ways in which apps do it; the exceptions have the password in them."""
     log = logging.getLogger("shop")
     try:
-        raise ValueError("the password is 1234")
+        raise ValueError("the password is hunter2")
     except ValueError:
         log.exception("")
         log.error(traceback.format_exc())
         log.error("failed: %s", traceback.format_exc())
-    log.error("plain", exc_info=ValueError("1234"))
+    log.error("plain", exc_info=ValueError("hunter2"))
     log.error("stack", stack_info=True)
     try:
-        raise KeyError("page") from ValueError("1234")
+        raise KeyError("page") from ValueError("hunter2")
     except KeyError:
         log.exception("chained")
         log.error("by hand: %s", traceback.format_exc())

@@ -75,7 +75,7 @@ def test_it_stays_where_it_was_scrolled_to(tabs: Tabs, shop: Shop) -> None:
 def test_failed_and_tried_again(tabs: Tabs, shop: Shop) -> None:
     puppet = shop.puppet()
     page = tabs.open(puppet.url)
-    puppet.fail("the password is 1234")
+    puppet.fail("the password is hunter2")
     expect_status(page, "Failed")
     expect(part(page, "error")).to_have_text("Something went wrong.")
     expect(page).to_have_title(re.compile("^Failed"))
@@ -83,7 +83,7 @@ def test_failed_and_tried_again(tabs: Tabs, shop: Shop) -> None:
     tabs.excuse("the server responded with a status of 500")
     page.reload()
     expect(part(page, "error")).to_have_text("Something went wrong.")
-    assert "1234" not in page.content()
+    assert "hunter2" not in page.content()
     puppet.forget_orders()
     retry_button(page).click()
     expect_status(page, "Running")

@@ -155,10 +155,10 @@ def test_stop(client: FlaskClient, gate: Any) -> None:
 
 
 def test_failure_and_retry(client: FlaskClient) -> None:
-    url = client.post("/jobs/run/fail", json={"message": "the password is 1234"}).headers["Location"]
+    url = client.post("/jobs/run/fail", json={"message": "the password is hunter2"}).headers["Location"]
     failed = ended(client, url)
     assert (failed["status"], failed["error"]) == ("failed", None)
-    assert "1234" not in json.dumps(failed), "errors and arguments are not told to everybody"
+    assert "hunter2" not in json.dumps(failed), "errors and arguments are not told to everybody"
     assert problem(client.get(f"{url}/result"), 409)["detail"] == "The job has no result: it has failed."
     again = client.post(failed["links"]["retry"])
     assert document(again, 202)["meta"] == {}
@@ -774,7 +774,7 @@ def test_tracebacks_in_the_log_are_for_those_who_may_see_them(
 
     def work() -> None:
         try:
-            raise ValueError("the password is 1234")
+            raise ValueError("the password is hunter2")
         except ValueError:
             app.logger.exception("it did not work")
 
@@ -785,7 +785,7 @@ def test_tracebacks_in_the_log_are_for_those_who_may_see_them(
     ended(client, url)
     assert [line["text"] for line in document(client.get(f"{url}/log"))["lines"]] == ["it did not work"]
     admins.actions = {"log"}
-    assert "1234" in document(client.get(f"{url}/log"))["lines"][0]["text"]
+    assert "hunter2" in document(client.get(f"{url}/log"))["lines"][0]["text"]
 
 
 def test_jobs_of_another_executor(make_executor: MakeExecutor) -> None:
@@ -920,7 +920,7 @@ def test_what_an_app_writes_of_exceptions_into_its_log(app: Flask, executor: Exe
     assert texts == ["", "", "failed:", "plain", "stack", "chained", ""]
     admins.actions = {"log"}
     shown = [line["text"] for line in document(client.get(f"{url}/log"))["lines"]]
-    assert sum("1234" in text for text in shown) == 6
+    assert sum("hunter2" in text for text in shown) == 6
     assert "stack\nStack (most recent call last):" in shown[4]
 
 

@@ -245,13 +245,13 @@ def test_48_pages_start_one_job(client: FlaskClient, app: Flask, gate: Gate) -> 
 def test_a_failed_job_ends_the_page_and_can_be_tried_again(
     client: FlaskClient, executor: Executor, gate: Gate, views: list[str]
 ) -> None:
-    gate.error = ValueError("the password is 1234")
+    gate.error = ValueError("the password is hunter2")
     gate.open.set()
     client.get("/report", headers=PAGE)
     drain(executor)
     answer = client.get("/report", headers=PAGE)
     assert answer.status_code == 500
-    assert "1234" not in answer.text
+    assert "hunter2" not in answer.text
     assert "http-equiv" not in answer.text, "it would be loaded again for ever"
     as_json = client.get("/report", headers={"Accept": "application/json"})
     assert as_json.status_code == 500
