@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from flask_executor.control import RunningJob
 
 
+def _unbound(fn: Callable[..., Any], *_: object) -> concurrent.futures.Future[Any]:
+    raise RuntimeError("this backend runs jobs of an app, and was made without one")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackendOptions:
     """What a backend is made from."""
@@ -47,7 +51,7 @@ class BackendOptions:
     #: The executor's name.
     executor_name: str = ""
     #: Starts a job without contexts, for backends that run jobs only.
-    start: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], concurrent.futures.Future[Any]] | None = None
+    start: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], concurrent.futures.Future[Any]] = _unbound
     #: Where the engine is; None for its own default.
     url: str | None = None
     #: The name of the queue there.
@@ -72,6 +76,10 @@ class PreparedCall(Protocol):
     @property
     def priority(self) -> int:
         """Higher ones are to start first."""
+
+    @property
+    def delay(self) -> float:
+        """Seconds before which it is not to start."""
 
     @property
     def timeout(self) -> float | None:
@@ -190,12 +198,23 @@ class Backend(concurrent.futures.Executor):
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
 
-    def work(self, run: Callable[[str, bytes], None], stop: Callable[[str], object], *, burst: bool) -> None:
+    def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         """Be a worker of the engine, in the main thread, until a signal says to end.
 
-        :param run: runs a call that was sent, given the id of its job.
-        :param stop: stops a job, given its id.
+        Calls that were sent are run with :func:`flask_executor.remote.run`.
+
+        :param stop: stops a job, given its id, for engines that can be told to.
+        :param processes: how many workers, at one job each.
         :param burst: whether to end when the queue is empty.
+        """
+        raise NotImplementedError
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait in the queue of the engine, of whichever process.
+
+        :raises NotImplementedError: for an engine that does not tell.
+        :raises EngineUnavailable: when it cannot be reached.
         """
         raise NotImplementedError
 

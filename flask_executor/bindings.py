@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 from werkzeug.utils import ImportStringError, import_string
 
 from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
-from flask_executor.backends.immediate import ImmediateBackend
-from flask_executor.backends.process import ProcessBackend
+from flask_executor.consumer import Consumer
 from flask_executor.context import (
     IN_PLACE,
     NO_CONTEXT,
     CapturedContext,
-    SentContexts,
     call_to_end,
     current_app_or_none,
 )
@@ -31,7 +29,7 @@ from flask_executor.documents import describe_job
 from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
-from flask_executor.freight import pack_freight, unpack_freight
+from flask_executor.freight import pack_freight
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name, is_one_of_many
 from flask_executor.holders import engine_holder
@@ -40,6 +38,7 @@ from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.pending import Retries, Unfinished
+from flask_executor.remote import register
 from flask_executor.runner import Call, Chunk
 from flask_executor.seals import CALL, Sealer
 from flask_executor.serial import callbacks_of_this_thread
@@ -76,8 +75,11 @@ class Binding(JobChannel):
         self._backend_class = _backend_class(config)
         engine = self._backend_class.engine
         self.ledger: Ledger = open_ledger(config, app, self, engine)
+        self.consumer: Consumer | None = None
         if isinstance(self.ledger, SharedLedger) and engine is not None:
             self.ledger.engine = engine_holder(engine)
+            self.consumer = Consumer(self, self.ledger)
+            register(app, executor.name, self.consumer)
         self.unfinished = Unfinished()
         self._sent: weakref.WeakSet[FutureProxy[Any]] = weakref.WeakSet()  # handles of jobs that an engine has
         self.name: str = executor.name
@@ -158,9 +160,10 @@ class Binding(JobChannel):
             logger.exception("The services cannot be started.")
 
     def _make_services(self) -> Services:
-        return Services(self, self._service_options, self._executor.services, self._executor.handlers)
+        return Services(self, self.worker_options, self._executor.services, self._executor.handlers)
 
-    def _service_options(self) -> BackendOptions:
+    def worker_options(self) -> BackendOptions:
+        """What worker processes are made from."""
         return self.config.backend_options(self._app, self.initializers)
 
     @property
@@ -336,7 +339,7 @@ class Binding(JobChannel):
         ledger: Any = self.ledger
         options = replace(options, grace=self.config.stop_grace)  # the worker's may be another
         call = Call(ledger.handle(job.record()), job, fn, args, kwargs, context, self, options)
-        call.packed = pack_freight(call, self._sealer())
+        call.packed = pack_freight(call, self.sealer())
         self._sent.add(call.future)
         return call
 
@@ -353,50 +356,15 @@ class Binding(JobChannel):
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         return not wait(list(self._sent), left).not_done
 
-    def _sealer(self) -> Sealer:
+    def sealer(self) -> Sealer:
+        """What signs and checks calls that are sent to an engine.
+
+        :raises ConfigError: without a secret key.
+        """
         keys = secret_keys(self.app)
         if not keys:
             raise ConfigError("SECRET_KEY", None, "set, and the same for all workers: they run only what is signed")
         return Sealer(keys, CALL)
-
-    def run_sent(self, id: str, data: bytes, backend: Backend | None = None) -> None:
-        """In a worker of an engine: run a call that was sent to it, and return when what came of it is in the store.
-
-        :param backend: what runs it; None for here and now.
-        :raises UntrustedResult: when it was not packed with our secret key, or by another version.
-        :raises NotPicklable: when it cannot be rebuilt.
-        """
-        freight = unpack_freight(id, data, self._sealer())
-        app, ledger, options = self.app, self.ledger, freight.options
-        if app is None or not isinstance(ledger, SharedLedger):
-            raise RuntimeError("the worker's app has no store that it shares with the app that has sent this job")
-        job = LiveJob(options.name or callable_name(freight.fn), options.key, options.owner, id=id)
-        job.queued_at = freight.queued_at
-        future: FutureProxy[Any] = FutureProxy(job, self)
-        context: Any = SentContexts(app, freight.contexts)
-        call = Call(future, job, freight.fn, freight.args, freight.kwargs, context, self, options)
-        if not ledger.adopt(call):
-            return
-        self.unfinished.add(call, None)
-        leave_in_order(self)
-        call.backend = backend or ImmediateBackend(self.config.backend_options(self._app))
-        with future.looked_at():
-            call.backend.enqueue(call)
-            wait([future])
-        ledger.flush(None)
-
-    def serve(self, *, burst: bool) -> None:
-        """Be a worker of the engine: run calls that were sent, in a worker process that can be ended by force.
-
-        :param burst: whether to end when there are none.
-        """
-        options = replace(self.config.backend_options(self._app, self.initializers), max_workers=1)
-        pool = ProcessBackend(options)
-        try:
-            self.backend.work(lambda job_id, data: self.run_sent(job_id, data, pool), self.stop_job, burst=burst)
-        finally:
-            pool.shutdown()
-            self.ledger.close(wait=True)
 
     def _limit(self) -> int | None:
         pending = self.config.max_pending
@@ -499,6 +467,11 @@ class Binding(JobChannel):
 
     # ---- the channel ----
 
+    @property
+    def channel(self) -> JobChannel:
+        """What calls report to."""
+        return self
+
     def started(self, job: LiveJob) -> None:
         self.ledger.stepped(job)
         if job_started.receivers:
@@ -592,6 +565,8 @@ class Binding(JobChannel):
     def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
         if call.future.done():  # cancelled in the instant in which it was queued again
             return
+        if self.consumer is not None and self.consumer.postpone(call, delay):
+            return
         self.ledger.stepped(call.job)
         if self._closed:
             call.give_up(error)
@@ -617,7 +592,7 @@ class Binding(JobChannel):
 
     def _aside(self, fn: Callable[[], object]) -> None:
         backend, callbacks = self._backend, callbacks_of_this_thread()
-        if callbacks is not None:
+        if callbacks is not None:  # as in the threads that look after worker processes
             callbacks.run(fn)
         elif backend is not None:
             backend.aside(fn)
@@ -680,6 +655,8 @@ class Binding(JobChannel):
             backend = self._backend
         for call, error in self._retries.clear():
             call.give_up(error)
+        if self.consumer is not None:
+            self.consumer.close(wait=wait)
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
@@ -693,6 +670,8 @@ class Binding(JobChannel):
                 self._cut_off()
         if self._backend is not None:
             self._backend.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
+        if self.consumer is not None:
+            self.consumer.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
         self.services.leave(max(deadline, time.monotonic() + self.config.stop_grace))
         self.ledger.give_up(self.config.stop_grace)
         self.ledger.close(wait=False)
@@ -722,6 +701,8 @@ class Binding(JobChannel):
         self._lock = threading.RLock()
         self._retries = Retries()
         self._backend = None
+        if self.consumer is not None:
+            self.consumer.after_fork()
         self.services.after_fork()
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
             self.unfinished = Unfinished()

@@ -43,7 +43,6 @@ from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus
 from flask_executor.records import decode_key, encode_key
 from flask_executor.sharing import SharedLedger
-from flask_executor.troop import run_processes
 
 _LOOK = 1.0  # seconds after which a job is looked at again of which nothing was heard: its process may have died
 _PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped
@@ -174,10 +173,10 @@ def services(as_json: bool) -> None:
 def worker(processes: int, burst: bool) -> None:
     """Run jobs that web apps have sent to a queue, until Ctrl-C or SIGTERM."""
     _, binding = _chosen()
-    if binding.backend.engine is None:
+    if binding.consumer is None:
         key = binding.config.key("EXECUTOR_TYPE")
         raise click.ClickException(f"Jobs are run by the web app itself: set {key} to 'rq' to have workers run them.")
-    sys.exit(run_processes(processes, lambda: binding.serve(burst=burst)))
+    binding.consumer.serve(processes=processes, burst=burst)
 
 
 @group.command()

@@ -177,6 +177,23 @@ class StoreUnavailable(ExecutorError, ConnectionError):
         return f"The job store {self.where} is not available: {self.why}"
 
 
+class EngineUnavailable(ExecutorError, ConnectionError):
+    """The broker or scheduler that jobs are sent to cannot be reached; the job was not accepted.
+
+    :param what: what is there: Redis, a broker, a scheduler.
+    :param url: where.
+    :param key: the config key that says where.
+    :param why: what is wrong.
+    """
+
+    def __init__(self, what: str, url: str, key: str, why: str) -> None:
+        super().__init__(what, url, key, why)
+        self.what, self.url, self.key, self.why = what, url, key, why
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.url} ({self.key}) cannot be reached, and no job is accepted: {self.why}"
+
+
 class RemoteTraceback(ExecutorError):
     """The traceback that an error had in the worker process, as text; the ``__cause__`` of that error here."""
 

@@ -1,39 +1,83 @@
-"""What workers of other systems run."""
+"""What workers of other systems run: a call that an app has sent there, in that app."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Protocol
 
 from flask import Flask
 
-from flask_executor.apps import import_app
+from flask_executor.abc import BackendOptions
+from flask_executor.apps import find_import_string, import_app
+from flask_executor.context import current_app_or_none
 from flask_executor.exceptions import ConfigError
 
-#: What runs the calls in a process that is a worker of one app; see :meth:`flask_executor.abc.Backend.work`.
-serving: Callable[[str, bytes], None] | None = None
+_CONSUMERS = "flask_executor_consumers"  # in app.extensions: what runs calls, by the executor's name
+
+#: Import string of an app or None, the app's name, the name of the executor there.
+Address = tuple[str | None, str, str]
+
+#: The app of this process, if it is a worker of one; see :meth:`flask_executor.abc.Backend.work`.
+serving: Flask | None = None
 
 
-def run(app_import: str, executor_name: str, id: str, data: bytes) -> None:
-    """Run a call that an app has sent, in the app that it names.
+def address_of(options: BackendOptions) -> Address:
+    """Where workers find the app, and the executor in it, of a backend that has these options."""
+    app = None if options.app is None else options.app()
+    if app is None:
+        raise RuntimeError("workers of other systems run jobs of an app, and this backend was made without one")
+    return options.app_import or find_import_string(app), app.name, options.executor_name
 
-    :param executor_name: of the executor in that app.
+
+def run(address: Address, id: str, data: bytes) -> float | None:
+    """Run a call that an app has sent, and return when what came of it is written down.
+
+    :param address: where the app is; in a worker that has it loaded already only the names count.
     :param id: of the job.
     :param data: the call, packed and signed.
+    :return: None; in how many seconds the engine is to run it again.
     :raises ConfigError: when there is no such app or executor here.
+    :raises UntrustedResult: when the call was not signed with the app's secret key, or packed by another version.
+    :raises NotPicklable: when it cannot be rebuilt here.
     """
-    if serving is not None:
-        serving(id, data)
-        return
-    app = _app(app_import)
-    executor = app.extensions.get(f"{executor_name}executor")
-    if executor is None:
-        raise ConfigError("EXECUTOR_APP", app_import, f"an app that has an executor named {executor_name!r}")
-    with app.app_context():
-        binding = executor._binding()[1]
-    binding.run_sent(id, data)
+    return _consumer(address).run(id, data)
+
+
+class Consumes(Protocol):
+    """What runs the calls that were sent to an executor; :class:`flask_executor.consumer.Consumer`."""
+
+    def run(self, id: str, data: bytes) -> float | None:
+        """Run a call."""
+
+
+def register(app: Flask, name: str, consumer: Consumes) -> None:
+    """Have calls that are sent to this executor of the app run by ``consumer``."""
+    app.extensions.setdefault(_CONSUMERS, {})[name] = consumer
+
+
+def _consumer(address: Address) -> Consumes:
+    import_string, app_name, name = address
+    for app in (serving, current_app_or_none()):
+        if app is not None and app.name == app_name and name in app.extensions.get(_CONSUMERS, ()):
+            return _registered(app, name)
+    if import_string is None:
+        raise ConfigError(
+            "EXECUTOR_APP",
+            None,
+            f"set where jobs are submitted, to the import string of the app or its factory ('shop:create_app()'): this "
+            f"worker has no app {app_name!r} loaded",
+        )
+    app = _imported(import_string)
+    if name not in app.extensions.get(_CONSUMERS, ()):
+        raise ConfigError("EXECUTOR_APP", import_string, f"an app that has an executor {name!r} for an engine")
+    return _registered(app, name)
+
+
+def _registered(app: Flask, name: str) -> Consumes:
+    consumer: Consumes = app.extensions[_CONSUMERS][name]
+    return consumer
 
 
 @functools.cache
-def _app(app_import: str) -> Flask:
-    return import_app(app_import, "EXECUTOR_APP")
+def _imported(import_string: str) -> Flask:
+    return import_app(import_string, "EXECUTOR_APP")

@@ -111,6 +111,11 @@ class Call(Generic[F]):
         return self.options.priority
 
     @property
+    def delay(self) -> float:
+        """Seconds before which it is not to start."""
+        return self.options.delay
+
+    @property
     def timeout(self) -> float | None:
         """Seconds that it may run."""
         return self.options.timeout
@@ -302,6 +307,7 @@ class PlainCall:
     """A call without contexts, for those who use a backend as the plain executor that it is."""
 
     priority = 0
+    delay = 0.0
     timeout: float | None = None
     grace: float | None = None
     retried = False

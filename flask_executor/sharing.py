@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from flask_executor.runner import Call
 
 _PATIENCE = 5.0  # seconds to wait until something is written
+_AGAIN = 0.5  # seconds until a store that was not available is tried again
 _REDIS = "redis://localhost:6379/0"
 
 
@@ -79,6 +80,7 @@ class SharedLedger(Ledger):
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
         self._sealer: Sealer | None = None
         self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
+        self._adopted: set[str] = set()  # ids of jobs of this process that an engine has sent
         self._parts: list[Any] = []
         self._make_parts()
         self.records = SharedRecords(self._memory, store, self._is_written)
@@ -161,6 +163,10 @@ class SharedLedger(Ledger):
         An engine may give a job to somebody else when a worker has died.
         """
         job = call.job
+        if call.retried:  # then the record knows which attempt this is
+            known = self.store.get(job.id)
+            if known is not None:
+                job.attempt, job.error = known.attempt, known.error
         entry = Entry(job=job.record(), holder=self._recorder.holder)
         there = self.store.take(entry, self.engine)
         if there is not None:
@@ -168,10 +174,39 @@ class SharedLedger(Ledger):
             if there is not None and there.status is not JobStatus.LOST:
                 return False
             self.store.write([entry])
+        self._adopted.add(job.id)
         self._handles[job.id] = call.future
         self._memory.add(job)
         self._recorder.add(job, claimed=True)
         return True
+
+    def is_adopted(self, id: str) -> bool:
+        """Whether this process has a job from an engine."""
+        return id in self._adopted
+
+    def hand_back(self, job: LiveJob) -> None:
+        """Have a job belong to the engine again, which waits until the store has that."""
+        self._handles.pop(job.id, None)
+        self._recorder.flush(None)
+        self._recorder.forget(job.id)
+        self._memory.remove(job.id)
+        while True:
+            try:
+                self.store.write([Entry(job=job.record(), holder=self.engine or "")])
+                break
+            except StoreUnavailable as error:
+                logger.warning("Job %s is to be tried again, and has to wait: %s", job.id, error)
+                time.sleep(_AGAIN)
+        self._adopted.discard(job.id)
+
+    def refuse(self, id: str, error: Exception) -> None:
+        """A job that waits in the queue of an engine cannot be run."""
+        job = self.store.get(id)
+        if job is None or job.status is not JobStatus.QUEUED or self.engine is None:
+            return
+        failed = replace(job, status=JobStatus.FAILED, error=describe_error(error), ended_at=time.time())
+        outcome = self._seal().seal(id, Kind.ERROR, self._packed_error(error))
+        self.store.take(Entry(job=failed, holder=self.engine, outcome=outcome), self.engine)
 
     def cancel_queued(self, job: Job) -> bool:
         if self.engine is None or job.status is not JobStatus.QUEUED:
@@ -202,6 +237,7 @@ class SharedLedger(Ledger):
 
     def ended(self, job: LiveJob, error: BaseException | None) -> None:
         self._memory.end(job)
+        self._adopted.discard(job.id)
         if self._recorder.tracks(job.id):
             outcome = self._outcomes.pop(job.id, None)
             try:
@@ -221,9 +257,15 @@ class SharedLedger(Ledger):
 
     def _requested(self, request: StopRequest) -> None:
         """Another process wants one of our jobs to be stopped."""
+        self._requests.run(lambda: self._meet(request))
+
+    def _meet(self, request: StopRequest) -> None:
         future = self._handles.get(request.id)
-        if future is not None:
-            self._requests.run(future.cancel if request.only_queued else lambda: future.stop(request.grace))
+        if future is not None and (future.cancel() if request.only_queued else future.stop(request.grace)):
+            return
+        job = None if self.engine is None else self.store.get(request.id)
+        if job is not None and not job.status.ended and not self.cancel_queued(job) and not request.only_queued:
+            self.store.ask_to_stop(request)  # the engine has it again, or has given it to somebody else
 
     # ---- jobs of other processes ----
 
@@ -301,6 +343,7 @@ class SharedLedger(Ledger):
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
         self._outcomes = {}
+        self._adopted = set()
         self._make_parts()
         for futures in (self.futures, self.hidden):
             futures.after_fork()

@@ -15,14 +15,14 @@ from flask_executor.logs import logger
 _PAUSE = 1.0  # seconds after which one that died is started again
 
 
-def run_processes(count: int, work: Callable[[], object]) -> int:
-    """Run so many processes that do ``work`` until they return, or are told to by SIGTERM or Ctrl-C; an exit code.
+def run_processes(count: int, work: Callable[[], object]) -> None:
+    """Run so many processes that do ``work`` until they return, or are told to by SIGTERM or Ctrl-C.
 
     One alone is this process itself.
     """
     if count == 1:
         work()
-        return 0
+        return
     pids = {_fork(work) for _ in range(count)}
     ending = False
 
@@ -46,7 +46,6 @@ def run_processes(count: int, work: Callable[[], object]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 0
 
 
 def _fork(work: Callable[[], object]) -> int:

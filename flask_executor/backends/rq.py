@@ -1,17 +1,25 @@
-"""Jobs run by workers of RQ, on any number of machines."""
+"""Jobs run by workers of RQ, on any number of machines.
+
+``flask executor worker`` runs RQ's own worker with the app loaded; ``rq worker`` imports the app for each job.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import datetime
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
-from flask_executor import remote
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.apps import import_string_of
-from flask_executor.exceptions import ExecutorShutdown, MissingExtra
+from flask_executor.exceptions import EngineUnavailable, ExecutorShutdown, MissingExtra
+from flask_executor.helpers import without_password
+from flask_executor.remote import Address, address_of
+from flask_executor.remote import run as run_sent
+from flask_executor.troop import run_processes
 
 try:
     import redis
@@ -23,63 +31,108 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _URL = "redis://localhost:6379/0"
+_PATIENCE = 2.0  # seconds that Redis may take to answer those who submit
 _SLACK = 60  # seconds beyond its own limits after which RQ ends a job
+_FAILED = 3600  # seconds for which RQ remembers a job that its worker could not run
+_FOREVER = 10**9  # how often RQ lets a job run again: it is our options that count
 
 
 class RQBackend(Backend):
-    """Enqueues calls for workers of RQ: ``rq worker`` or ``flask executor worker``."""
+    """Enqueues calls for workers of RQ.
+
+    Of three queues: those of a higher priority than 0 go into ``default-high`` (``EXECUTOR_QUEUE`` being ``default``),
+    those of a lower one into ``default-low``.
+    """
 
     remote = True
     engine = "rq"
+    supports_kill = True
 
     def __init__(self, options: BackendOptions) -> None:
         self._options = options
+        self._url = options.url or _URL
         self._shutdown = False
-        self._app_import: str | None = None
-        connection = redis.Redis.from_url(options.url or _URL)
-        self._queue = rq.Queue(options.queue, connection=connection)
+
+    @cached_property
+    def _address(self) -> Address:
+        return address_of(self._options)
+
+    @cached_property
+    def _queues(self) -> list[rq.Queue]:
+        """Those of higher priority first."""
+        connection = redis.Redis.from_url(self._url, socket_connect_timeout=_PATIENCE, socket_timeout=_PATIENCE)
+        return self._connected_to(connection)
+
+    def _connected_to(self, connection: redis.Redis) -> list[rq.Queue]:
+        name = self._options.queue
+        return [rq.Queue(f"{name}{end}", connection=connection) for end in ("-high", "", "-low")]
 
     def enqueue(self, call: PreparedCall) -> None:
         if self._shutdown:
             raise ExecutorShutdown("cannot schedule new futures after shutdown")
-        if self._app_import is None:
-            options = self._options
-            app, key = None if options.app is None else options.app(), options.config_key("EXECUTOR_APP")
-            self._app_import = import_string_of(app, options.app_import, key, "workers of RQ")
+        queue = self._queues[1 - (call.priority > 0) + (call.priority < 0)]
         limit = call.timeout
-        self._queue.enqueue_call(
-            "flask_executor.remote.run",
-            (self._app_import, self._options.executor_name, call.job.id, call.packed),
+        job = queue.create_job(
+            "flask_executor.backends.rq.run",
+            (self._address, call.job.id, call.packed),
             timeout=-1 if limit is None else math.ceil(limit + self._options.exit_grace + _SLACK),
             result_ttl=0,
-            failure_ttl=3600,
+            failure_ttl=_FAILED,
             description=call.job.name,
             job_id=call.job.id,
-            at_front=call.priority > 0,
         )
+        with self._reaching():
+            if call.delay:
+                now = datetime.datetime.now(datetime.timezone.utc)
+                queue.schedule_job(job, now + datetime.timedelta(seconds=call.delay))
+            else:
+                queue.enqueue_job(job)
 
-    def work(self, run: Callable[[str, bytes], None], stop: Callable[[str], object], *, burst: bool) -> None:
-        remote.serving = run
-        _Worker([self._queue], connection=self._queue.connection, stop=stop).work(burst=burst)
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except (redis.RedisError, OSError) as error:
+            where = self._options.config_key("EXECUTOR_URL")
+            raise EngineUnavailable("Redis", str(without_password(self._url)), where, str(error)) from error
+
+    def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
+        def work() -> None:
+            queues = self._connected_to(redis.Redis.from_url(self._url))
+            worker = _Worker(queues, connection=queues[0].connection, stop=stop)
+            worker.work(burst=burst, with_scheduler=True)
+
+        run_processes(processes, work)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
         """Run a plain function, outside of all contexts, as any executor does."""
-        if self._options.start is None:
-            raise RuntimeError("workers of RQ run jobs of an app, and this backend was made without one")
         return self._options.start(fn, args, kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more; jobs go on without this process."""
         self._shutdown = True
-        self._queue.connection.close()
+        if "_queues" in self.__dict__:
+            self._queues[0].connection.close()
+
+    @property
+    def waiting(self) -> int:
+        with self._reaching():
+            return sum(queue.count for queue in self._queues)
 
     @property
     def workers(self) -> int:
-        return rq.Worker.count(queue=self._queue)
+        with self._reaching():
+            return rq.Worker.count(queue=self._queues[1])
 
     @property
     def capacity(self) -> None:
         return None
+
+
+def run(address: Address, id: str, data: bytes) -> rq.Retry | None:
+    """What RQ runs."""
+    again = run_sent(address, id, data)
+    return None if again is None else rq.Retry(max=_FOREVER, interval=round(again))
 
 
 class _Worker(rq.SimpleWorker):
