@@ -209,6 +209,12 @@ class Backend(concurrent.futures.Executor):
         """
         raise NotImplementedError
 
+    def discard(self, job: Job) -> None:
+        """A job was cancelled that the engine has: take it off the queue, if it can. Whoever gets it drops it anyway.
+
+        :raises EngineUnavailable: when the engine cannot be reached.
+        """
+
     @property
     def waiting(self) -> int:
         """How many calls wait in the queue of the engine, of whichever process.

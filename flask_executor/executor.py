@@ -6,6 +6,7 @@ import concurrent.futures
 import functools
 import gc
 import inspect
+import math
 import re
 import time
 import weakref
@@ -166,6 +167,17 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         ``options(again=True).submit_once(...)`` starts it anew.
         """
         return self._submit(replace(self._defaults, key=_checked_key(key)), fn, args, kwargs, once=True)
+
+    def submit_later(self, /, seconds: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+        """As :meth:`submit`, with a job that does not start before ``seconds`` have passed; it is queued until then.
+
+        With type ``rq``, ``celery`` or ``dask`` it waits there, and does not need this process. With ``thread`` and
+        ``process`` it waits in the memory of this process, and is cancelled when that ends. With ``immediate`` it does
+        not wait.
+
+        :raises ValueError: for a number of seconds that cannot be used.
+        """
+        return self._submit(_delayed(self._defaults, seconds), fn, args, kwargs)
 
     def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of the job under this key, started now if there is none; in a view.
@@ -581,6 +593,10 @@ class ExecutorWithOptions:
         """As :meth:`Executor.submit_once`."""
         return self._executor._submit(self._with_key(key), fn, args, kwargs, once=True)
 
+    def submit_later(self, /, seconds: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+        """As :meth:`Executor.submit_later`; with a key as :meth:`Executor.submit_stored`."""
+        return self._executor._submit(_delayed(self._options, seconds), fn, args, kwargs)
+
     def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As :meth:`Executor.result_or_202`."""
         return self._executor._result_or_202(self._with_key(key), fn, args, kwargs)  # type: ignore[no-any-return]
@@ -634,6 +650,10 @@ class ExecutorJob(Generic[P, T]):
     def submit_once(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_once`."""
         return self._submitter.submit_once(key, self._submitted, *args, **kwargs)
+
+    def submit_later(self, /, seconds: float, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+        """As :meth:`Executor.submit_later`."""
+        return self._submitter.submit_later(seconds, self._submitted, *args, **kwargs)
 
     def result_or_202(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> T:
         """As :meth:`Executor.result_or_202`."""
@@ -696,6 +716,12 @@ def _options(
             raise ValueError(f"{', '.join(retry)} without retries: say how often the job may be run again, at most")
         given["retry"] = Retry(**retry) if base.retry is None else replace(base.retry, **retry)
     return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def _delayed(options: JobOptions, seconds: float) -> JobOptions:
+    if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
+        raise ValueError(f"seconds is {seconds!r}; it must be a number, 0 or more: submit_later(60, fn, ...)")
+    return replace(options, delay=float(seconds))
 
 
 def _results(futures: list[FutureProxy[T]], deadline: float | None) -> Iterator[T]:

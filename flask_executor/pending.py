@@ -68,8 +68,8 @@ class Unfinished:
         return list(self._calls)
 
 
-class Retries:
-    """The calls that wait for their next attempt. Whoever takes a call out is the one to go on with it."""
+class Waiting:
+    """The calls that wait for their time, or their next attempt. Whoever takes one out is the one to go on with it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -95,5 +95,5 @@ class Retries:
         return True
 
     def clear(self) -> list[tuple[PreparedCall, BaseException]]:
-        """Take all out; they come with the errors of their last attempts."""
+        """Take all out; they come with the errors to settle them with."""
         return [(call, error) for call, (_, error) in list(self._waiting.items()) if self.discard(call)]

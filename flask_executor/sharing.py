@@ -31,7 +31,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoreOptions
 from flask_executor.config import STORES, Config
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
     from flask_executor.runner import Call
 
+T = TypeVar("T")
+
 _PATIENCE = 5.0  # seconds to wait until something is written
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
 _REDIS = "redis://localhost:6379/0"
@@ -74,6 +76,7 @@ class SharedLedger(Ledger):
         super().__init__(config)
         self.store = store
         self.engine: str | None = None  # who has the jobs of this process, if not the process
+        self.discard: Callable[[Job], None] = _nothing  # takes what was cancelled off the queue of the engine
         self._app = app
         self._channel = weakref.ref(channel)
         self._closed = False
@@ -94,7 +97,7 @@ class SharedLedger(Ledger):
         self._callbacks = SerialThread("flask-executor-shared")
         self._requests = SerialThread("flask-executor-requests")  # of its own: callbacks may take long
         self._follower = Follower(self.store)
-        self._recorder = Recorder(self.store, _weakly(self._requested))
+        self._recorder = Recorder(self.store, weakly(self._requested))
         self._parts[:] = [self._follower, self._callbacks, self._requests, self._recorder]
 
     def reconfigure(self, config: Config) -> None:
@@ -187,17 +190,18 @@ class SharedLedger(Ledger):
     def hand_back(self, job: LiveJob) -> None:
         """Have a job belong to the engine again, which waits until the store has that."""
         self._handles.pop(job.id, None)
-        self._recorder.flush(None)
-        self._recorder.forget(job.id)
-        self._memory.remove(job.id)
+        entry = Entry(job=job.record(), holder=self.engine or "", log=self._recorder.release(job.id))
         while True:
             try:
-                self.store.write([Entry(job=job.record(), holder=self.engine or "")])
+                self.store.write([entry])
+                for request in self.store.take_requests(self._recorder.holder):  # that came for it until now
+                    self._requested(request)
                 break
             except StoreUnavailable as error:
                 logger.warning("Job %s is to be tried again, and has to wait: %s", job.id, error)
                 time.sleep(_AGAIN)
         self._adopted.discard(job.id)
+        self._memory.remove(job.id)
 
     def refuse(self, id: str, error: Exception) -> None:
         """A job that waits in the queue of an engine cannot be run."""
@@ -212,7 +216,10 @@ class SharedLedger(Ledger):
         if self.engine is None or job.status is not JobStatus.QUEUED:
             return False
         cancelled = replace(job, status=JobStatus.CANCELLED, ended_at=time.time())
-        return self.store.take(Entry(job=cancelled, holder=self.engine), self.engine) is None
+        if self.store.take(Entry(job=cancelled, holder=self.engine), self.engine) is not None:
+            return False
+        self.discard(cancelled)
+        return True
 
     def _is_written(self, job: Job) -> bool:
         """Whether the store knows, or knew, all there is to know about a job of this process."""
@@ -424,14 +431,18 @@ class SharedRecords(JobRecords):
         return jobs if limit is None else jobs[:limit]
 
 
-def _weakly(method: Callable[[StopRequest], None]) -> Callable[[StopRequest], None]:
+def _nothing(job: Job) -> None:
+    """There is no engine."""
+
+
+def weakly(method: Callable[[T], None]) -> Callable[[T], None]:
     """A method, without keeping its object alive."""
     reference = weakref.WeakMethod(method)
 
-    def call(request: StopRequest) -> None:
+    def call(argument: T) -> None:
         alive = reference()
         if alive is not None:
-            alive(request)
+            alive(argument)
 
     return call
 
