@@ -39,7 +39,7 @@ from flask_executor.inherited import forking, origin
 from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
-from flask_executor.pending import Retries, Unfinished
+from flask_executor.pending import Held, Retries, Unfinished
 from flask_executor.runner import Call, Chunk
 from flask_executor.seals import CALL, Sealer
 from flask_executor.serial import callbacks_of_this_thread
@@ -89,6 +89,7 @@ class Binding(JobChannel):
         self._key_lock = threading.RLock()  # who has it may wait for the store
         self._warned = False
         self._retries = Retries()
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
         self.initializers = initializers
         self.services = self._make_services()
         self._set_config(config)
@@ -194,12 +195,58 @@ class Binding(JobChannel):
         :raises QueueFull: if too many jobs wait.
         :raises ExecutorShutdown: after :meth:`shutdown`.
         """
+        return self._start(self._accept(context, options, fn, args, kwargs))
+
+    def _accept(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Call[FutureProxy[Any]]:
         if options.key is None:
-            return self._start(self._prepare(context, options, fn, args, kwargs, self._limit()))
+            return self._prepare(context, options, fn, args, kwargs, self._limit())
         _, call = self._take_key(options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit()))
         if call is None:
             raise KeyExists(options.key)
-        return self._start(call)
+        return call
+
+    def hold(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Held:
+        """Accept a job as :meth:`submit` does, for somebody else to start or to drop.
+
+        Whatever can be wrong with it is raised now; when it is started nobody could do anything about it.
+        """
+        call = self._accept(context, options, fn, args, kwargs)
+        try:
+            self._sent.discard(call.future)
+            self.unfinished.hold(call.future)
+            self.backend.pack(call)
+            self._announce(call)
+        except BaseException as error:
+            self._refuse(call.future, error)
+        held = Held(call, self._start_held, self._drop)
+        self._held.add(held)
+        return held
+
+    def _start_held(self, call: Call[FutureProxy[Any]]) -> None:
+        future = call.future
+        if future.done():  # cancelled meanwhile
+            return
+        if self._backend_class.engine is not None:
+            self._sent.add(future)
+        self.unfinished.release(future)
+        try:
+            call.backend = self.backend
+            call.backend.enqueue(call)
+        except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
+            logger.exception("Job %s (%s) was to start after a commit, and cannot.", call.job.name, call.job.id)
+            self._drop(call)
+
+    def _drop(self, call: Call[FutureProxy[Any]]) -> None:
+        """Cancel a job that was to start later; its key is free."""
+        try:
+            if call.future.cancel():
+                self.make_way(call.job.id)
+        except Exception:  # the store is not available, say
+            logger.exception("Job %s (%s) could not be cancelled.", call.job.name, call.job.id)
 
     def submit_once(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -407,17 +454,20 @@ class Binding(JobChannel):
     def _start(self, call: Call[FutureProxy[Any]], backend: Backend | None = None) -> FutureProxy[Any]:
         future = call.future
         try:
-            self.ledger.add(call)
-            if self._own_callbacks or self._default_callbacks:
-                for callback in (*self._own_callbacks, *self._default_callbacks):
-                    future.add_done_callback(callback)
-            if job_queued.receivers:
-                self._send(job_queued, call.job.record())
+            self._announce(call)
             call.backend = backend or self.backend
             call.backend.enqueue(call)
         except BaseException as error:
             self._refuse(future, error)
         return future
+
+    def _announce(self, call: Call[FutureProxy[Any]]) -> None:
+        self.ledger.add(call)
+        if self._own_callbacks or self._default_callbacks:
+            for callback in (*self._own_callbacks, *self._default_callbacks):
+                call.future.add_done_callback(callback)
+        if job_queued.receivers:
+            self._send(job_queued, call.job.record())
 
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
         """A call was not accepted. Somebody may have found it by key meanwhile: end it, do not just drop it."""
@@ -680,6 +730,11 @@ class Binding(JobChannel):
             backend = self._backend
         for call, error in self._retries.clear():
             call.give_up(error)
+        for held in list(self._held):
+            if not held.future.done():
+                left = _names([held.future])
+                logger.warning("The executor is shut down, and %s does not wait for a commit any more.", left)
+            held.drop()
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
@@ -721,6 +776,9 @@ class Binding(JobChannel):
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""
         self._lock = threading.RLock()
         self._retries = Retries()
+        for held in list(self._held):  # the parent's
+            held.forget()
+        self._held.clear()
         self._backend = None
         self.services.after_fork()
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
