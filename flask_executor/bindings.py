@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
+from flask_executor import plugins
 from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
 from flask_executor.backends.immediate import ImmediateBackend
 from flask_executor.backends.process import ProcessBackend
@@ -798,6 +799,9 @@ def _names(futures: Sequence[FutureProxy[Any]]) -> str:
 
 
 def _backend_class(config: Config) -> type[Backend]:
+    if ":" not in config.type:
+        key = config.key("EXECUTOR_TYPE")
+        return plugins.load_plugin(plugins.BACKENDS, config.type, Backend, key, config.type)  # type: ignore[type-abstract]
     try:
         backend_class = import_string(config.type)
     except ImportStringError as error:

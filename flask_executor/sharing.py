@@ -33,6 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flask_executor import plugins
 from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoreOptions
 from flask_executor.config import STORES, Config
 from flask_executor.control import RunningJob
@@ -418,8 +419,7 @@ def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | N
     scheme, _, place = url.partition("://")
     if scheme == "sqlite":
         url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
-    module, _, name = STORES[scheme].partition(":")
-    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
+    store_class = _store_class(config, scheme)
     space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
     options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
     try:
@@ -428,6 +428,15 @@ def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | N
         allowed = "a url that can be used, such as 'sqlite:///jobs.sqlite' or 'redis://user:password@host:6379/0'"
         raise ConfigError(config.key("EXECUTOR_STORE"), without_password(config.store), allowed) from None
     return SharedLedger(config, store, weakref.ref(app), channel)
+
+
+def _store_class(config: Config, scheme: str) -> type[JobStore]:
+    if scheme not in STORES:
+        key, value = config.key("EXECUTOR_STORE"), without_password(config.store)
+        return plugins.load_plugin(plugins.STORES, scheme, JobStore, key, value)  # type: ignore[type-abstract]
+    module, _, name = STORES[scheme].partition(":")
+    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
+    return store_class
 
 
 def _store_beside(config: Config) -> str:
