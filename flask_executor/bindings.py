@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
+from flask_executor import plugins
 from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
 from flask_executor.consumer import Consumer
 from flask_executor.context import (
@@ -44,7 +45,7 @@ from flask_executor.inherited import forking, origin
 from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
-from flask_executor.pending import Unfinished, Waiting
+from flask_executor.pending import Held, Unfinished, Waiting
 from flask_executor.remote import register
 from flask_executor.runner import Call, Chunk
 from flask_executor.seals import CALL, Sealer
@@ -101,6 +102,7 @@ class Binding(JobChannel):
         self._key_lock = threading.RLock()  # who has it may wait for the store
         self._warned = False
         self._waiting = Waiting()
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
         self.initializers = initializers
         self.services = self._make_services()
         self._set_config(config)
@@ -207,12 +209,61 @@ class Binding(JobChannel):
         :raises QueueFull: if too many jobs wait.
         :raises ExecutorShutdown: after :meth:`shutdown`.
         """
+        return self._start(self._accept(context, options, fn, args, kwargs))
+
+    def _accept(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Call[FutureProxy[Any]]:
         if options.key is None:
-            return self._start(self._prepare(context, options, fn, args, kwargs, self._limit()))
+            return self._prepare(context, options, fn, args, kwargs, self._limit())
         _, call = self._take_key(options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit()))
         if call is None:
             raise KeyExists(options.key)
-        return self._start(call)
+        return call
+
+    def hold(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Held:
+        """Accept a job as :meth:`submit` does, for somebody else to start or to drop.
+
+        Whatever can be wrong with it is raised now; when it is started nobody could do anything about it.
+        """
+        call = self._accept(context, options, fn, args, kwargs)
+        try:
+            self._sent.discard(call.future)
+            self.unfinished.hold(call.future)
+            self.backend.pack(call)
+            self._announce(call)
+            if self.consumer is not None:
+                self.consumer.ledger.keep(call.job)
+        except BaseException as error:
+            self._refuse(call.future, error)
+        held = Held(call, self._start_held, self._drop)
+        self._held.add(held)
+        return held
+
+    def _start_held(self, call: Call[FutureProxy[Any]]) -> None:
+        future = call.future
+        if future.done():  # cancelled meanwhile
+            return
+        self.unfinished.release(future)
+        try:
+            if self.consumer is not None:
+                self._sent.add(future)
+                self.consumer.ledger.send(call.job)
+            call.backend = self.backend
+            call.backend.enqueue(call)
+        except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
+            logger.exception("Job %s (%s) was to start after a commit, and cannot.", call.job.name, call.job.id)
+            self._drop(call)
+
+    def _drop(self, call: Call[FutureProxy[Any]]) -> None:
+        """Cancel a job that was to start later; its key is free."""
+        try:
+            if call.future.cancel():
+                self.make_way(call.job.id)
+        except Exception:  # the store is not available, say
+            logger.exception("Job %s (%s) could not be cancelled.", call.job.name, call.job.id)
 
     def submit_once(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -398,12 +449,7 @@ class Binding(JobChannel):
     def _start(self, call: Call[FutureProxy[Any]], backend: Backend | None = None) -> FutureProxy[Any]:
         future = call.future
         try:
-            self.ledger.add(call)
-            if self._own_callbacks or self._default_callbacks:
-                for callback in (*self._own_callbacks, *self._default_callbacks):
-                    future.add_done_callback(callback)
-            if job_queued.receivers:
-                self._send(job_queued, call.job.record())
+            self._announce(call)
             call.backend = backend or self.backend
             if call.delay and call.backend.engine is None and call.backend.capacity is not None:
                 self._start_later(call)
@@ -422,6 +468,14 @@ class Binding(JobChannel):
     def _start_later(self, call: Call[FutureProxy[Any]]) -> None:
         error = ExecutorShutdown(f"job {call.job.name} has not started: its process has ended before its time came")
         self._waiting.add(call, error, call.delay, lambda: self._run_again(call, error))
+
+    def _announce(self, call: Call[FutureProxy[Any]]) -> None:
+        self.ledger.add(call)
+        if self._own_callbacks or self._default_callbacks:
+            for callback in (*self._own_callbacks, *self._default_callbacks):
+                call.future.add_done_callback(callback)
+        if job_queued.receivers:
+            self._send(job_queued, call.job.record())
 
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
         """A call was not accepted. Somebody may have found it by key meanwhile: end it, do not just drop it."""
@@ -709,6 +763,11 @@ class Binding(JobChannel):
                 call.give_up(error)
         if self.consumer is not None:
             self.consumer.close(wait=wait)
+        for held in list(self._held):
+            if not held.future.done():
+                left = _names([held.future])
+                logger.warning("The executor is shut down, and %s does not wait for a commit any more.", left)
+            held.drop()
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
@@ -752,6 +811,9 @@ class Binding(JobChannel):
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""
         self._lock = threading.RLock()
         self._waiting = Waiting()
+        for held in list(self._held):  # the parent's
+            held.forget()
+        self._held.clear()
         self._backend = None
         if self.consumer is not None:
             self.consumer.after_fork()
@@ -773,6 +835,9 @@ def _names(futures: Sequence[FutureProxy[Any]]) -> str:
 
 
 def _backend_class(config: Config) -> type[Backend]:
+    if ":" not in config.type:
+        key = config.key("EXECUTOR_TYPE")
+        return plugins.load_plugin(plugins.BACKENDS, config.type, Backend, key, config.type)  # type: ignore[type-abstract]
     try:
         backend_class = import_string(config.type)
     except ImportStringError as error:
