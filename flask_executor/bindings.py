@@ -405,7 +405,7 @@ class Binding(JobChannel):
         """A call that an engine is to have; its handle looks into the store."""
         ledger: Any = self.ledger
         options = replace(options, grace=self.config.stop_grace)  # the worker's may be another
-        call = Call(ledger.handle(job.record()), job, fn, args, kwargs, context, self, options)
+        call = Call(ledger.handle(job.record(), is_written=False), job, fn, args, kwargs, context, self, options)
         call.packed = pack_freight(call, self.sealer())
         self._sent.add(call.future)
         return call

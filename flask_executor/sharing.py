@@ -142,8 +142,8 @@ class SharedLedger(Ledger):
         return None if there is None else self.handle(there)
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
-        if self.engine is not None:
-            if call.job.key is None:
+        if self.engine is not None:  # whose worker writes the record, if nobody has to find it before
+            if call.job.key is None and self._config.track == "all":
                 self.store.take(Entry(job=call.job.record(), holder=self.engine), None)
             return
         super().add(call)
@@ -306,9 +306,12 @@ class SharedLedger(Ledger):
             raise RuntimeError("the app of this job is gone")
         return channel
 
-    def handle(self, job: Job) -> FutureProxy[Any]:
-        """The handle of a job of which the store has this record."""
-        return self._handles.get(job.id) or StoredFuture(job, self)
+    def handle(self, job: Job, *, is_written: bool = True) -> FutureProxy[Any]:
+        """The handle of a job.
+
+        :param is_written: whether the store has this record of it.
+        """
+        return self._handles.get(job.id) or StoredFuture(job, self, is_written=is_written)
 
     def open(self, job: Job) -> tuple[Any, BaseException | None]:
         """The result of a job that has ended, or what it has raised."""

@@ -36,7 +36,7 @@ T = TypeVar("T")
 _URL = "redis://localhost:6379/0"
 _PATIENCE = 2.0  # seconds that Redis may take to answer those who submit
 _SLACK = 60  # seconds beyond its own limits after which RQ ends a job
-_FAILED = 3600  # seconds for which RQ remembers a job that its worker could not run
+_REMEMBERED = 600  # seconds for which RQ shows a job that has ended; what came of it is in our store
 _FOREVER = 10**9  # how often RQ lets a job run again: it is our options that count
 
 
@@ -79,8 +79,8 @@ class RQBackend(Backend):
             "flask_executor.backends.rq.run",
             (self._address, call.job.id, call.packed),
             timeout=-1 if limit is None else math.ceil(limit + self._options.exit_grace + _SLACK),
-            result_ttl=0,
-            failure_ttl=_FAILED,
+            result_ttl=_REMEMBERED,
+            failure_ttl=_REMEMBERED,
             description=call.job.name,
             job_id=call.job.id,
         )
@@ -89,7 +89,9 @@ class RQBackend(Backend):
                 due = math.ceil(time.time() + call.delay)  # RQ counts whole seconds
                 queue.schedule_job(job, datetime.datetime.fromtimestamp(due, datetime.timezone.utc))
             else:
-                queue.enqueue_job(job)
+                with queue.connection.pipeline() as pipeline:  # or it would ask Redis twice
+                    queue.enqueue_job(job, pipeline=pipeline)
+                    pipeline.execute()
 
     def discard(self, job: Job) -> None:
         with self._reaching(), suppress(rq.exceptions.NoSuchJobError, rq.exceptions.InvalidJobOperation):
