@@ -375,11 +375,17 @@ class Binding(JobChannel):
         future: FutureProxy[Any] = FutureProxy(job, self)
         context: Any = SentContexts(app, freight.contexts)
         call = Call(future, job, freight.fn, freight.args, freight.kwargs, context, self, options)
-        if not ledger.adopt(call):
-            return
-        self.unfinished.add(call, None)
-        leave_in_order(self)
         call.backend = backend or ImmediateBackend(self.config.backend_options(self._app))
+        self.unfinished.add(call, None)  # first: from adopt() on it may get messages
+        try:
+            adopted = ledger.adopt(call)
+        except BaseException:
+            self.unfinished.discard(future)
+            raise
+        if not adopted:
+            self.unfinished.discard(future)
+            return
+        leave_in_order(self)
         with future.looked_at():
             call.backend.enqueue(call)
             wait([future])
