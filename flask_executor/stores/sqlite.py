@@ -513,7 +513,6 @@ class SQLiteStore(SharedStore):
 
 _CORRUPT = "it is no SQLite database, or a broken one ({}). It is left as it is: move it away, and a new one is made"
 _CURRENT = "(ended_at IS NULL OR ended_at > ?)"
-_MAIL = "SELECT message, data FROM messages WHERE number = ? ORDER BY message LIMIT ?"
 _WITH_MAIL = "holder = ? AND has_mail AND ended_at IS NULL"
 
 
