@@ -250,7 +250,7 @@ class Binding(JobChannel):
         try:
             if self.consumer is not None:
                 self._sent.add(future)
-                self.consumer.ledger.send(call.job)
+                self.consumer.ledger.pass_on(call.job)
             call.backend = self.backend
             call.backend.enqueue(call)
         except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong

@@ -23,7 +23,7 @@ from flask_executor.exceptions import (
 from flask_executor.follower import Followed
 from flask_executor.futures import FutureCollection, FutureProxy, checked_grace
 from flask_executor.holders import BEAT
-from flask_executor.jobs import Job, JobStatus, LogLine
+from flask_executor.jobs import Job, JobMessage, JobStatus, LogLine
 
 T = TypeVar("T")
 
@@ -52,6 +52,9 @@ class Elsewhere(Protocol):
 
     def cancel_queued(self, job: Job) -> bool:
         """Cancel a job that waits in the queue of an engine; False where no engine has it, or it has begun."""
+
+    def send(self, job: Job, message: JobMessage) -> bool:
+        """Send a message to a job by way of the store; False when it has ended."""
 
     def aside(self, fn: Callable[[], object]) -> None:
         """Run code of the user's where it holds up nobody."""
@@ -148,12 +151,7 @@ class StoredFuture(FutureProxy[T]):
         return True
 
     def send(self, type: str, body: object = None) -> bool:
-        if self.done():
-            return False
-        raise RuntimeError(
-            f"job {self.name} was submitted by another process: messages can be sent to it only there; from here it "
-            "can be stopped"
-        )
+        return not self.done() and self._elsewhere.send(self._seen, JobMessage(type, body))
 
     def cancel(self) -> bool:
         """Cancel the job if it has not started; waits for the answer of its process, 2 seconds at most."""
