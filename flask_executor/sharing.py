@@ -200,6 +200,10 @@ class SharedLedger(Ledger):
         self._recorder.add(job, claimed=True)
         return True
 
+    def finish(self, job: LiveJob) -> None:
+        """Wait until the store knows what came of a job that has ended."""
+        self._recorder.finish(job.id)
+
     def is_adopted(self, id: str) -> bool:
         """Whether this process has a job from an engine."""
         return id in self._adopted
