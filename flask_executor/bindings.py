@@ -34,6 +34,7 @@ from flask_executor.exceptions import (
     KeyExists,
     QueueFull,
     StoreUnavailable,
+    Unsupported,
 )
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
@@ -382,6 +383,8 @@ class Binding(JobChannel):
                 options = replace(options, timeout=self.config.timeout)
         elif options.timeout == math.inf:
             options = replace(options, timeout=None)
+        if not apart:
+            self._check_supported(options)
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         if options.meta is not None:
             job.meta = dict(options.meta)
@@ -393,6 +396,16 @@ class Binding(JobChannel):
         if not self.unfinished.add(call, limit, apart=apart):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
+
+    def _check_supported(self, options: JobOptions) -> None:
+        backend = self._backend_class
+        for asked, supported, what in (
+            (options.priority, backend.supports_priority, "give jobs a priority"),
+            (options.delay, backend.supports_delay, "start jobs later"),
+        ):
+            if asked and not supported:
+                key = self.config.key("EXECUTOR_TYPE")
+                raise Unsupported(f"{backend.__name__} ({key}) cannot {what}: leave that out, or choose another type")
 
     def _check_room(self) -> None:
         pending = self.config.max_pending
