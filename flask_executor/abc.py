@@ -198,6 +198,14 @@ class Backend(concurrent.futures.Executor):
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
 
+    @classmethod
+    def broker(cls, app: Flask, url: str | None) -> str | None:
+        """Where the engine of this app is; None when the app does not say it.
+
+        :param url: what its config says.
+        """
+        return url
+
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         """Be a worker of the engine, in the main thread, until a signal says to end.
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import EngineUnavailable, ExecutorShutdown, MissingExtra
@@ -26,6 +26,9 @@ try:
     import rq
 except ImportError as error:
     raise MissingExtra("rq", "rq") from error
+
+if TYPE_CHECKING:
+    from flask import Flask
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +55,10 @@ class RQBackend(Backend):
         self._options = options
         self._url = options.url or _URL
         self._shutdown = False
+
+    @classmethod
+    def broker(cls, app: Flask, url: str | None) -> str:
+        return url or _URL
 
     @cached_property
     def _address(self) -> Address:
