@@ -207,12 +207,12 @@ class Backend(concurrent.futures.Executor):
         return False
 
     @classmethod
-    def broker(cls, app: Flask, url: str | None) -> str | None:
-        """Where the engine of this app is; None when the app does not say it.
+    def broker(cls, options: BackendOptions) -> str | None:
+        """Where the engine is, its url; None when the app does not say it.
 
-        :param url: what its config says.
+        :raises ConfigError: when it has to.
         """
-        return url
+        return options.url
 
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         """Be a worker of the engine, in the main thread, until a signal says to end.

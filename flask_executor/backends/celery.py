@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorShutdown, MissingExtra
@@ -41,12 +41,11 @@ except ImportError as error:
     raise MissingExtra("celery", "celery") from error
 
 from celery import signals
+from celery.app.control import Control
 from celery.concurrency import get_implementation
+from celery.utils.nodenames import host_format
 from celery.worker import state
 from kombu.exceptions import KombuError
-
-if TYPE_CHECKING:
-    from flask import Flask
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,13 +53,13 @@ T = TypeVar("T")
 #: What Celery calls the task that runs jobs.
 TASK = "flask_executor.run"
 
-_PATIENCE = 2.0  # seconds that the broker may take to answer those who submit
-_ASK = 0.5  # seconds that workers may take to say that they are there
+_PATIENCE = 1.5  # seconds that the broker may take to answer those who submit
+_ASK = 1.0  # seconds that workers may take to say that they are there
+_KNOWN = 5.0  # seconds for which the answer is good
 _LOOK = 0.25  # seconds after which a worker that is to end when the queue is empty looks at it again
 _SLACK = 60  # seconds beyond its own limits after which Celery ends a job
 _FOREVER = 10**8  # seconds: no limit of Celery's, also if there is one for other tasks
 _CONNECTIONS = 10  # most to the broker, as Celery has it
-_REDIS = ("redis", "rediss", "sentinel")  # brokers for which a lower number goes first
 
 
 class CeleryBackend(Backend):
@@ -83,11 +82,18 @@ class CeleryBackend(Backend):
     def __init__(self, options: BackendOptions) -> None:
         self._options = options
         self._shutdown = False
+        self._asked, self._known = -_KNOWN, 0
 
     @classmethod
-    def broker(cls, app: Flask, url: str | None) -> str | None:
-        theirs = app.extensions.get("celery")
-        return url if theirs is None else theirs.conf.broker_write_url
+    def broker(cls, options: BackendOptions) -> str:
+        theirs = _celery_of(options)
+        url = options.url if theirs is None else theirs.conf.broker_write_url
+        if url is None:
+            allowed = (
+                "the url of a broker, such as 'redis://host:6379/0', where app.extensions['celery'] is not set before"
+            )
+            raise ConfigError(options.config_key("EXECUTOR_URL"), None, allowed)
+        return str(url)
 
     @cached_property
     def _address(self) -> Address:
@@ -95,9 +101,7 @@ class CeleryBackend(Backend):
 
     @cached_property
     def _celery(self) -> celery.Celery:
-        app = None if self._options.app is None else self._options.app()
-        theirs = None if app is None else app.extensions.get("celery")
-        return theirs or _make_celery(self._options, "flask_executor" if app is None else app.name)
+        return _celery_of(self._options) or _make_celery(self._options)
 
     @property
     def _queue(self) -> Any:
@@ -106,19 +110,21 @@ class CeleryBackend(Backend):
 
     @cached_property
     def _connections(self) -> Any:
-        """Connections to the broker that do not wait for long; one for each thread that submits just now."""
-        broker = self._celery.connection(
-            self._celery.conf.broker_write_url, connect_timeout=_PATIENCE, transport_options=_IMPATIENT
-        )
-        connections = broker.Pool(_CONNECTIONS)
+        """Connections to the broker, one for each thread that submits just now."""
+        connections = self._connection().Pool(_CONNECTIONS)
         _open.add(connections)
         return connections
+
+    def _connection(self) -> Any:
+        """One that does not wait for long."""
+        broker = self._celery.conf.broker_write_url
+        return self._celery.connection(broker, connect_timeout=_PATIENCE, transport_options=_IMPATIENT)
 
     def enqueue(self, call: PreparedCall) -> None:
         if self._shutdown:
             raise ExecutorShutdown("cannot schedule new futures after shutdown")
         limit = _FOREVER if call.timeout is None else math.ceil(call.timeout + self._options.exit_grace + _SLACK)
-        with self._reaching() as connection:
+        with self._reaching(), self._connections.acquire(block=True) as connection:
             self._celery.tasks[TASK].apply_async(
                 (self._address, call.job.id, base64.b64encode(call.packed).decode()),
                 task_id=call.job.id,
@@ -137,7 +143,7 @@ class CeleryBackend(Backend):
 
     def _priority(self, priority: int) -> int:
         """What the broker calls it."""
-        lower_goes_first = self._connections.connection.transport_cls in _REDIS
+        lower_goes_first = self._connections.connection.transport.driver_type == "redis"
         high, normal, low = (0, 3, 9) if lower_goes_first else (9, 5, 1)
         if priority:
             return high if priority > 0 else low
@@ -145,20 +151,21 @@ class CeleryBackend(Backend):
         return normal if usual is None else usual
 
     @contextmanager
-    def _reaching(self) -> Iterator[Any]:
-        """A connection; what goes wrong with it becomes our error."""
-        broker = self._connections.connection
+    def _reaching(self) -> Iterator[None]:
+        """What goes wrong with the broker becomes our error."""
         try:
-            with self._connections.acquire(block=True) as connection:
-                yield connection
-        except (*broker.connection_errors, *broker.channel_errors, KombuError, OSError) as error:
+            yield
+        except Exception as error:
+            broker = self._connections.connection
+            if not isinstance(error, (*broker.connection_errors, *broker.channel_errors, KombuError, OSError)):
+                raise
             where = self._options.config_key("EXECUTOR_URL")
             raise EngineUnavailable("The broker", broker.as_uri(), where, str(error)) from error
 
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         signals.setup_logging.connect(_leave_logging_alone)
         worker = self._celery.Worker(
-            hostname=f"executor-{os.getpid()}@%h",
+            hostname=host_format(f"executor-{os.getpid()}@%h"),
             pool_cls=get_implementation("prefork"),
             concurrency=processes,
             queues=[self._queue.name],
@@ -189,29 +196,42 @@ class CeleryBackend(Backend):
         """Take no more; jobs go on without this process."""
         self._shutdown = True
         if "_connections" in self.__dict__:
-            self._connections.force_close_all(close_pool=False)
+            self._connections.force_close_all()
 
     @property
     def waiting(self) -> int:
         """How many messages are in the queue. Those that workers hold back until their time comes are not."""
-        with self._reaching() as connection, connection.channel() as channel:
+        with self._reaching(), self._connection() as connection:
             try:
-                return int(self._queue(channel).queue_declare(passive=True).message_count)
+                return int(self._queue(connection.default_channel).queue_declare(passive=True).message_count)
             except connection.channel_errors:  # nobody has sent anything yet
                 return 0
 
     @property
     def workers(self) -> int:
-        """How many jobs those workers can run at a time that look at the queue and answer within half a second."""
-        name = self._queue.name
-        with self._reaching() as connection:
-            control = self._celery.control
-            queues = control.inspect(timeout=_ASK, connection=connection).active_queues() or {}
-            nodes = [node for node, those in queues.items() if name in (each["name"] for each in those)]
-            if not nodes:
-                return 0
-            asked = control.inspect(nodes, timeout=_ASK, limit=len(nodes), connection=connection)
-            return sum(stats["pool"]["max-concurrency"] for stats in (asked.stats() or {}).values())
+        """How many jobs those workers can run at a time that look at the queue, and answer within a second.
+
+        That is not asked more often than every few seconds.
+        """
+        if time.monotonic() > self._asked + _KNOWN:
+            self._known = self._ask_workers()
+            self._asked = time.monotonic() if self._known else -_KNOWN
+        return self._known
+
+    def _ask_workers(self) -> int:
+        name, control = self._queue.name, Control(self._celery)
+        control.mailbox.producer_pool = None  # Celery's own keeps its connections
+        # On a new connection: the last one may still wait for replies, and would take these.
+        with self._reaching(), self._connection() as connection:
+
+            def ask(what: str, **options: Any) -> dict[str, Any]:
+                replies = control.broadcast(what, reply=True, timeout=_ASK, connection=connection, **options)
+                return {node: reply for each in replies or () for node, reply in each.items()}
+
+            queues = ask("active_queues")
+            nodes = [node for node, those in queues.items() if name in [each["name"] for each in those]]
+            stats = ask("stats", destination=nodes, limit=len(nodes)) if nodes else {}
+        return sum(of_node["pool"]["max-concurrency"] for of_node in stats.values())
 
     @property
     def capacity(self) -> None:
@@ -241,11 +261,14 @@ def _keep_inherited() -> None:
 after_fork_in_child(_keep_inherited)
 
 
-def _make_celery(options: BackendOptions, name: str) -> celery.Celery:
-    if options.url is None:
-        allowed = "the url of a broker, such as 'redis://host:6379/0', in an app without app.extensions['celery']"
-        raise ConfigError(options.config_key("EXECUTOR_URL"), None, allowed)
-    made = celery.Celery(name, broker=options.url, set_as_current=False)
+def _celery_of(options: BackendOptions) -> Any:
+    """The app's own Celery, None if it has none."""
+    app = None if options.app is None else options.app()
+    return None if app is None else app.extensions.get("celery")
+
+
+def _make_celery(options: BackendOptions) -> celery.Celery:
+    made = celery.Celery("flask_executor", broker=options.url, set_as_current=False)
     made.conf.update(
         task_default_queue=options.queue,
         task_queue_max_priority=10,  # which only RabbitMQ has to know

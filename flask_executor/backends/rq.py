@@ -31,7 +31,7 @@ except ImportError as error:
     raise MissingExtra("rq", "rq") from error
 
 if TYPE_CHECKING:
-    from flask import Flask
+    pass
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,8 +60,8 @@ class RQBackend(Backend):
         self._shutdown = False
 
     @classmethod
-    def broker(cls, app: Flask, url: str | None) -> str:
-        return url or _URL
+    def broker(cls, options: BackendOptions) -> str:
+        return options.url or _URL
 
     @cached_property
     def _address(self) -> Address:

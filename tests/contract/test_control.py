@@ -360,6 +360,8 @@ def test_a_full_queue_refuses(make: MakeExecutor, backend: str, path: str) -> No
         executor.submit(add, 1)
     futures.pop().cancel()
     assert wait_until(lambda: executor.health().waiting == 1)
+    if backend == "celery":  # which takes nothing off a queue
+        Path(path).touch()
     drained = executor.submit(add, 1)
     Path(path).touch()
     assert drained.result(10) == 1
