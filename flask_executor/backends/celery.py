@@ -289,4 +289,4 @@ def run(task: Any, address: Address, id: str, data: str) -> None:
     import_string, app_name, name = address
     again = run_sent((import_string, app_name, name), id, base64.b64decode(data))
     if again is not None:
-        raise task.retry(countdown=again)
+        raise task.retry(countdown=again, argsrepr=task.request.argsrepr)
