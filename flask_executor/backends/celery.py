@@ -43,6 +43,7 @@ except ImportError as error:
 from celery import signals
 from celery.app.control import Control
 from celery.concurrency import get_implementation
+from celery.exceptions import Reject
 from celery.utils.nodenames import host_format
 from celery.worker import state
 from kombu.exceptions import KombuError
@@ -289,4 +290,7 @@ def run(task: Any, address: Address, id: str, data: str) -> None:
     import_string, app_name, name = address
     again = run_sent((import_string, app_name, name), id, base64.b64decode(data))
     if again is not None:
-        raise task.retry(countdown=again, argsrepr=task.request.argsrepr)
+        try:
+            task.retry(countdown=again, argsrepr=task.request.argsrepr)
+        except Reject as error:  # the broker is not there, and the message would be thrown away
+            raise Reject(error.reason, requeue=True) from error

@@ -274,6 +274,21 @@ def test_a_broker_that_does_not_answer(
     assert executor.submit_stored("key", add, 1).cancel()
 
 
+def test_a_retry_that_cannot_be_sent_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    from celery.exceptions import Reject
+
+    from flask_executor.backends import celery
+
+    def cannot_send(**_: Any) -> None:
+        raise Reject(OSError("gone"), requeue=False)
+
+    monkeypatch.setattr(celery, "run_sent", lambda *_: 1.0)
+    monkeypatch.setattr(celery.run._get_current_object(), "retry", cannot_send)
+    with pytest.raises(Reject) as info:
+        celery.run.run((None, "shop", ""), "id", "")
+    assert info.value.requeue
+
+
 def test_nothing_is_left_after_shutdown(workers: Workers, make_executor: MakeExecutor, app: Flask) -> None:
     app.config["EXECUTOR_APP"] = "tasks:create_app()"
     executor = make_executor(type="celery", url=workers.broker.url, store="sqlite")
