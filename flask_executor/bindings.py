@@ -386,7 +386,7 @@ class Binding(JobChannel):
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         if options.meta is not None:
             job.meta = dict(options.meta)
-        if self._backend_class.engine is not None and not apart:
+        if self._backend_class.engine is not None and not apart and context is not IN_PLACE:
             self._check_room()
             return self._prepare_to_send(job, fn, args, kwargs, context, options)
         future: FutureProxy[Any] = FutureProxy(job, self)

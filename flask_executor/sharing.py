@@ -135,9 +135,9 @@ class SharedLedger(Ledger):
         encode_key(job.key)  # or it could not be stored
         self._handles[job.id] = call.future  # first: who finds the record may ask for it to be stopped
         try:
-            there = self._claim(job, again=call.options.again)
+            there = self._claim(call)
             if there is None:
-                if self.engine is None:
+                if not _is_sent(call):
                     self._recorder.add(job, claimed=True)
                 futures.hold(job.key, call.future)
         except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
@@ -145,8 +145,10 @@ class SharedLedger(Ledger):
             raise
         return there
 
-    def _claim(self, job: LiveJob, *, again: bool) -> FutureProxy[Any] | None:
-        entry = Entry(job=job.record(), holder=self.engine or self._recorder.holder)
+    def _claim(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
+        again = call.options.again
+        holder = (_is_sent(call) and self.engine) or self._recorder.holder
+        entry = Entry(job=call.job.record(), holder=holder)
         there = self.store.claim(entry, again=again)
         if there is not None and again and has_failed(self._handles.get(there.id)):
             self._recorder.flush(_PATIENCE)  # one of ours has failed just now, and the store does not know it yet
@@ -154,7 +156,7 @@ class SharedLedger(Ledger):
         return None if there is None else self.handle(there)
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
-        if self.engine is not None:  # whose worker writes the record, if nobody has to find it before
+        if self.engine is not None and _is_sent(call):  # whose worker writes it, if nobody has to find it before
             if call.job.key is None and self._config.track == "all":
                 self.store.take(Entry(job=call.job.record(), holder=self.engine), None)
             return
@@ -494,6 +496,11 @@ class SharedRecords(JobRecords):
         found.update((job.id, job) for job in here)  # one may be written between the two
         jobs = sorted(found.values(), key=lambda job: job.queued_at, reverse=True)
         return jobs if limit is None else jobs[:limit]
+
+
+def _is_sent(call: Call[FutureProxy[Any]]) -> bool:
+    """Whether an engine is to have the job, and not this process."""
+    return isinstance(call.future, StoredFuture)
 
 
 def _nothing(job: Job) -> None:
