@@ -291,6 +291,6 @@ def run(task: Any, address: Address, id: str, data: str) -> None:
     again = run_sent((import_string, app_name, name), id, base64.b64decode(data))
     if again is not None:
         try:
-            task.retry(countdown=again, argsrepr=task.request.argsrepr)
+            task.retry(countdown=again, argsrepr=task.request.get("argsrepr"))
         except Reject as error:  # the broker is not there, and the message would be thrown away
             raise Reject(error.reason, requeue=True) from error
