@@ -211,6 +211,14 @@ class Backend(concurrent.futures.Executor):
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
 
+    @classmethod
+    def broker(cls, options: BackendOptions) -> str | None:
+        """Where the engine is, its url; None when the app does not say it.
+
+        :raises ConfigError: when it has to.
+        """
+        return options.url
+
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         """Be a worker of the engine, in the main thread, until a signal says to end.
 

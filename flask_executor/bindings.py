@@ -85,7 +85,8 @@ class Binding(JobChannel):
     ) -> None:
         self._backend_class = _backend_class(config)
         engine = self._backend_class.engine
-        self.ledger: Ledger = open_ledger(config, app, self, engine)
+        broker = self._backend_class.broker(config.backend_options(weakref.ref(app)))
+        self.ledger: Ledger = open_ledger(config, app, self, engine, broker)
         self.consumer: Consumer | None = None
         if isinstance(self.ledger, SharedLedger) and engine is not None:
             self.ledger.engine = engine_holder(engine)

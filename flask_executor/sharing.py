@@ -72,7 +72,6 @@ T = TypeVar("T")
 
 _PATIENCE = 5.0  # seconds to wait until something is written
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
-_REDIS = "redis://localhost:6379/0"
 
 
 class SharedLedger(Ledger):
@@ -532,16 +531,19 @@ def _dispose(parts: Sequence[Any]) -> None:
     recorder.dispose()
 
 
-def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | None = None) -> Ledger:
+def open_ledger(
+    config: Config, app: Flask, channel: JobChannel, engine: str | None = None, broker: str | None = None
+) -> Ledger:
     """What an executor with this configuration writes to.
 
     :param engine: whose workers run its jobs, where it is not this process.
+    :param broker: where that is.
     :raises ConfigError: for a store that cannot be used.
     :raises MissingExtra: for one whose library is not installed.
     """
     url = config.store
     if url == "memory" and engine is not None:
-        url = _store_beside(config)
+        url = _store_beside(config, broker)
     if url == "memory":
         return Ledger(config)
     if url == "sqlite":
@@ -569,13 +571,12 @@ def _store_class(config: Config, scheme: str) -> type[JobStore]:
     return store_class
 
 
-def _store_beside(config: Config) -> str:
+def _store_beside(config: Config, broker: str | None) -> str:
     """The store for jobs of an engine, where none was chosen: where its broker is, if that can be one."""
-    url = config.url or _REDIS
-    if url.partition("://")[0] not in STORES:
+    if broker is None or broker.partition("://")[0] not in STORES:
         key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"
         raise ConfigError(key, config.store, f"{allowed}: {config.key('EXECUTOR_TYPE')} has them run elsewhere")
-    return url
+    return broker
 
 
 def secret_keys(app: Flask | None) -> list[str | bytes]:

@@ -52,8 +52,8 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
     made: list[Executor] = []
 
     def make(app: Flask | None = app, *, name: str = "", **config: Any) -> Executor:
-        if config.get("type") == "rq" and "url" not in config:
-            config = {**request.getfixturevalue("rq_workers"), **config}
+        if config.get("type") in ("rq", "celery") and "url" not in config:
+            config = {**request.getfixturevalue(f"{config['type']}_workers"), **config}
         prefix = f"{name.upper()}_" if name else ""
         if app is not None:
             app.config.update({f"{prefix}EXECUTOR_{key.upper()}": value for key, value in config.items()})
@@ -198,15 +198,26 @@ TYPES: dict[str, dict[str, Any]] = {
     "process as on macOS": {"type": "process", "start_method": "fork"},
     "immediate": {},
     "rq": {},
+    "celery": {},
 }
 
 
 @pytest.fixture(scope="session")
 def rq_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Two workers of RQ, and how an app has its jobs run there."""
-    server = RedisServer(tmp_path_factory.mktemp("rq"))
+    yield from _workers("rq", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def celery_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A worker of Celery that runs two jobs at a time, and how an app has its jobs run there."""
+    yield from _workers("celery", tmp_path_factory)
+
+
+def _workers(engine: str, folders: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    server = RedisServer(folders.mktemp(engine))
     server.start()
-    environ = {**os.environ, "FLASK_EXECUTOR_TYPE": "rq", "FLASK_EXECUTOR_URL": server.url}
+    environ = {**os.environ, "FLASK_EXECUTOR_TYPE": engine, "FLASK_EXECUTOR_URL": server.url}
     environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
     with (server._folder / "log").open("w") as log:

@@ -59,6 +59,10 @@ class RQBackend(Backend):
         self._url = options.url or _URL
         self._shutdown = False
 
+    @classmethod
+    def broker(cls, options: BackendOptions) -> str:
+        return options.url or _URL
+
     @cached_property
     def _address(self) -> Address:
         return address_of(self._options)
