@@ -56,6 +56,10 @@ class BackendOptions:
     url: str | None = None
     #: The name of the queue there.
     queue: str = "default"
+    #: Seconds that a process which ends gives its jobs.
+    shutdown_timeout: float = 30.0
+    #: Marks a job that no worker has begun as failed, given its id: the engine has given it up.
+    refuse: Callable[[str, Exception], object] = lambda *_: None
 
 
 class PreparedCall(Protocol):

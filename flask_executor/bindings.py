@@ -132,6 +132,8 @@ class Binding(JobChannel):
                     leave_in_order(self)
                     self._warn_of_late_settings()
                     options = self.config.backend_options(self._app, self.initializers)
+                    if isinstance(self.ledger, SharedLedger):
+                        options = replace(options, refuse=self.ledger.refuse)
                     backend = self._backend_class(replace(options, start=self._start_plain))
                     if self._closed:
                         backend.shutdown()

@@ -453,7 +453,7 @@ def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | N
     """
     url = config.store
     if url == "memory" and engine is not None:
-        url = _store_beside(config)
+        url = _store_beside(config, engine)
     if url == "memory":
         return Ledger(config)
     if url == "sqlite":
@@ -473,8 +473,10 @@ def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | N
     return SharedLedger(config, store, weakref.ref(app), channel)
 
 
-def _store_beside(config: Config) -> str:
+def _store_beside(config: Config, engine: str) -> str:
     """The store for jobs of an engine, where none was chosen: where its broker is, if that can be one."""
+    if engine == "dask" and config.url is None:  # its workers are on this machine
+        return "sqlite"
     url = config.url or _REDIS
     if url.partition("://")[0] not in STORES:
         key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"
