@@ -26,6 +26,7 @@ BACKENDS = {
     "process": "flask_executor.backends.process:ProcessBackend",
     "immediate": "flask_executor.backends.immediate:ImmediateBackend",
     "rq": "flask_executor.backends.rq:RQBackend",
+    "dask": "flask_executor.backends.dask:DaskBackend",
 }
 #: What the url in ``EXECUTOR_STORE`` may begin with, and where the stores are.
 STORES = {
@@ -309,6 +310,7 @@ class Config:
             executor_name=self.name,
             url=self.url,
             queue=self.queue,
+            shutdown_timeout=self.shutdown_timeout,
         )
 
 

@@ -36,6 +36,7 @@ def no_leaks() -> Iterator[None]:
 def left_behind() -> list[str]:
     gc.collect()  # an app that a test made is a cycle; its threads end with it
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    threads = [name for name in threads if not name.startswith("Dask-Offload")]  # one that Dask keeps for the process
     return threads + [process.name for process in multiprocessing.active_children()]
 
 
@@ -52,8 +53,8 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
     made: list[Executor] = []
 
     def make(app: Flask | None = app, *, name: str = "", **config: Any) -> Executor:
-        if config.get("type") == "rq":
-            config = {**request.getfixturevalue("rq_workers"), **config}
+        if config.get("type") in ENGINES:
+            config = {**request.getfixturevalue(ENGINES[config["type"]]), **config}
         prefix = f"{name.upper()}_" if name else ""
         if app is not None:
             app.config.update({f"{prefix}EXECUTOR_{key.upper()}": value for key, value in config.items()})
@@ -194,7 +195,12 @@ TYPES: dict[str, dict[str, Any]] = {
     "process as on macOS": {"type": "process", "start_method": "fork"},
     "immediate": {},
     "rq": {},
+    "dask": {},
 }
+
+
+#: The fixtures that have the workers of an engine.
+ENGINES = {"rq": "rq_workers", "dask": "dask_workers"}
 
 
 @pytest.fixture(scope="session")
@@ -211,6 +217,65 @@ def rq_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
     worker.terminate()
     worker.wait(30)
     server.stop()
+
+
+class DaskScheduler:
+    """A real scheduler of Dask, on a port of its own."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"tcp://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--no-dashboard"]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command += ["--port", str(self.port)]
+        self._process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert wait_until(self._answers, 30), "Dask's scheduler does not answer"
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        with socket.socket() as line:
+            return line.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@contextmanager
+def worker_command(folder: Path, config: dict[str, str], processes: int = 2) -> Iterator[subprocess.Popen[bytes]]:
+    """``flask executor worker`` of the app of ``tasks.py``, with this in its configuration."""
+    environ = {**os.environ, **{f"FLASK_EXECUTOR_{key.upper()}": value for key, value in config.items()}}
+    environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker"]
+    with (folder / "log").open("a") as log:
+        worker = subprocess.Popen([*command, "--processes", str(processes)], env=environ, stdout=log, stderr=log)
+    try:
+        yield worker
+    finally:
+        worker.terminate()
+        worker.wait(60)
+
+
+@pytest.fixture(scope="session")
+def dask_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Two workers of Dask, and how an app has its jobs run there."""
+    require("distributed")
+    folder = tmp_path_factory.mktemp("dask")
+    scheduler = DaskScheduler()
+    scheduler.start()
+    config = {"url": scheduler.url, "store": f"sqlite:///{folder}/jobs.sqlite"}
+    with worker_command(folder, {"type": "dask", **config}):
+        yield config
+    scheduler.kill()
 
 
 def without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
