@@ -168,6 +168,14 @@ class Backend(concurrent.futures.Executor):
         :raises NotPicklable: for a call that cannot be sent to where the workers are; it was not accepted.
         """
 
+    def pack(self, call: PreparedCall) -> None:
+        """A call will perhaps be enqueued later: what is to be sent of it must be as it is now.
+
+        Whoever sends calls can put it into ``call.packed``, and use that in :meth:`enqueue`.
+
+        :raises NotPicklable: for a call that cannot be sent.
+        """
+
     def withdraw(self, call: PreparedCall) -> bool:
         """Give up a call that has not started, so that it can be cancelled; False when it has started.
 
@@ -212,6 +220,12 @@ class Backend(concurrent.futures.Executor):
         :param burst: whether to end when the queue is empty.
         """
         raise NotImplementedError
+
+    def discard(self, job: Job) -> None:
+        """A job was cancelled that the engine has: take it off the queue, if it can. Whoever gets it drops it anyway.
+
+        :raises EngineUnavailable: when the engine cannot be reached.
+        """
 
     @property
     def waiting(self) -> int:

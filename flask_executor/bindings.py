@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
+from flask_executor import plugins
 from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
 from flask_executor.consumer import Consumer
 from flask_executor.context import (
@@ -26,7 +27,14 @@ from flask_executor.context import (
 )
 from flask_executor.control import RunningJob, running_job
 from flask_executor.documents import describe_job
-from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
+from flask_executor.exceptions import (
+    ConfigError,
+    EngineUnavailable,
+    ExecutorShutdown,
+    KeyExists,
+    QueueFull,
+    StoreUnavailable,
+)
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
 from flask_executor.freight import pack_freight
@@ -37,12 +45,12 @@ from flask_executor.inherited import forking, origin
 from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
-from flask_executor.pending import Retries, Unfinished
+from flask_executor.pending import Held, Unfinished, Waiting
 from flask_executor.remote import register
 from flask_executor.runner import Call, Chunk
 from flask_executor.seals import CALL, Sealer
 from flask_executor.serial import callbacks_of_this_thread
-from flask_executor.sharing import SharedLedger, open_ledger, secret_keys
+from flask_executor.sharing import SharedLedger, open_ledger, secret_keys, weakly
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.streams import Places
 
@@ -51,6 +59,8 @@ if TYPE_CHECKING:
     from flask import Flask
 
     from flask_executor.config import Config
+
+_MOMENT = 0.002  # seconds between two looks
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -78,10 +88,11 @@ class Binding(JobChannel):
         self.consumer: Consumer | None = None
         if isinstance(self.ledger, SharedLedger) and engine is not None:
             self.ledger.engine = engine_holder(engine)
+            self.ledger.discard = weakly(self._discard)
             self.consumer = Consumer(self, self.ledger)
             register(app, executor.name, self.consumer)
         self.unfinished = Unfinished()
-        self._sent: weakref.WeakSet[FutureProxy[Any]] = weakref.WeakSet()  # handles of jobs that an engine has
+        self._sent: weakref.WeakSet[Any] = weakref.WeakSet()  # handles of jobs that an engine has
         self.name: str = executor.name
         self._executor = executor
         self._app = weakref.ref(app)
@@ -90,7 +101,8 @@ class Binding(JobChannel):
         self._lock = threading.RLock()
         self._key_lock = threading.RLock()  # who has it may wait for the store
         self._warned = False
-        self._retries = Retries()
+        self._waiting = Waiting()
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
         self.initializers = initializers
         self.services = self._make_services()
         self._set_config(config)
@@ -199,12 +211,61 @@ class Binding(JobChannel):
         :raises QueueFull: if too many jobs wait.
         :raises ExecutorShutdown: after :meth:`shutdown`.
         """
+        return self._start(self._accept(context, options, fn, args, kwargs))
+
+    def _accept(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Call[FutureProxy[Any]]:
         if options.key is None:
-            return self._start(self._prepare(context, options, fn, args, kwargs, self._limit()))
+            return self._prepare(context, options, fn, args, kwargs, self._limit())
         _, call = self._take_key(options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit()))
         if call is None:
             raise KeyExists(options.key)
-        return self._start(call)
+        return call
+
+    def hold(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Held:
+        """Accept a job as :meth:`submit` does, for somebody else to start or to drop.
+
+        Whatever can be wrong with it is raised now; when it is started nobody could do anything about it.
+        """
+        call = self._accept(context, options, fn, args, kwargs)
+        try:
+            self._sent.discard(call.future)
+            self.unfinished.hold(call.future)
+            self.backend.pack(call)
+            self._announce(call)
+            if self.consumer is not None:
+                self.consumer.ledger.keep(call.job)
+        except BaseException as error:
+            self._refuse(call.future, error)
+        held = Held(call, self._start_held, self._drop)
+        self._held.add(held)
+        return held
+
+    def _start_held(self, call: Call[FutureProxy[Any]]) -> None:
+        future = call.future
+        if future.done():  # cancelled meanwhile
+            return
+        self.unfinished.release(future)
+        try:
+            if self.consumer is not None:
+                self._sent.add(future)
+                self.consumer.ledger.send(call.job)
+            call.backend = self.backend
+            call.backend.enqueue(call)
+        except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
+            logger.exception("Job %s (%s) was to start after a commit, and cannot.", call.job.name, call.job.id)
+            self._drop(call)
+
+    def _drop(self, call: Call[FutureProxy[Any]]) -> None:
+        """Cancel a job that was to start later; its key is free."""
+        try:
+            if call.future.cancel():
+                self.make_way(call.job.id)
+        except Exception:  # the store is not available, say
+            logger.exception("Job %s (%s) could not be cancelled.", call.job.name, call.job.id)
 
     def submit_once(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -327,12 +388,18 @@ class Binding(JobChannel):
         if options.meta is not None:
             job.meta = dict(options.meta)
         if self._backend_class.engine is not None and not apart:
+            self._check_room()
             return self._prepare_to_send(job, fn, args, kwargs, context, options)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
         if not self.unfinished.add(call, limit, apart=apart):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
+
+    def _check_room(self) -> None:
+        pending = self.config.max_pending
+        if pending is not None and self.backend.waiting >= pending:
+            raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), pending)
 
     def _prepare_to_send(
         self, job: LiveJob, fn: Callable[..., Any], args: Args, kwargs: Kwargs, context: Any, options: JobOptions
@@ -355,8 +422,15 @@ class Binding(JobChannel):
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self.unfinished.wait(timeout):
             return False
+        sent = list(self._sent)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return not wait(list(self._sent), left).not_done
+        if wait(sent, left).not_done:
+            return False
+        while not all(future.called_back for future in sent):  # which is a matter of moments, or of the user's code
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(_MOMENT)
+        return True
 
     def sealer(self) -> Sealer:
         """What signs and checks calls that are sent to an engine.
@@ -377,17 +451,33 @@ class Binding(JobChannel):
     def _start(self, call: Call[FutureProxy[Any]], backend: Backend | None = None) -> FutureProxy[Any]:
         future = call.future
         try:
-            self.ledger.add(call)
-            if self._own_callbacks or self._default_callbacks:
-                for callback in (*self._own_callbacks, *self._default_callbacks):
-                    future.add_done_callback(callback)
-            if job_queued.receivers:
-                self._send(job_queued, call.job.record())
+            self._announce(call)
             call.backend = backend or self.backend
-            call.backend.enqueue(call)
+            if call.delay and call.backend.engine is None and call.backend.capacity is not None:
+                self._start_later(call)
+            else:
+                call.backend.enqueue(call)
         except BaseException as error:
             self._refuse(future, error)
         return future
+
+    def _discard(self, job: Job) -> None:
+        try:
+            self.backend.discard(job)
+        except EngineUnavailable as error:  # then it is dropped by the worker that gets it
+            logger.info("Job %s (%s) was cancelled, and stays in the queue: %s", job.name, job.id, error)
+
+    def _start_later(self, call: Call[FutureProxy[Any]]) -> None:
+        error = ExecutorShutdown(f"job {call.job.name} has not started: its process has ended before its time came")
+        self._waiting.add(call, error, call.delay, lambda: self._run_again(call, error))
+
+    def _announce(self, call: Call[FutureProxy[Any]]) -> None:
+        self.ledger.add(call)
+        if self._own_callbacks or self._default_callbacks:
+            for callback in (*self._own_callbacks, *self._default_callbacks):
+                call.future.add_done_callback(callback)
+        if job_queued.receivers:
+            self._send(job_queued, call.job.record())
 
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
         """A call was not accepted. Somebody may have found it by key meanwhile: end it, do not just drop it."""
@@ -516,7 +606,7 @@ class Binding(JobChannel):
 
     def withdraw(self, future: Future[Any]) -> bool:
         call = self.unfinished.get(future)
-        if call is None or self._retries.discard(call):
+        if call is None or self._waiting.discard(call):
             return True
         return call.backend is None or call.backend.withdraw(call)
 
@@ -575,8 +665,8 @@ class Binding(JobChannel):
         elif self._backend is None or self._backend.capacity is None:
             self._run_again(call, error)
         else:
-            self._retries.add(call, error, delay, lambda: self._run_again(call, error))
-            if self._closed and self._retries.discard(call):  # since it was asked above
+            self._waiting.add(call, error, delay, lambda: self._run_again(call, error))
+            if self._closed and self._waiting.discard(call):  # since it was asked above
                 call.give_up(error)
 
     def _run_again(self, call: PreparedCall, error: BaseException) -> None:
@@ -621,17 +711,32 @@ class Binding(JobChannel):
 
     def health(self) -> Health:
         """How it is doing now."""
-        jobs = [future.record() for future in self.unfinished.all()]
+        store_reachable = self._store_is_reachable()
+        workers, accepting = 0, not self._closed
+        try:
+            if self._backend is not None or self._backend_class.engine is not None:
+                workers = self.backend.workers
+        except EngineUnavailable as error:
+            logger.info("%s", error)
+            accepting = False
+        jobs = self._jobs_under_way() if store_reachable else []
         waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
         return Health(
-            workers=self._backend.workers if self._backend else 0,
+            workers=workers,
             busy=sum(job.status == JobStatus.RUNNING for job in jobs),
             waiting=len(waiting),
             oldest_wait=max((time.time() - job.queued_at for job in waiting), default=0.0),
-            store_reachable=self._store_is_reachable(),
-            accepting=not self._closed,
+            store_reachable=store_reachable,
+            accepting=accepting,
             services=self.services.statuses(),
         )
+
+    def _jobs_under_way(self) -> list[Job]:
+        """The records of the jobs of this process, or of all that the engine has, that have not ended."""
+        if self._backend_class.engine is None:
+            return [future.record() for future in self.unfinished.all()]
+        states = (JobStatus.QUEUED, JobStatus.RUNNING)
+        return [job for status in states for job in self.ledger.records.list(status=status)]
 
     def _store_is_reachable(self) -> bool:
         try:
@@ -655,10 +760,16 @@ class Binding(JobChannel):
         with self._lock:
             self._closed = True
             backend = self._backend
-        for call, error in self._retries.clear():
-            call.give_up(error)
+        for call, error in self._waiting.clear():
+            if call.job.attempt > 1 or not call.future.cancel():
+                call.give_up(error)
         if self.consumer is not None:
             self.consumer.close(wait=wait)
+        for held in list(self._held):
+            if not held.future.done():
+                left = _names([held.future])
+                logger.warning("The executor is shut down, and %s does not wait for a commit any more.", left)
+            held.drop()
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
@@ -701,7 +812,10 @@ class Binding(JobChannel):
     def after_fork(self) -> None:
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""
         self._lock = threading.RLock()
-        self._retries = Retries()
+        self._waiting = Waiting()
+        for held in list(self._held):  # the parent's
+            held.forget()
+        self._held.clear()
         self._backend = None
         if self.consumer is not None:
             self.consumer.after_fork()
@@ -723,6 +837,9 @@ def _names(futures: Sequence[FutureProxy[Any]]) -> str:
 
 
 def _backend_class(config: Config) -> type[Backend]:
+    if ":" not in config.type:
+        key = config.key("EXECUTOR_TYPE")
+        return plugins.load_plugin(plugins.BACKENDS, config.type, Backend, key, config.type)  # type: ignore[type-abstract]
     try:
         backend_class = import_string(config.type)
     except ImportStringError as error:

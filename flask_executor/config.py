@@ -6,10 +6,11 @@ import difflib
 import math
 import multiprocessing
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from flask_executor import plugins
 from flask_executor.abc import BackendOptions
 from flask_executor.exceptions import ConfigError
 from flask_executor.helpers import without_password
@@ -50,9 +51,10 @@ def _type(value: object) -> str:
         name = value.strip()
         if name in BACKENDS:
             return BACKENDS[name]
-        if _IMPORT_STRING.match(name):
+        if _IMPORT_STRING.match(name) or name in plugins.plugin_names(plugins.BACKENDS):
             return name
-    raise _RefusedError(f"{_one_of(BACKENDS)}, or 'package.module:Class' for a backend of your own")
+    names = dict.fromkeys([*BACKENDS, *plugins.plugin_names(plugins.BACKENDS)])
+    raise _RefusedError(f"{_one_of(names)}, or 'package.module:Class' for a backend of your own")
 
 
 def _store(value: object) -> str:
@@ -61,7 +63,10 @@ def _store(value: object) -> str:
         scheme, _, place = text.partition("://")
         if text in ("memory", "sqlite") or (scheme in STORES and place.strip("/")):
             return text
-    raise _RefusedError("'memory', 'sqlite' (a file in the instance folder), 'sqlite:///path' or 'redis://host:6379/0'")
+        if "://" in text and scheme not in STORES and scheme in plugins.plugin_names(plugins.STORES):
+            return text
+    places = ["sqlite:///path", "redis://host:6379/0", *(f"{name}://" for name in plugins.plugin_names(plugins.STORES))]
+    raise _RefusedError(f"'memory', 'sqlite' (a file in the instance folder), {_one_of(places, ' or')}")
 
 
 def _track(value: object) -> str:
@@ -182,8 +187,9 @@ def _name(value: object) -> str:
     raise _RefusedError("a name")
 
 
-def _one_of(names: Mapping[str, str]) -> str:
-    return ", ".join(map(repr, names))
+def _one_of(names: Iterable[str], last: str = ",") -> str:
+    *others, final = map(repr, names)
+    return f"{', '.join(others)}{last} {final}"
 
 
 def _key(name: str, default: object, coerce: Callable[[object], Any]) -> Any:
@@ -202,7 +208,7 @@ class Config:
     prefix: str
     #: The executor's name.
     name: str = ""
-    #: Import string of the backend's class.
+    #: Import string of the backend's class, or the name of another package's.
     type: str = _key("EXECUTOR_TYPE", "thread", _type)
     #: Most jobs at a time; None for the standard library's choice.
     max_workers: int | None = _key("EXECUTOR_MAX_WORKERS", None, _count_or_none)

@@ -82,7 +82,8 @@ class Consumer:
 
     def __init__(self, host: Host, ledger: SharedLedger) -> None:
         self._host = host
-        self._ledger = ledger
+        #: What the engine's jobs are recorded in.
+        self.ledger = ledger
         self._lock = threading.Lock()
         self._pool: ProcessBackend | None = None
         self._closed = False
@@ -101,7 +102,7 @@ class Consumer:
         """Run a call that was sent to this worker; see :func:`flask_executor.remote.run`."""
         try:
             call = self._unpack(id, data)
-            if not self._ledger.adopt(call):
+            if not self.ledger.adopt(call):
                 return None
         except StoreUnavailable as error:
             logger.warning("Job %s has to wait: %s", id, error)
@@ -117,14 +118,14 @@ class Consumer:
         wait([future])
         again = self._again.pop(id, None)
         if again is None:
-            self._ledger.flush(None)
+            self.ledger.flush(None)
         else:
-            self._ledger.hand_back(call.job)
+            self.ledger.hand_back(call.job)
         return again
 
     def postpone(self, call: PreparedCall, delay: float) -> bool:
         """The call is to run again in ``delay`` seconds: leave that to the engine, if it has sent it."""
-        if not self._ledger.is_adopted(call.job.id):
+        if not self.ledger.is_adopted(call.job.id):
             return False
         self._again[call.job.id] = delay
         # Only to wake up run(): the handle is not the one that somebody waits with, and nothing is reported.
@@ -135,7 +136,7 @@ class Consumer:
         try:
             freight = unpack_freight(id, data, self._host.sealer())
         except (NotPicklable, UntrustedResult) as error:
-            self._ledger.refuse(id, error)
+            self.ledger.refuse(id, error)
             raise
         options = freight.options
         job = LiveJob(options.name or callable_name(freight.fn), options.key, options.owner, id=id)

@@ -28,6 +28,7 @@ _BRIEF = 0.01  # seconds for which the start of a job is not written: many have 
 _TOGETHER = 0.004  # seconds for which the end of a job is not written: others may end, and one write does for all
 _LOOK = 0.2  # seconds between two looks for requests to stop
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
+_MOMENT = 0.002  # seconds between two looks whether a write has ended
 _MOST, _MOST_BYTES = 200, 32 << 20  # jobs and bytes that are written in one go
 
 
@@ -124,6 +125,15 @@ class Recorder:
         with self._changed:
             for where in (self._tracked, self._now, self._later):
                 where.pop(id, None)
+
+    def release(self, id: str) -> list[LogLine]:
+        """Somebody else has the job from now on: write no more of it; the lines of its log that are not written."""
+        with self._changed:
+            while self._writing:  # perhaps this one
+                self._changed.wait(_MOMENT)
+            tracked = self._tracked.get(id)
+            self.forget(id)
+            return [] if tracked is None else tracked.job.log_after(tracked.last)
 
     def retract(self, id: str) -> None:
         """It is not known whether the store has taken this job, which was not accepted: have it removed."""

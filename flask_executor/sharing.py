@@ -31,8 +31,9 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from flask_executor import plugins
 from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoreOptions
 from flask_executor.config import STORES, Config
 from flask_executor.control import RunningJob
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
     from flask_executor.runner import Call
 
+T = TypeVar("T")
+
 _PATIENCE = 5.0  # seconds to wait until something is written
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
 _REDIS = "redis://localhost:6379/0"
@@ -74,12 +77,14 @@ class SharedLedger(Ledger):
         super().__init__(config)
         self.store = store
         self.engine: str | None = None  # who has the jobs of this process, if not the process
+        self.discard: Callable[[Job], None] = _nothing  # takes what was cancelled off the queue of the engine
         self._app = app
         self._channel = weakref.ref(channel)
         self._closed = False
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
         self._sealer: Sealer | None = None
         self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
+        self._kept: set[str] = set()  # ids of jobs that wait here for the engine to get them
         self._adopted: set[str] = set()  # ids of jobs of this process that an engine has sent
         self._parts: list[Any] = []
         self._make_parts()
@@ -94,7 +99,7 @@ class SharedLedger(Ledger):
         self._callbacks = SerialThread("flask-executor-shared")
         self._requests = SerialThread("flask-executor-requests")  # of its own: callbacks may take long
         self._follower = Follower(self.store)
-        self._recorder = Recorder(self.store, _weakly(self._requested))
+        self._recorder = Recorder(self.store, weakly(self._requested))
         self._parts[:] = [self._follower, self._callbacks, self._requests, self._recorder]
 
     def reconfigure(self, config: Config) -> None:
@@ -187,17 +192,32 @@ class SharedLedger(Ledger):
     def hand_back(self, job: LiveJob) -> None:
         """Have a job belong to the engine again, which waits until the store has that."""
         self._handles.pop(job.id, None)
-        self._recorder.flush(None)
-        self._recorder.forget(job.id)
-        self._memory.remove(job.id)
+        log = self._recorder.release(job.id)
         while True:
             try:
-                self.store.write([Entry(job=job.record(), holder=self.engine or "")])
+                self._hand_over(job, log)
                 break
             except StoreUnavailable as error:
                 logger.warning("Job %s is to be tried again, and has to wait: %s", job.id, error)
                 time.sleep(_AGAIN)
         self._adopted.discard(job.id)
+        self._memory.remove(job.id)
+
+    def keep(self, job: LiveJob) -> None:
+        """A job is to wait in this process before the engine gets it; it is lost if the process ends meanwhile."""
+        self._kept.add(job.id)
+        self.store.write([Entry(job=job.record(), holder=self._recorder.holder)])
+        self._recorder.add(job, claimed=True)
+
+    def send(self, job: LiveJob) -> None:
+        """The engine is about to get a job that was kept."""
+        self._kept.discard(job.id)
+        self._hand_over(job, self._recorder.release(job.id))
+
+    def _hand_over(self, job: LiveJob, log: Sequence[LogLine]) -> None:
+        self.store.write([Entry(job=job.record(), holder=self.engine or "", log=log)])
+        for request in self.store.take_requests(self._recorder.holder):  # that came for it until now
+            self._requested(request)
 
     def refuse(self, id: str, error: Exception) -> None:
         """A job that waits in the queue of an engine cannot be run."""
@@ -212,7 +232,16 @@ class SharedLedger(Ledger):
         if self.engine is None or job.status is not JobStatus.QUEUED:
             return False
         cancelled = replace(job, status=JobStatus.CANCELLED, ended_at=time.time())
-        return self.store.take(Entry(job=cancelled, holder=self.engine), self.engine) is None
+        kept = job.id in self._kept
+        former = self._recorder.holder if kept else self.engine
+        if self.store.take(Entry(job=cancelled, holder=self.engine), former) is not None:
+            return False
+        if kept:
+            self._kept.discard(job.id)
+            self._recorder.release(job.id)
+        else:
+            self.discard(cancelled)
+        return True
 
     def _is_written(self, job: Job) -> bool:
         """Whether the store knows, or knew, all there is to know about a job of this process."""
@@ -343,7 +372,7 @@ class SharedLedger(Ledger):
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
         self._outcomes = {}
-        self._adopted = set()
+        self._kept, self._adopted = set(), set()
         self._make_parts()
         for futures in (self.futures, self.hidden):
             futures.after_fork()
@@ -424,14 +453,18 @@ class SharedRecords(JobRecords):
         return jobs if limit is None else jobs[:limit]
 
 
-def _weakly(method: Callable[[StopRequest], None]) -> Callable[[StopRequest], None]:
+def _nothing(job: Job) -> None:
+    """There is no engine."""
+
+
+def weakly(method: Callable[[T], None]) -> Callable[[T], None]:
     """A method, without keeping its object alive."""
     reference = weakref.WeakMethod(method)
 
-    def call(request: StopRequest) -> None:
+    def call(argument: T) -> None:
         alive = reference()
         if alive is not None:
-            alive(request)
+            alive(argument)
 
     return call
 
@@ -461,8 +494,7 @@ def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | N
     scheme, _, place = url.partition("://")
     if scheme == "sqlite":
         url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
-    module, _, name = STORES[scheme].partition(":")
-    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
+    store_class = _store_class(config, scheme)
     space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
     options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
     try:
@@ -471,6 +503,15 @@ def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | N
         allowed = "a url that can be used, such as 'sqlite:///jobs.sqlite' or 'redis://user:password@host:6379/0'"
         raise ConfigError(config.key("EXECUTOR_STORE"), without_password(config.store), allowed) from None
     return SharedLedger(config, store, weakref.ref(app), channel)
+
+
+def _store_class(config: Config, scheme: str) -> type[JobStore]:
+    if scheme not in STORES:
+        key, value = config.key("EXECUTOR_STORE"), without_password(config.store)
+        return plugins.load_plugin(plugins.STORES, scheme, JobStore, key, value)  # type: ignore[type-abstract]
+    module, _, name = STORES[scheme].partition(":")
+    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
+    return store_class
 
 
 def _store_beside(config: Config, engine: str) -> str:

@@ -72,6 +72,8 @@ class StoredFuture(FutureProxy[T]):
         self._gone_since: float | None = None
         self._asked = False  # whether it was asked to stop with this handle; its process will note that too
         self._waiting = 0  # in result() and exception()
+        #: Whether it is settled, and its callbacks have run.
+        self.called_back = False
         super().__init__(None, elsewhere.channel)  # type: ignore[arg-type]  # see _job
         self._elsewhere = elsewhere
         self._waiters: list[Any] = _Waiters(partial(elsewhere.follow, self), self._give_up)
@@ -157,6 +159,7 @@ class StoredFuture(FutureProxy[T]):
             deadline = time.monotonic() + _PATIENCE
             while self.status is JobStatus.QUEUED and time.monotonic() < deadline:
                 time.sleep(0.01)
+                self._elsewhere.cancel_queued(self._seen)  # its worker may just be giving it back to the engine
         return self.status is JobStatus.CANCELLED
 
     def result(self, timeout: float | None = None) -> T:
@@ -234,6 +237,12 @@ class StoredFuture(FutureProxy[T]):
         callbacks, self._done_callbacks = self._done_callbacks, []
         if callbacks:
             self._elsewhere.aside(partial(self._call_back, callbacks))
+        else:
+            self.called_back = True
+
+    def _call_back(self, callbacks: list[Callable[[Future[T]], object]]) -> None:
+        super()._call_back(callbacks)
+        self.called_back = True
 
 
 class _Waiters(list[Any]):

@@ -64,6 +64,9 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
 
     yield make
     for executor in made:
+        if getattr(executor, "engine", None):  # nobody else ends what a test that has failed leaves there
+            for future in executor.unfinished():
+                future.stop(grace=0)
         executor.shutdown(cancel_futures=True)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -104,6 +106,11 @@ async def add_async(a: int, b: int) -> int:
 
 def unpicklable_result() -> Any:
     return threading.Lock()
+
+
+def buyers(database: str) -> list[str]:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return [buyer for (buyer,) in connection.execute("SELECT buyer FROM orders")]
 
 
 # ---- jobs that can be watched and stopped ----

@@ -9,14 +9,16 @@ import concurrent.futures
 import datetime
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import EngineUnavailable, ExecutorShutdown, MissingExtra
 from flask_executor.helpers import without_password
+from flask_executor.jobs import Job
 from flask_executor.remote import Address, address_of
 from flask_executor.remote import run as run_sent
 from flask_executor.troop import run_processes
@@ -24,6 +26,7 @@ from flask_executor.troop import run_processes
 try:
     import redis
     import rq
+    import rq.exceptions
 except ImportError as error:
     raise MissingExtra("rq", "rq") from error
 
@@ -83,10 +86,14 @@ class RQBackend(Backend):
         )
         with self._reaching():
             if call.delay:
-                now = datetime.datetime.now(datetime.timezone.utc)
-                queue.schedule_job(job, now + datetime.timedelta(seconds=call.delay))
+                due = math.ceil(time.time() + call.delay)  # RQ counts whole seconds
+                queue.schedule_job(job, datetime.datetime.fromtimestamp(due, datetime.timezone.utc))
             else:
                 queue.enqueue_job(job)
+
+    def discard(self, job: Job) -> None:
+        with self._reaching(), suppress(rq.exceptions.NoSuchJobError, rq.exceptions.InvalidJobOperation):
+            rq.job.Job.fetch(job.id, connection=self._queues[0].connection).delete()
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:

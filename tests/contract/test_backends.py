@@ -164,8 +164,9 @@ def test_callbacks_and_signals(app: Flask, executor: Executor) -> None:
         signal.connect(receiver, executor)
     executor.submit(add, 1).add_done_callback(partial(note, "called"))
     drain(executor)
-    assert seen[:3] == ["job-queued", "job-started", "job-finished"]
-    assert seen[3:] == ["called"]
+    # The workers of an engine send signals where they are.
+    told = ["job-queued"] if executor.engine else ["job-queued", "job-started", "job-finished"]
+    assert seen == [*told, "called"]
 
 
 def test_a_decorated_function(app: Flask, executor: Executor) -> None:
