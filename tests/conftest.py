@@ -238,6 +238,7 @@ class DaskScheduler:
     def start(self) -> None:
         command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--no-dashboard"]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environ["DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION"] = "1.0"  # or workers get jobs before they are free
         command += ["--port", str(self.port)]
         self._process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         assert wait_until(self._answers, 30), "Dask's scheduler does not answer"

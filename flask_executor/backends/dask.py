@@ -40,13 +40,16 @@ from flask_executor.exceptions import (
 )
 from flask_executor.forks import after_fork_in_child
 from flask_executor.helpers import without_password
+from flask_executor.jobs import Job
 from flask_executor.logs import logger
 from flask_executor.remote import Address, address_of
 from flask_executor.remote import run as run_sent
 from flask_executor.troop import run_processes
 
 try:
+    import dask
     import distributed
+    from dask._task_spec import Task
     from distributed.core import Status
 except ImportError as error:
     raise MissingExtra("distributed", "dask") from error
@@ -56,11 +59,13 @@ T = TypeVar("T")
 
 _PATIENCE = 4.0  # seconds that a scheduler may take to answer those who submit
 _START = 60.0  # seconds that a cluster of this process may take to start
+_MOMENT = 0.001  # seconds between two looks whether the scheduler has a call
 _AGAIN = 1.0  # seconds until a scheduler that was not there is tried again
 _LOST = "scheduler-connection-lost"  # what Dask calls it
+_DISCARDED = "flask-executor-discarded"  # and what we call it when a job was cancelled
 _SCHEDULER = "_FLASK_EXECUTOR_DASK"  # in the environment of workers: their scheduler, for jobs that start jobs
 _ID = re.compile(r"-[0-9a-f]{24}\Z")  # what ends the keys of our tasks, and of no others
-_UNFINISHED = ("waiting", "no-worker", "queued", "processing")  # what tasks are at a scheduler
+_WAITING = ("waiting", "no-worker", "queued")  # what tasks are that no worker has
 
 
 class DaskBackend(Backend):
@@ -120,6 +125,13 @@ class DaskBackend(Backend):
             why = str(error) or f"no answer within {_PATIENCE:g} s"
             raise EngineUnavailable("Dask's scheduler", url, where, why) from error
 
+    def discard(self, job: Job) -> None:
+        if self._shutdown or (self._url is None and self._line is None):
+            return
+        line = self._connection()
+        with self._reaching():
+            line.ask(line.drop(_key(job.name, job.id)))
+
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         url = self._url
         if url is None:
@@ -165,7 +177,6 @@ class DaskBackend(Backend):
 
     @property
     def waiting(self) -> int:
-        """As of the last heartbeat of each worker, which is up to a second ago."""
         return self._look()[1]
 
     @property
@@ -197,6 +208,15 @@ class _Sent:
     priority: int
     resources: dict[str, float] | None
     future: Callable[[], Any]
+
+    @property
+    def key(self) -> str:
+        return _key(self.name, self.id)
+
+
+def _key(name: str, id: str) -> str:
+    """What Dask calls a job: its dashboard shows the name."""
+    return f"{name}-{id}"
 
 
 class _Line(threading.Thread):
@@ -282,14 +302,10 @@ class _Line(threading.Thread):
 
     async def _connect(self) -> distributed.Client:
         if self._url is None and self.cluster is None:
-            self.cluster = await distributed.LocalCluster(
-                n_workers=self._options.max_workers or os.cpu_count() or 1,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address=None,
-                asynchronous=True,
-            )
+            workers = self._options.max_workers or os.cpu_count() or 1
+            options = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+            with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # those of high priority go first
+                self.cluster = await distributed.LocalCluster(asynchronous=True, **options)
         where = self.cluster or self._url
         client = distributed.Client(where, asynchronous=True, timeout=_PATIENCE, set_as_default=False)
         try:
@@ -300,17 +316,30 @@ class _Line(threading.Thread):
         return self.client
 
     async def send(self, sent: _Sent) -> None:
-        """Give a call to the scheduler, and look after it."""
-        future = self._submit(await self._connected(), sent)
+        """Give a call to the scheduler, see that it has it, and look after it."""
+        client = await self._connected()
+        future = self._submit(client, sent)
+        try:
+            while future.status == "pending":
+                status = await client.scheduler.get_task_status(keys=[sent.key])
+                if status[sent.key] is not None:
+                    break
+                await asyncio.sleep(_MOMENT)
+        except BaseException:  # it is not accepted
+            future.release()
+            raise
+        if future.status == "cancelled":
+            raise OSError("the connection was lost")
         task = asyncio.create_task(self._see_through(sent, future))
         self._sent[task] = sent
         task.add_done_callback(self._sent.pop)
 
     def _submit(self, client: distributed.Client, sent: _Sent) -> Any:
-        name = f"{sent.name}-{sent.id}"
-        future = client.submit(
-            run, *sent.arguments, key=name, pure=False, priority=sent.priority, resources=sent.resources
-        )
+        # As Client.submit() does, but for the mark: what makes data waits at the scheduler, in order of priority.
+        task = Task(sent.key, run, *sent.arguments, _data_producer=True)
+        options = {"priority": sent.priority, "resources": sent.resources, "fifo_timeout": 0, "sync": False}
+        client.scheduler_comm.interval = _MOMENT  # somebody waits
+        future = client.get({sent.key: task}, sent.key, **options)
         distributed.fire_and_forget(future)
         return future
 
@@ -321,7 +350,10 @@ class _Line(threading.Thread):
                 with future.client.as_current():
                     await distributed.wait([future])
             except distributed.client.FuturesCancelledError as cancelled:
-                if any(group.reason != _LOST for group in cancelled.error_groups):
+                reasons = {group.reason for group in cancelled.error_groups}
+                if _DISCARDED in reasons:
+                    return
+                if reasons != {_LOST}:
                     why = WorkerLost(f"Job {sent.name} is lost: it was cancelled at Dask's scheduler.")
                     await asyncio.to_thread(self._refuse, sent, why)
                     return
@@ -346,6 +378,11 @@ class _Line(threading.Thread):
             self._options.refuse(sent.id, error)
         except Exception:
             logger.exception("Job %s (%s) could not be marked as failed.", sent.name, sent.id)
+
+    async def drop(self, key: str) -> None:
+        """Have the scheduler forget a call, whoever has sent it."""
+        client = await self._connected()
+        await client.cancel([distributed.Future(key, client)], force=True, reason=_DISCARDED)
 
     async def look(self, resources: dict[str, float] | None) -> tuple[int, int]:
         """How many workers there are, and how many calls wait."""
@@ -372,20 +409,21 @@ after_fork_in_child(_disarm)
 
 def _count(names: list[str], dask_scheduler: Any) -> tuple[int, int]:
     """In the scheduler: how many workers have these resources, and how many calls that need them wait."""
+    tasks = dask_scheduler.tasks
+
+    def is_ours(task: Any) -> bool:
+        is_call = isinstance(task.key, str) and _ID.search(task.key) is not None
+        return is_call and set(task.resource_restrictions or ()) == set(names)
+
+    waiting = sum(task.state in _WAITING and is_ours(task) for task in tasks.values())
+    for worker in dask_scheduler.workers.values():
+        have = sum(map(is_ours, worker.processing))
+        asleep = sum(
+            map(is_ours, worker.long_running)
+        )  # those that wait for their time, and keep no other from running
+        waiting += max(0, have - asleep - worker.nthreads)
     workers = [worker for worker in dask_scheduler.workers.values() if all(name in worker.resources for name in names)]
-    running = {task for worker in workers for task in worker.executing if task not in worker.long_running}
-    waiting = 0
-    for key, task in dask_scheduler.tasks.items():
-        is_ours = (
-            isinstance(key, str) and _ID.fullmatch(key[-25:]) and set(names) == set(task.resource_restrictions or ())
-        )
-        if is_ours and task not in running and task.state in ("waiting", "no-worker", "queued", "processing"):
-            waiting += 1
     return len(workers), waiting
-
-
-def _is_ours(key: object) -> bool:
-    return isinstance(key, str) and _ID.search(key) is not None
 
 
 # ---- in workers ----
