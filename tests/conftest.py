@@ -53,7 +53,7 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
     made: list[Executor] = []
 
     def make(app: Flask | None = app, *, name: str = "", **config: Any) -> Executor:
-        if config.get("type") in ENGINES:
+        if config.get("type") in ENGINES and "url" not in config:
             config = {**request.getfixturevalue(ENGINES[config["type"]]), **config}
         prefix = f"{name.upper()}_" if name else ""
         if app is not None:

@@ -231,6 +231,7 @@ class _Line(threading.Thread):
         self._begun = threading.Event()
         self._sent: dict[asyncio.Task[None], _Sent] = {}
         self._connecting: asyncio.Task[distributed.Client] | None = None
+        self._failed = -math.inf  # when it was that no connection could be made
         self.client: distributed.Client | None = None
         self.cluster: distributed.LocalCluster | None = None
         _lines.add(self)
@@ -296,6 +297,8 @@ class _Line(threading.Thread):
             await asyncio.sleep(0.05)
         if self.client is not None and self.client.status == "running":
             return self.client
+        if time.monotonic() - self._failed < _AGAIN:
+            raise OSError("it was not there a moment ago")
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.create_task(self._connect())
         return await asyncio.shield(self._connecting)
@@ -303,14 +306,23 @@ class _Line(threading.Thread):
     async def _connect(self) -> distributed.Client:
         if self._url is None and self.cluster is None:
             workers = self._options.max_workers or os.cpu_count() or 1
-            options = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+            options = {
+                "n_workers": workers,
+                "threads_per_worker": 1,
+                "host": "127.0.0.1",
+                "dashboard_address": "127.0.0.1:0",
+            }
             with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # those of high priority go first
-                self.cluster = await distributed.LocalCluster(asynchronous=True, **options)
+                try:
+                    self.cluster = await distributed.LocalCluster(asynchronous=True, dashboard_address=":0", **options)
+                except RuntimeError as error:  # what Dask makes of all errors there
+                    raise OSError(str(error)) from error
         where = self.cluster or self._url
         client = distributed.Client(where, asynchronous=True, timeout=_PATIENCE, set_as_default=False)
         try:
             self.client = await client
         except BaseException:
+            self._failed = time.monotonic()
             client.status = "closed"  # or it would be closed once more when it is collected, in whichever thread
             raise
         return self.client
@@ -380,7 +392,9 @@ class _Line(threading.Thread):
             logger.exception("Job %s (%s) could not be marked as failed.", sent.name, sent.id)
 
     async def drop(self, key: str) -> None:
-        """Have the scheduler forget a call, whoever has sent it."""
+        """Have the scheduler forget a call, whoever has sent it. Not worth waiting for a connection that was lost."""
+        if self.client is not None and self.client.status != "running":
+            raise OSError("the connection is lost")
         client = await self._connected()
         await client.cancel([distributed.Future(key, client)], force=True, reason=_DISCARDED)
 
@@ -439,6 +453,8 @@ def run(address: Address, id: str, data: bytes, at: float = 0.0) -> None:
     seconds: float | None = at - time.time()
     if seconds is None or seconds <= 0:
         os.environ.setdefault(_SCHEDULER, distributed.get_worker().scheduler.address)
+        if address[0] is not None:  # the processes of a nanny spawn their children, which import the app
+            os.environ.setdefault("FLASK_APP", address[0])
         _running.add(id)
         try:
             # A process that is forked here must not take itself for a worker of Dask: it does not have its event loop.
@@ -477,17 +493,26 @@ async def _serve(
         worker = distributed.Worker(url, nthreads=1, resources=resources)
         life = asyncio.create_task(_live(worker))
         await asyncio.wait({life, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if worker.status in (Status.running, Status.paused):
-            worker.status = Status.paused  # it gets no more
-            await _let_end(signals.second, options.shutdown_timeout)
-            for id in list(_running):
-                stop(id)
-            await _let_end(None, options.exit_grace + 1)
-            with suppress(OSError, asyncio.TimeoutError):
-                await asyncio.wait_for(worker.close_gracefully(), _PATIENCE)
+        if ended.done():
+            await _retire(worker, signals.second, stop, options)
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
         await worker.close(nanny=False, executor_wait=False)
+
+
+async def _retire(
+    worker: distributed.Worker, cut: asyncio.Event, stop: Callable[[str], object], options: BackendOptions
+) -> None:
+    """Have a worker end after the jobs of this process, some of which it may have got before its scheduler was lost."""
+    if worker.status is Status.running:
+        worker.status = Status.paused  # it gets no more
+    await _let_end(cut, options.shutdown_timeout)
+    for id in list(_running):
+        stop(id)
+    await _let_end(None, options.exit_grace + 1)
+    if worker.status in (Status.running, Status.paused):
+        with suppress(OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(worker.close_gracefully(), _PATIENCE)
 
 
 async def _live(worker: distributed.Worker) -> None:
