@@ -14,14 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from flask import Flask
 
-from flask_executor import Executor
+from flask_executor import Executor, StoreUnavailable
 
 MakeExecutor = Callable[..., Executor]
 
@@ -65,8 +65,9 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
     yield make
     for executor in made:
         if getattr(executor, "engine", None):  # nobody else ends what a test that has failed leaves there
-            for future in executor.unfinished():
-                future.stop(grace=0)
+            with suppress(StoreUnavailable):
+                for future in executor.unfinished():
+                    future.stop(grace=0)
         executor.shutdown(cancel_futures=True)
 
 

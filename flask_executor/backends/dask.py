@@ -305,18 +305,7 @@ class _Line(threading.Thread):
 
     async def _connect(self) -> distributed.Client:
         if self._url is None and self.cluster is None:
-            workers = self._options.max_workers or os.cpu_count() or 1
-            options = {
-                "n_workers": workers,
-                "threads_per_worker": 1,
-                "host": "127.0.0.1",
-                "dashboard_address": "127.0.0.1:0",
-            }
-            with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # those of high priority go first
-                try:
-                    self.cluster = await distributed.LocalCluster(asynchronous=True, dashboard_address=":0", **options)
-                except RuntimeError as error:  # what Dask makes of all errors there
-                    raise OSError(str(error)) from error
+            self.cluster = await self._start_cluster()
         where = self.cluster or self._url
         client = distributed.Client(where, asynchronous=True, timeout=_PATIENCE, set_as_default=False)
         try:
@@ -326,6 +315,19 @@ class _Line(threading.Thread):
             client.status = "closed"  # or it would be closed once more when it is collected, in whichever thread
             raise
         return self.client
+
+    async def _start_cluster(self) -> distributed.LocalCluster:
+        with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # those of high priority go first
+            try:
+                return await distributed.LocalCluster(
+                    n_workers=self._options.max_workers or os.cpu_count() or 1,
+                    threads_per_worker=1,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",
+                    asynchronous=True,
+                )
+            except RuntimeError as error:  # what Dask makes of all errors there
+                raise OSError(str(error)) from error
 
     async def send(self, sent: _Sent) -> None:
         """Give a call to the scheduler, see that it has it, and look after it."""

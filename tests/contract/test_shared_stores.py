@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import pickle
+import socket
+import socketserver
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from conftest import run_in_threads, wait_until
-from flask_executor.abc import Entry, JobStore, StopRequest, StoreOptions
-from flask_executor.holders import this_holder
+from conftest import run_in_threads, store_url, wait_until
+from flask_executor import QueueFull
+from flask_executor.abc import MOST_MESSAGES, Entry, JobStore, StopRequest, StoredMessage, StoreOptions
+from flask_executor.holders import engine_holder, this_holder
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LiveJob, LogLine
 from flask_executor.stores.redis import RedisStore
-from flask_executor.stores.sqlite import SQLiteStore
+from flask_executor.stores.sqlite import MIGRATIONS, SQLiteStore
 
 MakeStore = Callable[..., JobStore]
 HERE = this_holder()
@@ -312,8 +318,8 @@ def test_requests_are_given_once(store: JobStore) -> None:
     store.ask_to_stop(StopRequest(id=other.id, only_queued=True))
     store.ask_to_stop(StopRequest(id="unknown"))
     assert list(store.take_requests(DEAD)) == []
-    asked = sorted(store.take_requests(HERE), key=lambda request: request.only_queued)
-    assert asked == [StopRequest(id=job.id, grace=1.5), StopRequest(id=other.id, only_queued=True)]
+    asked = set(store.take_requests(HERE))
+    assert asked == {StopRequest(id=job.id, grace=1.5), StopRequest(id=other.id, only_queued=True)}
     assert list(store.take_requests(HERE)) == []
 
 
@@ -483,3 +489,293 @@ def test_fork_while_others_write(store: JobStore) -> None:
         thread.join()
     assert codes == [0] * 20
     assert len(store.keys()) == 20
+
+
+# ---- messages ----
+
+ENGINE = engine_holder("rq")
+
+
+def messages_for(store: JobStore, holder: str = HERE) -> list[StoredMessage]:
+    """Some of those that wait."""
+    return [request for request in store.take_requests(holder) if isinstance(request, StoredMessage)]
+
+
+def receive(store: JobStore, holder: str = HERE) -> dict[str, list[bytes]]:
+    """All that wait, by the ids of their jobs; they leave the store."""
+    found: dict[str, list[bytes]] = {}
+    while messages := messages_for(store, holder):
+        for message in messages:
+            found.setdefault(message.id, []).append(message.data)
+        store.received(holder, messages)
+    return found
+
+
+def queued_in_engine(store: JobStore, key: str | None = None) -> LiveJob:
+    job = LiveJob("render", key)
+    store.take(Entry(job=job.record(), holder=ENGINE), None)
+    return job
+
+
+def test_messages_come_in_order_and_until_they_were_received(make_store: MakeStore) -> None:
+    store, other = make_store(), make_store()
+    job, neighbour = started(store), started(store)
+    sent = [b"%d\x00\xff" % number for number in range(250)]
+    for number, data in enumerate(sent):
+        assert other.send(job.id, data)
+        if number < 3:
+            assert other.send(neighbour.id, data)
+    store.ask_to_stop(StopRequest(id=job.id))
+    assert messages_for(store, this_holder()) == [], "they are another's"
+    first = messages_for(store)
+    assert {message.id for message in first} == {job.id, neighbour.id}
+    again = messages_for(store)
+    assert again == first
+    store.received(HERE, first)
+    store.received(HERE, first)
+    mine = [message.data for message in first if message.id == job.id]
+    assert mine + receive(store)[job.id] == sent
+    assert list(store.take_requests(HERE)) == []
+    assert other.send(neighbour.id, b"later")
+    assert receive(store) == {neighbour.id: [b"later"]}
+
+
+def test_500_messages_from_4_processes(make_store: MakeStore) -> None:
+    store = make_store()
+    job = started(store)
+    children = []
+    for sender in range(4):
+        pid = os.fork()
+        if not pid:
+            try:
+                store.after_fork()
+                for number in range(125):
+                    assert store.send(job.id, b"%d %d" % (sender, number))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(pid)
+    found: list[tuple[bytes, ...]] = []
+
+    def have_all() -> bool:
+        found.extend(tuple(data.split()) for data in receive(store).get(job.id, ()))
+        return len(found) >= 500
+
+    assert wait_until(have_all, 30)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
+    assert receive(store) == {}
+    for sender in range(4):
+        name = str(sender).encode()
+        assert [int(number) for who, number in found if who == name] == list(range(125))
+
+
+def test_messages_to_a_queued_job_of_an_engine_wait_for_whoever_takes_it(store: JobStore) -> None:
+    job, other, worker = queued_in_engine(store, "report"), queued_in_engine(store), this_holder()
+    for number in range(150):
+        assert store.send(job.id, b"%d" % number)
+    assert store.send(other.id, b"other")
+    assert messages_for(store, worker) == []
+    job.start()
+    assert store.take(Entry(job=job.record(), holder=worker), ENGINE) is None
+    assert receive(store, ENGINE) == {other.id: [b"other"]}, "and none of the job that was taken"
+    assert receive(store, worker) == {job.id: [b"%d" % number for number in range(150)]}
+    assert store.send(job.id, b"150")
+    assert receive(store, worker) == {job.id: [b"150"]}
+
+
+def test_messages_to_a_job_whose_worker_has_died_go_to_the_next(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{type(store).__module__}.LEASE", 0.1)
+    job, worker = queued_in_engine(store, "report"), this_holder()
+    job.start()
+    assert store.take(Entry(job=job.record(), holder=DEAD), ENGINE) is None
+    assert store.renew(DEAD) is False
+    assert store.send(job.id, b"a")
+    assert wait_until(lambda: (store.get(job.id) or job).status == "lost")
+    assert messages_for(store, DEAD) == [], "it has ended"
+    assert not store.send(job.id, b"b")
+    store.write([Entry(job=job.record(), holder=worker)])
+    assert receive(store, worker) == {job.id: [b"a"]}
+    assert store.send(job.id, b"c")
+    assert receive(store, worker) == {job.id: [b"c"]}
+
+
+@pytest.mark.parametrize("status", [status for status in JobStatus if status.ended])
+def test_messages_to_a_job_that_has_ended(store: JobStore, status: JobStatus) -> None:
+    job = claimed(store, "report")
+    if status != "cancelled":
+        job.start()
+    assert store.send(job.id, b"before")
+    job.end(status)
+    store.write([Entry(job=job.record(), holder=HERE)])
+    assert not store.send(job.id, b"after")
+    assert messages_for(store) == [], "nobody can have them any more"
+    assert not store.send("unknown", b"")
+
+
+def left_in(store: JobStore) -> list[str]:
+    """What the store has that belongs to messages."""
+    if isinstance(store, SQLiteStore):
+        with store._reading() as connection:
+            return [str(row) for row in connection.execute("SELECT message FROM messages")]
+    assert isinstance(store, RedisStore)
+    names = [name for pattern in ("mail:*", "mailed:*") for name in store._redis.keys(f"*{pattern}")]
+    return [name.decode() for name in names]
+
+
+@pytest.mark.parametrize("leaves", ["received", "removed", "removed when open", "purged", "expired"])
+def test_messages_leave_with_the_record(make_store: MakeStore, leaves: str) -> None:
+    store = make_store(result_ttl=0.2 if leaves == "expired" else 3600)
+    job = started(store, "report")
+    for number in range(3):
+        assert store.send(job.id, b"%d" % number)
+    assert left_in(store)
+    if leaves == "received":
+        receive(store)
+    elif leaves == "removed when open":
+        store.remove(job.id)
+    else:
+        job.end(JobStatus.SUCCEEDED)
+        store.write([Entry(job=job.record(), holder=HERE)])
+        assert left_in(store), "they stay with the record"
+    if leaves == "removed":
+        store.remove(job.id)
+    elif leaves == "purged":
+        assert store.purge(time.time() + 1) == 1
+
+    def has_left() -> bool:
+        if isinstance(store, SQLiteStore):  # Redis does it by itself
+            store.sweep()
+        return not left_in(store)
+
+    assert wait_until(has_left, 5)
+
+
+def test_a_bound_on_messages(store: JobStore) -> None:
+    job, other = started(store), started(store)
+    for number in range(MOST_MESSAGES):
+        assert store.send(job.id, b"%d" % number)
+    with pytest.raises(QueueFull, match=f"1000 messages wait for job {job.id}, as many as are kept") as caught:
+        store.send(job.id, b"one more")
+    assert (caught.value.limit, str(pickle.loads(pickle.dumps(caught.value)))) == (1000, str(caught.value))
+    assert store.send(other.id, b"there is room for others")
+    found = receive(store)
+    assert found == {job.id: [b"%d" % number for number in range(1000)], other.id: [b"there is room for others"]}
+    assert store.send(job.id, b"one more")
+
+
+def test_messages_of_another_app(make_store: MakeStore) -> None:
+    shop, bank = make_store("shop"), make_store("bank")
+    job = started(shop)
+    assert not bank.send(job.id, b"from a stranger")
+    assert receive(shop) == {}
+
+
+def test_a_message_is_stored_once_though_its_answer_is_lost(way: WayToRedis) -> None:
+    """redis-py sends a command again when the connection breaks before the answer."""
+    store = way.store
+    job = started(store)
+    assert store.send(job.id, b"a")
+    way.lose = b"\nb\r\n"
+    assert store.send(job.id, b"b")
+    assert way.lost == [b":1\r\n"], "it was taken, and nobody was told"
+    assert store.send(job.id, b"c")
+    assert receive(store) == {job.id: [b"a", b"b", b"c"]}
+
+
+def test_a_job_that_ends_while_it_is_sent_a_message(way: WayToRedis) -> None:
+    store = way.store
+    job = started(store)
+    job.end(JobStatus.SUCCEEDED)
+    way.before = b"\nlate\r\n", lambda: way.other.write([Entry(job=job.record(), holder=HERE)])
+    assert not store.send(job.id, b"late")
+    assert left_in(store) == []
+
+
+def test_a_job_that_is_taken_over_while_it_is_sent_a_message(way: WayToRedis) -> None:
+    store, worker = way.store, this_holder()
+    job = queued_in_engine(store)
+    job.start()
+    way.before = b"\nfirst\r\n", lambda: way.other.take(Entry(job=job.record(), holder=worker), ENGINE)
+    assert store.send(job.id, b"first")
+    assert receive(store, worker) == {job.id: [b"first"]}
+    assert left_in(store) == []
+
+
+class WayToRedis(socketserver.ThreadingTCPServer):
+    """A proxy before a Redis, a store that uses it, and another that does not."""
+
+    daemon_threads = True
+
+    def __init__(self, url: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Passage)
+        self.port = int(url.rpartition(":")[2].partition("/")[0])
+        #: What is done, once, before something that has this in it is passed on.
+        self.before: tuple[bytes, Callable[[], object]] | None = None
+        #: The connection breaks, once, before the answer to what has this in it. The answers that were lost.
+        self.lose: bytes | None = None
+        self.lost: list[bytes] = []
+        urls = f"redis://127.0.0.1:{self.server_address[1]}/0", url
+        self.store, self.other = (
+            RedisStore(StoreOptions(url=each, space="shop", result_ttl=60, max_records=10)) for each in urls
+        )
+
+
+class _Passage(socketserver.BaseRequestHandler):
+    server: WayToRedis
+
+    def handle(self) -> None:
+        way = self.server
+        with socket.create_connection(("127.0.0.1", way.port)) as redis:
+            while data := self.request.recv(1 << 20):
+                if way.before is not None and way.before[0] in data:
+                    (_, fn), way.before = way.before, None
+                    fn()
+                redis.sendall(data)
+                answer = redis.recv(1 << 20)
+                if way.lose is not None and way.lose in data:
+                    way.lose = None
+                    way.lost.append(answer)
+                    return
+                self.request.sendall(answer)
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[WayToRedis]:
+    with WayToRedis(store_url("redis", request)) as way:
+        thread = threading.Thread(target=way.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield way
+        finally:
+            way.store.close()
+            way.other.close()
+            way.shutdown()
+            thread.join()
+
+
+def test_a_file_from_before_there_were_messages(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    before = MIGRATIONS[:2]
+    connection = sqlite3.connect(path)
+    for statement in (statement for step in before for statement in step):
+        connection.execute(statement)
+    job = LiveJob("render", "report")
+    connection.execute(
+        "INSERT INTO jobs (id, space, key, has_key, name, status, queued_at, attempt, stop_requested, holder) "
+        "VALUES (?, 'shop', 'report', 1, 'render', 'queued', ?, 1, 0, ?)",
+        (job.id, job.queued_at, HERE),
+    )
+    connection.execute(f"PRAGMA user_version = {len(before)}")
+    connection.commit()
+    connection.close()
+    store = SQLiteStore(StoreOptions(url=f"sqlite:///{path}", space="shop", result_ttl=60, max_records=10))
+    assert store.send(job.id, b"a")
+    assert receive(store) == {job.id: [b"a"]}
+    held = store.held("report")
+    assert held is not None
+    assert held.id == job.id
+    with store._reading() as read:
+        assert read.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+    store.close()
