@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -186,6 +188,25 @@ def test_only_workers_that_have_the_resource_run_the_jobs_of_a_queue(
         assert executor._self.waiting == 1
         with worker_command(tmp_path, {**config, "queue": "gpu"}, 1):
             assert future.result(20) == 1
+
+
+def test_workers_of_dask_itself(
+    make_executor: MakeExecutor, app: Flask, config: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    for key, value in config.items():
+        monkeypatch.setenv(f"FLASK_EXECUTOR_{key.upper()}", value)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
+    executor = make_executor(**config)
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", config["url"], "--nthreads", "2", "--no-dashboard"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
+        try:
+            futures = [executor.submit(wait_for, str(tmp_path / "go")) for _ in range(2)]
+            assert wait_until(lambda: all(future.running() for future in futures), 30)
+            (tmp_path / "go").touch()
+            assert [future.result(10) for future in futures] == [None, None]
+        finally:
+            worker.terminate()
 
 
 def test_a_child_of_a_fork_does_no_harm(executor: Executor) -> None:
