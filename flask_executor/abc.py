@@ -58,8 +58,8 @@ class BackendOptions:
     queue: str = "default"
     #: Seconds that a process which ends gives its jobs.
     shutdown_timeout: float = 30.0
-    #: Marks a job that no worker has begun as failed, given its id: the engine has given it up.
-    refuse: Callable[[str, Exception], object] = lambda *_: None
+    #: Marks a job that no worker has begun as failed, given its id, the error and its name: the engine has given it up.
+    refuse: Callable[[str, Exception, str], object] = lambda *_: None
 
 
 class PreparedCall(Protocol):

@@ -235,10 +235,13 @@ class SharedLedger(Ledger):
             if isinstance(request, StopRequest):  # messages follow the job
                 self._requested(request)
 
-    def refuse(self, id: str, error: Exception) -> None:
-        """A job that waits in the queue of an engine cannot be run."""
-        job = self.store.get(id)
-        if job is None or job.status is not JobStatus.QUEUED or self.engine is None:
+    def refuse(self, id: str, error: Exception, name: str = "unknown") -> None:
+        """A job that waits in the queue of an engine cannot be run.
+
+        :param name: what it is called, for one that has no record yet.
+        """
+        job = self.store.get(id) or LiveJob(name, None, None, id=id).record()
+        if job.status is not JobStatus.QUEUED or self.engine is None:
             return
         failed = replace(job, status=JobStatus.FAILED, error=describe_error(error), ended_at=time.time())
         outcome = self._seal().seal(id, Kind.ERROR, self._packed_error(error))

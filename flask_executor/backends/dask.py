@@ -389,7 +389,7 @@ class _Line(threading.Thread):
         """Dask has given up a call. If a worker had begun with it, that is known or found out otherwise."""
         logger.error("Job %s (%s) could not be run by Dask: %s", sent.name, sent.id, error)
         try:
-            self._options.refuse(sent.id, error)
+            self._options.refuse(sent.id, error, sent.name)
         except Exception:
             logger.exception("Job %s (%s) could not be marked as failed.", sent.name, sent.id)
 
