@@ -499,7 +499,8 @@ async def _serve(
             await _retire(worker, signals.second, stop, options)
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
-        await worker.close(nanny=False, executor_wait=False)
+        with suppress(OSError, asyncio.TimeoutError):  # one that has not begun may take half a minute
+            await asyncio.wait_for(worker.close(timeout=1, nanny=False, executor_wait=False), _PATIENCE)
 
 
 async def _retire(

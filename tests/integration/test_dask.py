@@ -85,7 +85,7 @@ def test_dask_shows_the_names(executor: Executor, dask_workers: dict[str, Any], 
     assert wait_until(future.running)
     with distributed.Client(dask_workers["url"], set_as_default=False) as client:
         keys = [key for keys in client.processing().values() for key in keys]
-    assert keys == [f"render-{future.job_id}"]
+    assert f"render-{future.job_id}" in keys
     (tmp_path / "go").touch()
     assert future.result(10) is None
 
