@@ -57,6 +57,10 @@ class BackendOptions:
     url: str | None = None
     #: The name of the queue there.
     queue: str = "default"
+    #: Seconds that a process which ends gives its jobs.
+    shutdown_timeout: float = 30.0
+    #: Marks a job that no worker has begun as failed, given its id, the error and its name: the engine has given it up.
+    refuse: Callable[[str, Exception, str], object] = lambda *_: None
 
 
 class PreparedCall(Protocol):
@@ -212,10 +216,10 @@ class Backend(concurrent.futures.Executor):
         return False
 
     @classmethod
-    def broker(cls, options: BackendOptions) -> str | None:
-        """Where the engine is, its url; None when the app does not say it.
+    def store_beside(cls, options: BackendOptions) -> str | None:
+        """``EXECUTOR_STORE`` for the jobs of an engine where none was chosen; None where the app has to choose one.
 
-        :raises ConfigError: when it has to.
+        :raises ConfigError: when the app does not even say where the engine is.
         """
         return options.url
 

@@ -85,8 +85,8 @@ class Binding(JobChannel):
     ) -> None:
         self._backend_class = _backend_class(config)
         engine = self._backend_class.engine
-        broker = self._backend_class.broker(config.backend_options(weakref.ref(app)))
-        self.ledger: Ledger = open_ledger(config, app, self, engine, broker)
+        beside = self._backend_class.store_beside(config.backend_options(weakref.ref(app)))
+        self.ledger: Ledger = open_ledger(config, app, self, engine, beside)
         self.consumer: Consumer | None = None
         if isinstance(self.ledger, SharedLedger) and engine is not None:
             self.ledger.engine = engine_holder(engine)
@@ -146,6 +146,8 @@ class Binding(JobChannel):
                     leave_in_order(self)
                     self._warn_of_late_settings()
                     options = self.config.backend_options(self._app, self.initializers)
+                    if isinstance(self.ledger, SharedLedger):
+                        options = replace(options, refuse=self.ledger.refuse)
                     backend = self._backend_class(replace(options, start=self._start_plain))
                     if self._closed:
                         backend.shutdown()

@@ -28,6 +28,7 @@ BACKENDS = {
     "immediate": "flask_executor.backends.immediate:ImmediateBackend",
     "rq": "flask_executor.backends.rq:RQBackend",
     "celery": "flask_executor.backends.celery:CeleryBackend",
+    "dask": "flask_executor.backends.dask:DaskBackend",
 }
 #: What the url in ``EXECUTOR_STORE`` may begin with, and where the stores are.
 STORES = {
@@ -316,6 +317,7 @@ class Config:
             executor_name=self.name,
             url=self.url,
             queue=self.queue,
+            shutdown_timeout=self.shutdown_timeout,
         )
 
 

@@ -117,6 +117,8 @@ class Consumer:
             call.backend.enqueue(call)
         except ExecutorShutdown:
             self.postpone(call, 0.0)
+        except Exception as error:  # no worker process can be made: EXECUTOR_APP is wrong, say
+            call.give_up(error)
         wait([future])
         again = self._again.pop(id, None)
         if again is None:

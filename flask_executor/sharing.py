@@ -238,10 +238,13 @@ class SharedLedger(Ledger):
             if isinstance(request, StopRequest):  # messages follow the job
                 self._requested(request)
 
-    def refuse(self, id: str, error: Exception) -> None:
-        """A job that waits in the queue of an engine cannot be run."""
-        job = self.store.get(id)
-        if job is None or job.status is not JobStatus.QUEUED or self.engine is None:
+    def refuse(self, id: str, error: Exception, name: str = "unknown") -> None:
+        """A job that waits in the queue of an engine cannot be run.
+
+        :param name: what it is called, for one that has no record yet.
+        """
+        job = self.store.get(id) or LiveJob(name, None, None, id=id).record()
+        if job.status is not JobStatus.QUEUED or self.engine is None:
             return
         failed = replace(job, status=JobStatus.FAILED, error=describe_error(error), ended_at=time.time())
         outcome = self._seal().seal(id, Kind.ERROR, self._packed_error(error))
@@ -532,18 +535,18 @@ def _dispose(parts: Sequence[Any]) -> None:
 
 
 def open_ledger(
-    config: Config, app: Flask, channel: JobChannel, engine: str | None = None, broker: str | None = None
+    config: Config, app: Flask, channel: JobChannel, engine: str | None = None, beside: str | None = None
 ) -> Ledger:
     """What an executor with this configuration writes to.
 
     :param engine: whose workers run its jobs, where it is not this process.
-    :param broker: where that is.
+    :param beside: the store for them, if none was chosen; None if there is none.
     :raises ConfigError: for a store that cannot be used.
     :raises MissingExtra: for one whose library is not installed.
     """
     url = config.store
     if url == "memory" and engine is not None:
-        url = _store_beside(config, broker)
+        url = _store_beside(config, beside)
     if url == "memory":
         return Ledger(config)
     if url == "sqlite":
@@ -571,12 +574,12 @@ def _store_class(config: Config, scheme: str) -> type[JobStore]:
     return store_class
 
 
-def _store_beside(config: Config, broker: str | None) -> str:
-    """The store for jobs of an engine, where none was chosen: where its broker is, if that can be one."""
-    if broker is None or broker.partition("://")[0] not in STORES:
+def _store_beside(config: Config, url: str | None) -> str:
+    """The store for jobs of an engine, where none was chosen."""
+    if url is None or (url != "sqlite" and url.partition("://")[0] not in STORES):
         key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"
         raise ConfigError(key, config.store, f"{allowed}: {config.key('EXECUTOR_TYPE')} has them run elsewhere")
-    return broker
+    return url
 
 
 def secret_keys(app: Flask | None) -> list[str | bytes]:

@@ -36,6 +36,7 @@ def no_leaks() -> Iterator[None]:
 def left_behind() -> list[str]:
     gc.collect()  # an app that a test made is a cycle; its threads end with it
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    threads = [name for name in threads if not name.startswith("Dask-Offload")]  # one that Dask keeps for the process
     return threads + [process.name for process in multiprocessing.active_children()]
 
 
@@ -52,8 +53,8 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
     made: list[Executor] = []
 
     def make(app: Flask | None = app, *, name: str = "", **config: Any) -> Executor:
-        if config.get("type") in ("rq", "celery") and "url" not in config:
-            config = {**request.getfixturevalue(f"{config['type']}_workers"), **config}
+        if config.get("type") in ENGINES and "url" not in config:
+            config = {**request.getfixturevalue(ENGINES[config["type"]]), **config}
         prefix = f"{name.upper()}_" if name else ""
         if app is not None:
             app.config.update({f"{prefix}EXECUTOR_{key.upper()}": value for key, value in config.items()})
@@ -199,33 +200,99 @@ TYPES: dict[str, dict[str, Any]] = {
     "immediate": {},
     "rq": {},
     "celery": {},
+    "dask": {},
 }
+
+
+#: The fixtures that have the workers of an engine.
+ENGINES = {engine: f"{engine}_workers" for engine in ("rq", "celery", "dask")}
 
 
 @pytest.fixture(scope="session")
 def rq_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Two workers of RQ, and how an app has its jobs run there."""
-    yield from _workers("rq", tmp_path_factory)
+    require("rq")
+    with redis_and_workers("rq", tmp_path_factory.mktemp("rq")) as config:
+        yield config
 
 
 @pytest.fixture(scope="session")
 def celery_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A worker of Celery that runs two jobs at a time, and how an app has its jobs run there."""
-    yield from _workers("celery", tmp_path_factory)
+    require("celery")
+    with redis_and_workers("celery", tmp_path_factory.mktemp("celery")) as config:
+        yield config
 
 
-def _workers(engine: str, folders: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    server = RedisServer(folders.mktemp(engine))
+@contextmanager
+def redis_and_workers(engine: str, folder: Path) -> Iterator[dict[str, Any]]:
+    server = RedisServer(folder)
     server.start()
-    environ = {**os.environ, "FLASK_EXECUTOR_TYPE": engine, "FLASK_EXECUTOR_URL": server.url}
+    try:
+        with worker_command(folder, {"type": engine, "url": server.url}):
+            yield {"url": server.url}
+    finally:
+        server.stop()
+
+
+class DaskScheduler:
+    """A real scheduler of Dask, on a port of its own."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"tcp://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--no-dashboard"]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environ["DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION"] = "1.0"  # or workers get jobs before they are free
+        command += ["--port", str(self.port)]
+        self._process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert wait_until(self._answers, 30), "Dask's scheduler does not answer"
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        with socket.socket() as line:
+            return line.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@contextmanager
+def worker_command(folder: Path, config: dict[str, str], processes: int = 2) -> Iterator[subprocess.Popen[bytes]]:
+    """``flask executor worker`` of the app of ``tasks.py``, with this in its configuration."""
+    environ = {**os.environ, **{f"FLASK_EXECUTOR_{key.upper()}": value for key, value in config.items()}}
     environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
-    with (server._folder / "log").open("w") as log:
-        worker = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-    yield {"url": server.url}
-    worker.terminate()
-    worker.wait(30)
-    server.stop()
+    command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker"]
+    with (folder / "log").open("a") as log:
+        worker = subprocess.Popen([*command, "--processes", str(processes)], env=environ, stdout=log, stderr=log)
+    try:
+        yield worker
+    finally:
+        worker.terminate()
+        worker.wait(60)
+
+
+@pytest.fixture(scope="session")
+def dask_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Two workers of Dask, and how an app has its jobs run there."""
+    require("distributed")
+    folder = tmp_path_factory.mktemp("dask")
+    scheduler = DaskScheduler()
+    scheduler.start()
+    config = {"url": scheduler.url, "store": f"sqlite:///{folder}/jobs.sqlite"}
+    with worker_command(folder, {"type": "dask", **config}):
+        yield config
+    scheduler.kill()
 
 
 def without_linux(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -495,3 +495,27 @@ def no_messages() -> Any:
 def receive_for_ever() -> Any:
     current_job.update(message="receiving")
     return current_job.receive()
+
+
+# ---- jobs on engines ----
+
+
+def submit_and_wait() -> int:
+    executor = current_app.extensions["executor"]
+    result: int = executor.submit(add, 1, 2).result(30)
+    return result
+
+
+def compute_with_dask() -> int:
+    import dask
+
+    result: int = dask.delayed(add)(1, 2).compute()
+    return result
+
+
+def note_and_wait(path: str, go: str) -> str:
+    """Write down this process and its parent."""
+    with Path(path).open("a") as file:
+        file.write(f"{os.getpid()} {os.getppid()}\n")
+    wait_for(go)
+    return "done"

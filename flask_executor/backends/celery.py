@@ -86,7 +86,7 @@ class CeleryBackend(Backend):
         self._asked, self._known = -_KNOWN, 0
 
     @classmethod
-    def broker(cls, options: BackendOptions) -> str:
+    def store_beside(cls, options: BackendOptions) -> str:
         theirs = _celery_of(options)
         url = options.url if theirs is None else theirs.conf.broker_write_url
         if url is None:

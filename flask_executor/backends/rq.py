@@ -60,7 +60,7 @@ class RQBackend(Backend):
         self._shutdown = False
 
     @classmethod
-    def broker(cls, options: BackendOptions) -> str:
+    def store_beside(cls, options: BackendOptions) -> str:
         return options.url or _URL
 
     @cached_property

@@ -1,0 +1,230 @@
+"""What is Dask's own: clusters, workers that die, schedulers that forget."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tasks
+from flask import Flask
+from tasks import add, append, compute_with_dask, fail_until, pid, submit_and_wait, wait_for
+
+from conftest import DaskScheduler, MakeExecutor, require, wait_until, worker_command
+from flask_executor import ConfigError, EngineUnavailable, Executor, ExecutorError, cli
+
+require("distributed")
+
+
+@pytest.fixture
+def cluster(app: Flask, make_executor: MakeExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Executor:
+    """An executor with a cluster of its own."""
+    store = f"sqlite:///{tmp_path}/jobs.sqlite"
+    monkeypatch.setenv("FLASK_EXECUTOR_TYPE", "dask")
+    monkeypatch.setenv("FLASK_EXECUTOR_STORE", store)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1])]))
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    return make_executor(type="dask", url=None, store=store, max_workers=2)
+
+
+@pytest.fixture
+def executor(make_executor: MakeExecutor, app: Flask) -> Executor:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    return make_executor(type="dask")
+
+
+@pytest.fixture
+def scheduler() -> Iterator[DaskScheduler]:
+    scheduler = DaskScheduler()
+    scheduler.start()
+    yield scheduler
+    scheduler.kill()
+
+
+@pytest.fixture
+def config(scheduler: DaskScheduler, tmp_path: Path) -> dict[str, str]:
+    return {"type": "dask", "url": scheduler.url, "store": f"sqlite:///{tmp_path}/jobs.sqlite"}
+
+
+class TestClusterOfItsOwn:
+    def test_it_runs_jobs_and_leaves_nothing_behind(self, cluster: Executor) -> None:
+        assert cluster.health().workers == 0, "nothing starts before the first job"
+        assert cluster.submit(add, 1, 2).result(60) == 3
+        assert cluster.workers == 2
+        assert cluster.submit(pid).result(30) != os.getpid()
+        futures = [cluster.submit(tasks.sleep, 0.2) for _ in range(3)]
+        cluster.shutdown()
+        assert [future.status for future in futures] == ["succeeded"] * 3, "they end before the cluster does"
+
+    def test_jobs_start_jobs_on_the_same_cluster(self, cluster: Executor) -> None:
+        assert cluster.submit(submit_and_wait).result(60) == 3
+        assert cluster.workers == 2
+
+    def test_without_a_store_it_is_sqlite(self, make_executor: MakeExecutor, app: Flask) -> None:
+        make_executor(type="dask", url=None).jobs.list()
+        assert Path(app.instance_path, "executor.sqlite").exists()
+
+
+def test_a_scheduler_needs_a_store_that_all_share(make_executor: MakeExecutor) -> None:
+    with pytest.raises(ConfigError, match=r"EXECUTOR_STORE is 'memory'; it must be 'redis://"):
+        make_executor(type="dask", url="tcp://127.0.0.1:9", store="memory")
+
+
+def test_dask_shows_the_names(executor: Executor, dask_workers: dict[str, Any], tmp_path: Path) -> None:
+    import distributed
+
+    future = executor.options(name="render").submit(wait_for, str(tmp_path / "go"))
+    assert wait_until(future.running)
+    with distributed.Client(dask_workers["url"], set_as_default=False) as client:
+        keys = [key for keys in client.processing().values() for key in keys]
+    assert f"render-{future.job_id}" in keys
+    (tmp_path / "go").touch()
+    assert future.result(10) is None
+
+
+def test_a_job_may_use_dask(executor: Executor) -> None:
+    assert executor.options(timeout=20).submit(compute_with_dask).result(30) == 3
+
+
+def test_a_job_that_waits_for_its_retry_lets_others_run(executor: Executor, tmp_path: Path) -> None:
+    futures = [executor.options(retries=1, backoff=60).submit(fail_until, str(tmp_path / str(n)), 2) for n in range(3)]
+    assert wait_until(lambda: all(future.record().attempt == 2 for future in futures))
+    assert executor.submit(add, 1).result(10) == 1
+    for future in futures:
+        assert future.stop()
+        assert future.status == "cancelled"
+
+
+def test_what_no_worker_can_run_fails(make_executor: MakeExecutor, app: Flask) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:nowhere"
+    app.name = "another"
+    future = make_executor(type="dask").submit(add, 1)
+    with pytest.raises(ExecutorError, match="EXECUTOR_APP is 'tasks:nowhere'"):
+        future.result(20)
+    assert future.status == "failed"
+
+
+def test_the_job_of_a_worker_that_was_killed_is_run_by_another(
+    make_executor: MakeExecutor, app: Flask, config: dict[str, str], tmp_path: Path
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(**config)
+    with worker_command(tmp_path, config):
+        future = executor.submit(tasks.note_and_wait, str(tmp_path / "pids"), str(tmp_path / "go"))
+        assert wait_until(lambda: future.running() and (tmp_path / "pids").exists(), 20)
+        child, parent = map(int, (tmp_path / "pids").read_text().split())
+        os.kill(parent, signal.SIGKILL)
+        assert wait_until(lambda: len((tmp_path / "pids").read_text().split()) == 4, 20)
+        assert wait_until(lambda: not Path(f"/proc/{child}").exists()), "its process has ended with it"
+        (tmp_path / "go").touch()
+        assert future.result(20) == "done"
+
+
+def test_a_scheduler_that_goes_and_comes_back(
+    make_executor: MakeExecutor, app: Flask, scheduler: DaskScheduler, config: dict[str, str], tmp_path: Path
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(**config)
+    futures = [executor.submit(append, str(tmp_path / "file"), text) for text in "ab"]
+    scheduler.kill()  # which had no workers: it takes the jobs along
+    begin = time.monotonic()
+    with pytest.raises(EngineUnavailable, match="Dask's scheduler at tcp"):
+        executor.submit(add, 1)
+    assert time.monotonic() - begin < 5
+    assert executor.health().accepting is False
+    time.sleep(_LONG)  # until its client gives up
+    scheduler.start()
+    with worker_command(tmp_path, config):
+        for future in futures:
+            assert future.result(30) is None
+        assert sorted((tmp_path / "file").read_text()) == ["a", "b"]
+        assert wait_until(lambda: executor.health().accepting)
+        assert executor.submit(add, 1).result(10) == 1
+
+
+_LONG = 5.0  # seconds after which a client gives up to connect again
+
+
+def test_workers_outlive_their_scheduler_and_end_in_order(
+    make_executor: MakeExecutor, app: Flask, scheduler: DaskScheduler, config: dict[str, str], tmp_path: Path
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(**config)
+    with worker_command(tmp_path, config) as worker:
+        future = executor.submit(wait_for, str(tmp_path / "go"))
+        assert wait_until(future.running, 20)
+        scheduler.kill()
+        scheduler.start()
+        assert wait_until(lambda: executor.health().workers, 20)
+        assert executor.submit(add, 1).result(20) == 1
+        assert future.running(), "the job goes on"
+        (tmp_path / "go").touch()
+        assert future.result(10) is None
+        other = executor.submit(wait_for, str(tmp_path / "later"))
+        assert wait_until(other.running, 20)
+        worker.terminate()
+        threading.Timer(0.5, (tmp_path / "later").touch).start()
+        assert other.result(10) is None
+        assert worker.wait(20) == 0
+
+
+def test_only_workers_that_have_the_resource_run_the_jobs_of_a_queue(
+    make_executor: MakeExecutor, app: Flask, config: dict[str, str], tmp_path: Path
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(**config, queue="gpu")
+    with worker_command(tmp_path, config, 1):
+        future = executor.submit(add, 1)
+        assert not wait_until(future.done, 3)
+        assert executor.workers == 0
+        assert executor._self.waiting == 1
+        with worker_command(tmp_path, {**config, "queue": "gpu"}, 1):
+            assert future.result(20) == 1
+
+
+def test_workers_of_dask_itself(
+    make_executor: MakeExecutor, app: Flask, config: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    for key, value in config.items():
+        monkeypatch.setenv(f"FLASK_EXECUTOR_{key.upper()}", value)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
+    executor = make_executor(**config)
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", config["url"], "--nthreads", "2", "--no-dashboard"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
+        try:
+            futures = [executor.submit(wait_for, str(tmp_path / "go")) for _ in range(2)]
+            assert wait_until(lambda: all(future.running() for future in futures), 30)
+            (tmp_path / "go").touch()
+            assert [future.result(10) for future in futures] == [None, None]
+        finally:
+            worker.terminate()
+
+
+def test_a_child_of_a_fork_does_no_harm(executor: Executor) -> None:
+    assert executor.submit(add, 1).result(10) == 1
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            gc.collect()
+            code = 0 if executor.submit(add, 2).result(10) == 2 else 2
+            executor.shutdown()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert executor.submit(add, 3).result(10) == 3
+
+
+def test_the_command_says_what_it_cannot(make_executor: MakeExecutor, app: Flask) -> None:
+    make_executor(type="dask", url="tcp://127.0.0.1:9", store="sqlite")
+    result = app.test_cli_runner().invoke(cli.group, ["worker", "--burst"])
+    assert (result.exit_code, "leave out --burst" in result.output) == (1, True)
