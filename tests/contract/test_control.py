@@ -74,7 +74,11 @@ def start(executor: Executor, backend: str) -> Start:
 
 def workers_of(executor: Executor) -> int:
     """How many jobs run at a time."""
-    return executor.workers if executor.engine else 1
+    if not executor.engine:
+        return 1
+    assert wait_until(lambda: executor.workers), "they have just been started, if this test is the first"
+    count: int = executor.workers
+    return count
 
 
 def one(executor: Executor, future: FutureProxy[Any]) -> Job:
