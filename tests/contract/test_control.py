@@ -74,7 +74,10 @@ def start(executor: Executor, backend: str) -> Start:
 
 def workers_of(executor: Executor) -> int:
     """How many jobs run at a time."""
-    return executor.workers if executor.engine else 1
+    if not executor.engine:
+        return 1
+    assert wait_until(lambda: executor.workers == 2), "they have just been started, if this test is the first"
+    return 2
 
 
 def one(executor: Executor, future: FutureProxy[Any]) -> Job:
