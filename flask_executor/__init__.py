@@ -18,6 +18,7 @@ from flask_executor.exceptions import (
     ResultExpired,
     ResultTooLarge,
     StoreUnavailable,
+    Unsupported,
     UntrustedResult,
     WorkerLost,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "ResultTooLarge",
     "Service",
     "StoreUnavailable",
+    "Unsupported",
     "UntrustedResult",
     "WorkerLost",
     "checkpoint",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flask_executor.exceptions import Unsupported
 from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
 from flask_executor.services import ServiceStatus
 
@@ -153,6 +154,10 @@ class Backend(concurrent.futures.Executor):
     chunks: bool = False
     #: Whether a running job can be ended for certain, whatever it does.
     supports_kill: bool = False
+    #: Whether jobs of a higher priority start first.
+    supports_priority: bool = True
+    #: For an engine: whether it can start a job later. Others need not, as jobs then wait in this process.
+    supports_delay: bool = True
     #: What the engine is called whose workers run jobs without this process. They write down what becomes of them, in a
     #: store that all share, and a handle finds it there. Calls are packed when they come. None for a backend whose jobs
     #: are this process's.
@@ -210,6 +215,14 @@ class Backend(concurrent.futures.Executor):
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
 
+    @classmethod
+    def broker(cls, options: BackendOptions) -> str | None:
+        """Where the engine is, its url; None when the app does not say it.
+
+        :raises ConfigError: when it has to.
+        """
+        return options.url
+
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         """Be a worker of the engine, in the main thread, until a signal says to end.
 
@@ -231,10 +244,10 @@ class Backend(concurrent.futures.Executor):
     def waiting(self) -> int:
         """How many calls wait in the queue of the engine, of whichever process.
 
-        :raises NotImplementedError: for an engine that does not tell.
+        :raises Unsupported: for an engine that does not tell.
         :raises EngineUnavailable: when it cannot be reached.
         """
-        raise NotImplementedError
+        raise Unsupported(f"{type(self).__name__} cannot tell how many jobs wait, so that their number has no limit")
 
     def crew(self) -> Sequence[WorkerState]:
         """The worker processes that are alive; none where jobs run in threads of this one."""

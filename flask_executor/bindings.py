@@ -34,6 +34,7 @@ from flask_executor.exceptions import (
     KeyExists,
     QueueFull,
     StoreUnavailable,
+    Unsupported,
 )
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
@@ -84,7 +85,8 @@ class Binding(JobChannel):
     ) -> None:
         self._backend_class = _backend_class(config)
         engine = self._backend_class.engine
-        self.ledger: Ledger = open_ledger(config, app, self, engine)
+        broker = self._backend_class.broker(config.backend_options(weakref.ref(app)))
+        self.ledger: Ledger = open_ledger(config, app, self, engine, broker)
         self.consumer: Consumer | None = None
         if isinstance(self.ledger, SharedLedger) and engine is not None:
             self.ledger.engine = engine_holder(engine)
@@ -384,6 +386,8 @@ class Binding(JobChannel):
                 options = replace(options, timeout=self.config.timeout)
         elif options.timeout == math.inf:
             options = replace(options, timeout=None)
+        if not apart:
+            self._check_supported(options)
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         if options.meta is not None:
             job.meta = dict(options.meta)
@@ -395,6 +399,16 @@ class Binding(JobChannel):
         if not self.unfinished.add(call, limit, apart=apart):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
+
+    def _check_supported(self, options: JobOptions) -> None:
+        backend = self._backend_class
+        for asked, supported, what in (
+            (options.priority, backend.supports_priority, "give jobs a priority"),
+            (options.delay, backend.supports_delay, "start jobs later"),
+        ):
+            if asked and not supported:
+                key = self.config.key("EXECUTOR_TYPE")
+                raise Unsupported(f"{backend.__name__} ({key}) cannot {what}: leave that out, or choose another type")
 
     def _check_room(self) -> None:
         pending = self.config.max_pending

@@ -27,6 +27,7 @@ BACKENDS = {
     "process": "flask_executor.backends.process:ProcessBackend",
     "immediate": "flask_executor.backends.immediate:ImmediateBackend",
     "rq": "flask_executor.backends.rq:RQBackend",
+    "celery": "flask_executor.backends.celery:CeleryBackend",
     "dask": "flask_executor.backends.dask:DaskBackend",
 }
 #: What the url in ``EXECUTOR_STORE`` may begin with, and where the stores are.

@@ -122,7 +122,7 @@ class Consumer:
         wait([future])
         again = self._again.pop(id, None)
         if again is None:
-            self.ledger.flush(None)
+            self.ledger.finish(call.job)
         else:
             self.ledger.hand_back(call.job)
         return again

@@ -181,6 +181,10 @@ class StoreUnavailable(ExecutorError, ConnectionError):
         return f"The job store {self.where} is not available: {self.why}"
 
 
+class Unsupported(ExecutorError, NotImplementedError):
+    """The backend cannot do what was asked for."""
+
+
 class EngineUnavailable(ExecutorError, ConnectionError):
     """The broker or scheduler that jobs are sent to cannot be reached; the job was not accepted.
 

@@ -64,7 +64,7 @@ class Recorder:
         self._written = 0.0  # when it was written last
         self._sleeps_until = 0.0  # when the thread wakes up by itself, if it sleeps
         self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
-        self._writing = False
+        self._writing: set[int] = set()  # the threads that do
         self._trouble: StoreUnavailable | None = None
         self._retracted: set[str] = set()
         self._received: list[StoredMessage] = []  # handed on, and perhaps still in the store; the thread's
@@ -153,6 +153,20 @@ class Recorder:
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not (self._now or self._later or self._writing), timeout)
 
+    def finish(self, id: str) -> None:
+        """Have the end of a job written, by the thread that calls this, which cannot go on before."""
+        with self._changed:
+            tracked = self._now.pop(id, None)
+            if tracked is not None:
+                self._writing.add(threading.get_ident())
+        if tracked is not None:
+            try:
+                self._write([tracked])
+            except StoreUnavailable as error:  # the other thread goes on with it
+                self._put_back([tracked], error)
+        while self.tracks(id):
+            self.flush(None)
+
     def give_up(self, timeout: float) -> None:
         """The process ends: what has not ended by now is lost; have that written, if it takes no longer than this."""
         with self._changed:
@@ -233,7 +247,8 @@ class Recorder:
                 break
             taken.append(tracked)
             del self._now[tracked.job.id]
-        self._writing = bool(taken)
+        if taken:
+            self._writing.add(threading.get_ident())
         return taken
 
     # ---- the thread ----
@@ -332,7 +347,7 @@ class Recorder:
                 for _, entry in pairs:
                     self._write_alone(entry)
         with self._changed:
-            self._writing = False
+            self._writing.discard(threading.get_ident())
             for tracked, entry in pairs:
                 tracked.last = entry.log[-1] if entry.log else tracked.last
                 if entry.job.status.ended and entry.job.id not in self._now:
@@ -373,7 +388,7 @@ class Recorder:
 
     def _put_back(self, taken: list[_Tracked], error: StoreUnavailable) -> None:
         with self._changed:
-            self._writing = False
+            self._writing.discard(threading.get_ident())
             for tracked in taken:
                 if tracked.job.id in self._tracked:
                     self._now.setdefault(tracked.job.id, tracked)

@@ -72,7 +72,6 @@ T = TypeVar("T")
 
 _PATIENCE = 5.0  # seconds to wait until something is written
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
-_REDIS = "redis://localhost:6379/0"
 
 
 class SharedLedger(Ledger):
@@ -199,6 +198,10 @@ class SharedLedger(Ledger):
         self._memory.add(job)
         self._recorder.add(job, claimed=True)
         return True
+
+    def finish(self, job: LiveJob) -> None:
+        """Wait until the store knows what came of a job that has ended."""
+        self._recorder.finish(job.id)
 
     def is_adopted(self, id: str) -> bool:
         """Whether this process has a job from an engine."""
@@ -531,16 +534,19 @@ def _dispose(parts: Sequence[Any]) -> None:
     recorder.dispose()
 
 
-def open_ledger(config: Config, app: Flask, channel: JobChannel, engine: str | None = None) -> Ledger:
+def open_ledger(
+    config: Config, app: Flask, channel: JobChannel, engine: str | None = None, broker: str | None = None
+) -> Ledger:
     """What an executor with this configuration writes to.
 
     :param engine: whose workers run its jobs, where it is not this process.
+    :param broker: where that is.
     :raises ConfigError: for a store that cannot be used.
     :raises MissingExtra: for one whose library is not installed.
     """
     url = config.store
     if url == "memory" and engine is not None:
-        url = _store_beside(config, engine)
+        url = _store_beside(config, broker)
     if url == "memory":
         return Ledger(config)
     if url == "sqlite":
@@ -568,15 +574,12 @@ def _store_class(config: Config, scheme: str) -> type[JobStore]:
     return store_class
 
 
-def _store_beside(config: Config, engine: str) -> str:
+def _store_beside(config: Config, broker: str | None) -> str:
     """The store for jobs of an engine, where none was chosen: where its broker is, if that can be one."""
-    if engine == "dask" and config.url is None:  # its workers are on this machine
-        return "sqlite"
-    url = config.url or _REDIS
-    if url.partition("://")[0] not in STORES:
+    if broker is None or broker.partition("://")[0] not in STORES:
         key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"
         raise ConfigError(key, config.store, f"{allowed}: {config.key('EXECUTOR_TYPE')} has them run elsewhere")
-    return url
+    return broker
 
 
 def secret_keys(app: Flask | None) -> list[str | bytes]:

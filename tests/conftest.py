@@ -199,20 +199,31 @@ TYPES: dict[str, dict[str, Any]] = {
     "process as on macOS": {"type": "process", "start_method": "fork"},
     "immediate": {},
     "rq": {},
+    "celery": {},
     "dask": {},
 }
 
 
 #: The fixtures that have the workers of an engine.
-ENGINES = {"rq": "rq_workers", "dask": "dask_workers"}
+ENGINES = {"rq": "rq_workers", "celery": "celery_workers", "dask": "dask_workers"}
 
 
 @pytest.fixture(scope="session")
 def rq_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Two workers of RQ, and how an app has its jobs run there."""
-    server = RedisServer(tmp_path_factory.mktemp("rq"))
+    yield from _workers("rq", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def celery_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A worker of Celery that runs two jobs at a time, and how an app has its jobs run there."""
+    yield from _workers("celery", tmp_path_factory)
+
+
+def _workers(engine: str, folders: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    server = RedisServer(folders.mktemp(engine))
     server.start()
-    environ = {**os.environ, "FLASK_EXECUTOR_TYPE": "rq", "FLASK_EXECUTOR_URL": server.url}
+    environ = {**os.environ, "FLASK_EXECUTOR_TYPE": engine, "FLASK_EXECUTOR_URL": server.url}
     environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
     with (server._folder / "log").open("w") as log:

@@ -89,6 +89,11 @@ class DaskBackend(Backend):
         self._lock = threading.Lock()
         self._line: _Line | None = None
 
+    @classmethod
+    def broker(cls, options: BackendOptions) -> str:
+        """A scheduler keeps no records; a cluster of this process can have them in a file on this machine."""
+        return options.url or "sqlite"
+
     @cached_property
     def _address(self) -> Address:
         return address_of(self._options)

@@ -59,6 +59,10 @@ class RQBackend(Backend):
         self._url = options.url or _URL
         self._shutdown = False
 
+    @classmethod
+    def broker(cls, options: BackendOptions) -> str:
+        return options.url or _URL
+
     @cached_property
     def _address(self) -> Address:
         return address_of(self._options)
@@ -189,22 +193,29 @@ class _Worker(rq.SimpleWorker):
         super().__init__(*args, **options)
         self._stop = stop
 
+        self._beating = threading.Lock()
+        self._runs: tuple[Any, Any] | None = None  # job and execution; changed under _beating
+        threading.Thread(target=self._beat, name="flask-executor-heartbeat", daemon=True).start()
+
     def execute_job(self, job: Any, queue: Any) -> None:
         execution = self.prepare_execution(job)
-        ended = threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(self.job_monitoring_interval):
-                self.maintain_heartbeats(job, execution)
-
-        beats = threading.Thread(target=beat, name="flask-executor-heartbeat", daemon=True)
-        beats.start()
+        with self._beating:
+            self._runs = job, execution
         try:
             self.perform_job(job, queue, execution)
         finally:
-            ended.set()
-            beats.join()
+            with self._beating:
+                self._runs = None
         self.set_state(rq.worker.WorkerStatus.IDLE)
+
+    def _beat(self) -> None:
+        """Have RQ know that the job is alive, and this worker."""
+        while True:
+            time.sleep(self.job_monitoring_interval)
+            with self._beating:
+                if self._runs is not None:
+                    with suppress(redis.RedisError, OSError):  # the next one may get through
+                        self.maintain_heartbeats(*self._runs)
 
     def kill_horse(self, *_: Any) -> None:
         """RQ's command to stop a job."""
