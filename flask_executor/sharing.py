@@ -576,7 +576,7 @@ def _store_class(config: Config, scheme: str) -> type[JobStore]:
 
 def _store_beside(config: Config, url: str | None) -> str:
     """The store for jobs of an engine, where none was chosen."""
-    if url is None or (url != "sqlite" and url.partition("://")[0] not in STORES):
+    if url is None or url.partition("://")[0] not in STORES:
         key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"
         raise ConfigError(key, config.store, f"{allowed}: {config.key('EXECUTOR_TYPE')} has them run elsewhere")
     return url
