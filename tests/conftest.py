@@ -12,8 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,8 +21,9 @@ import pytest
 from flask import Flask
 
 from flask_executor import Executor
+from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, shut_down, wait_until
 
-MakeExecutor = Callable[..., Executor]
+__all__ = ["MakeExecutor", "run_in_threads", "wait_until"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +62,7 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
         return executor
 
     yield make
-    for executor in made:
-        if getattr(executor, "engine", None):  # nobody else ends what a test that has failed leaves there
-            for future in executor.unfinished():
-                future.stop(grace=0)
-        executor.shutdown(cancel_futures=True)
+    shut_down(made)
 
 
 @pytest.fixture
@@ -179,15 +175,6 @@ def store_url(store: str, request: pytest.FixtureRequest) -> str:
     return url
 
 
-def run_in_threads(count: int, fn: Callable[[], object]) -> None:
-    """Call ``fn`` in so many threads at the same time, and wait for all of them."""
-    threads = [threading.Thread(target=fn) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 #: What every backend promises is tested with each of these. A new one joins by a line here.
 TYPES: dict[str, dict[str, Any]] = {
     "thread": {},
@@ -226,13 +213,3 @@ def freeze(pid: int) -> None:
     """Stop a child process, as Ctrl-Z does, and wait until it has stopped."""
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-
-
-def wait_until(condition: Callable[[], object], timeout: float = 10) -> bool:
-    """Wait for a condition, at most ``timeout`` seconds; whether it came true."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
