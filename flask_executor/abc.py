@@ -338,12 +338,31 @@ class StopRequest:
     only_queued: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredMessage:
+    """A message that somebody has left for a job that another process has."""
+
+    #: The id of the job.
+    id: str
+    #: Which of the messages of this job it is, as the store has it.
+    number: str
+    #: What was sent.
+    data: bytes
+
+
+#: Most messages that wait for one job in a store.
+MOST_MESSAGES = 1000
+
+
 class JobStore(JobRecords):
     """Records that all processes of an app see. Safe to call from any thread; may wait, a few seconds at most.
 
     A process that has jobs is a *holder*, and has a lease that it renews. Whoever reads the record of a job that has
     not ended, and finds that its holder is dead, writes down that the job is ``lost``. What a holder writes about its
     own job is true, also after that.
+
+    A message to a job waits here for the holder, also for one who takes the job over later. If nobody ever receives it,
+    it leaves with the record.
 
     A key belongs to one job at a time: from :meth:`claim` until :meth:`release`, or until its record leaves.
 
@@ -424,8 +443,25 @@ class JobStore(JobRecords):
         """Leave a request for the holder of a job."""
 
     @abc.abstractmethod
-    def take_requests(self, holder: str) -> Sequence[StopRequest]:
-        """The requests for the jobs of this holder; each is given once."""
+    def send(self, id: str, data: bytes) -> bool:
+        """Leave a message for the holder of a job; False when there is no such job (any more), or it has ended.
+
+        Done again, it is another message.
+
+        :raises QueueFull: when :data:`MOST_MESSAGES` wait for this job.
+        """
+
+    @abc.abstractmethod
+    def take_requests(self, holder: str) -> Sequence[StopRequest | StoredMessage]:
+        """What others want of the jobs of this holder that have not ended. Quick while there is nothing.
+
+        A request to stop is given once. A message is given until it was :meth:`received`; those of a job in the order
+        in which they were sent, some at a time.
+        """
+
+    @abc.abstractmethod
+    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+        """Jobs of this holder have these messages, which are to leave the store."""
 
     @abc.abstractmethod
     def renew(self, holder: str) -> bool:

@@ -250,7 +250,7 @@ class Binding(JobChannel):
         try:
             if self.consumer is not None:
                 self._sent.add(future)
-                self.consumer.ledger.send(call.job)
+                self.consumer.ledger.pass_on(call.job)
             call.backend = self.backend
             call.backend.enqueue(call)
         except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
@@ -385,7 +385,7 @@ class Binding(JobChannel):
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         if options.meta is not None:
             job.meta = dict(options.meta)
-        if self._backend_class.engine is not None and not apart:
+        if self._backend_class.engine is not None and not apart and context is not IN_PLACE:
             self._check_room()
             return self._prepare_to_send(job, fn, args, kwargs, context, options)
         future: FutureProxy[Any] = FutureProxy(job, self)
@@ -405,7 +405,7 @@ class Binding(JobChannel):
         """A call that an engine is to have; its handle looks into the store."""
         ledger: Any = self.ledger
         options = replace(options, grace=self.config.stop_grace)  # the worker's may be another
-        call = Call(ledger.handle(job.record()), job, fn, args, kwargs, context, self, options)
+        call = Call(ledger.handle(job.record(), is_written=False), job, fn, args, kwargs, context, self, options)
         call.packed = pack_freight(call, self.sealer())
         self._sent.add(call.future)
         return call
@@ -479,7 +479,9 @@ class Binding(JobChannel):
 
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
         """A call was not accepted. Somebody may have found it by key meanwhile: end it, do not just drop it."""
-        if not future.cancel():
+        if future in self._sent:
+            self._sent.discard(future)
+        elif not future.cancel():
             # It has run, or a worker has got it all the same: a pool that could not start one more thread.
             if isinstance(error, Exception):
                 return
@@ -709,32 +711,41 @@ class Binding(JobChannel):
 
     def health(self) -> Health:
         """How it is doing now."""
-        store_reachable = self._store_is_reachable()
-        workers, accepting = 0, not self._closed
+        if self._backend_class.engine is not None:
+            return self._health_of_engine()
+        jobs = [future.record() for future in self.unfinished.all()]
+        waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
+        return Health(
+            workers=self._backend.workers if self._backend else 0,
+            busy=sum(job.status == JobStatus.RUNNING for job in jobs),
+            waiting=len(waiting),
+            oldest_wait=_oldest_wait(waiting),
+            store_reachable=self._store_is_reachable(),
+            accepting=not self._closed,
+            services=self.services.statuses(),
+        )
+
+    def _health_of_engine(self) -> Health:
+        workers = waiting = busy = 0
+        oldest_wait = 0.0
+        accepting, store_reachable = not self._closed, self._store_is_reachable()
         try:
-            if self._backend is not None or self._backend_class.engine is not None:
-                workers = self.backend.workers
+            workers, waiting = self.backend.workers, self.backend.waiting
+            if store_reachable:
+                busy = len(self.ledger.records.list(status=JobStatus.RUNNING))
+                oldest_wait = _oldest_wait(self.ledger.records.list(status=JobStatus.QUEUED)) if waiting else 0.0
         except EngineUnavailable as error:
             logger.info("%s", error)
             accepting = False
-        jobs = self._jobs_under_way() if store_reachable else []
-        waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
         return Health(
             workers=workers,
-            busy=sum(job.status == JobStatus.RUNNING for job in jobs),
-            waiting=len(waiting),
-            oldest_wait=max((time.time() - job.queued_at for job in waiting), default=0.0),
+            busy=busy,
+            waiting=waiting,
+            oldest_wait=oldest_wait,
             store_reachable=store_reachable,
             accepting=accepting,
             services=self.services.statuses(),
         )
-
-    def _jobs_under_way(self) -> list[Job]:
-        """The records of the jobs of this process, or of all that the engine has, that have not ended."""
-        if self._backend_class.engine is None:
-            return [future.record() for future in self.unfinished.all()]
-        states = (JobStatus.QUEUED, JobStatus.RUNNING)
-        return [job for status in states for job in self.ledger.records.list(status=status)]
 
     def _store_is_reachable(self) -> bool:
         try:
@@ -748,7 +759,10 @@ class Binding(JobChannel):
         """Accept no more jobs, and let those that were accepted end."""
         self._close(wait=wait, cancel_futures=cancel_futures)
         for future in list(self._sent) if cancel_futures else ():
-            future.cancel()
+            try:
+                future.cancel()
+            except StoreUnavailable as error:
+                logger.warning("Job %s goes on: it cannot be cancelled. %s", future.job_id, error)
         if wait:
             self.wait(None)
         self.services.close(wait=wait)  # after the jobs, which may use them
@@ -832,6 +846,10 @@ def _names(futures: Sequence[FutureProxy[Any]]) -> str:
     """Some jobs in words: ``3 jobs (render, render, mail)``."""
     names = [future.record().name for future in futures[:5]] + ["..."] * (len(futures) > 5)
     return f"{len(futures)} {'job' if len(futures) == 1 else 'jobs'} ({', '.join(names)})"
+
+
+def _oldest_wait(jobs: Sequence[Job]) -> float:
+    return max((time.time() - job.queued_at for job in jobs), default=0.0)
 
 
 def _backend_class(config: Config) -> type[Backend]:

@@ -100,25 +100,27 @@ class Consumer:
 
     def run(self, id: str, data: bytes) -> float | None:
         """Run a call that was sent to this worker; see :func:`flask_executor.remote.run`."""
-        try:
-            call = self._unpack(id, data)
-            if not self.ledger.adopt(call):
-                return None
-        except StoreUnavailable as error:
-            logger.warning("Job %s has to wait: %s", id, error)
-            return _PAUSE
-        self._host.unfinished.add(call, None)
+        call = self._unpack(id, data)
         future = call.future
         try:
             leave_in_order(self._host)
             call.backend = self._workers()
+            self._host.unfinished.add(call, None)  # first: once it is ours it may get messages
+            if not self.ledger.adopt(call):
+                self._host.unfinished.discard(future)
+                return None
+        except (ExecutorShutdown, StoreUnavailable) as error:  # somebody else may have it, or later
+            self._host.unfinished.discard(future)
+            logger.warning("Job %s has to wait: %s", id, error)
+            return _PAUSE
+        try:
             call.backend.enqueue(call)
-        except ExecutorShutdown:  # somebody else may have it
+        except ExecutorShutdown:
             self.postpone(call, 0.0)
         wait([future])
         again = self._again.pop(id, None)
         if again is None:
-            self.ledger.flush(None)
+            self.ledger.finish(call.job)
         else:
             self.ledger.hand_back(call.job)
         return again

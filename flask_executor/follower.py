@@ -14,7 +14,7 @@ from flask_executor.exceptions import StoreUnavailable
 from flask_executor.logs import logger
 
 _AGAIN = 1.0  # seconds until it is looked for what nobody tells of: processes that are dead, records that have gone
-_AT_ONCE = 200  # jobs that are looked at then; the others when it is their turn
+_AT_ONCE = 50  # jobs that are looked at then; the others when it is their turn
 _SHARE = 4  # times as long as it took to look at handles nothing is looked at: of many writers, each would wake us
 
 

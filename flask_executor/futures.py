@@ -125,8 +125,9 @@ class FutureProxy(Future[T]):
         :param type: any name.
         :param body: anything; where jobs run in other processes, what can be pickled.
         :return: False when the job has ended. One that is ending may not receive it.
-        :raises NotPicklable: for a body that cannot be sent to a worker process.
-        :raises RuntimeError: when another process has submitted the job: what reaches it is :meth:`stop` alone.
+        :raises NotPicklable: for a body that cannot be sent to another process.
+        :raises QueueFull: when another process has the job, and 1000 messages wait for that process in the store.
+        :raises StoreUnavailable: when another process has the job; whether it gets the message is not known then.
         """
         return self._channel.deliver(self, JobMessage(type, body))
 

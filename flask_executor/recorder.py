@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from flask_executor.abc import Entry, JobStore, StopRequest
+from flask_executor.abc import Entry, JobStore, StopRequest, StoredMessage
 from flask_executor.control import RunningJob
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.helpers import describe_error
@@ -26,7 +26,7 @@ from flask_executor.logs import logger
 _INTERVAL = 0.1  # seconds between two writes of a job's progress
 _BRIEF = 0.01  # seconds for which the start of a job is not written: many have ended by then
 _TOGETHER = 0.004  # seconds for which the end of a job is not written: others may end, and one write does for all
-_LOOK = 0.2  # seconds between two looks for requests to stop
+_LOOK = 0.2  # seconds between two looks for requests to stop, and messages
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
 _MOMENT = 0.002  # seconds between two looks whether a write has ended
 _MOST, _MOST_BYTES = 200, 32 << 20  # jobs and bytes that are written in one go
@@ -48,10 +48,10 @@ class _Tracked:
 class Recorder:
     """The thread and what it has to do.
 
-    :param requested: called, in the thread, with requests for jobs of this process; must be quick.
+    :param requested: called, in the thread, with what others want of jobs of this process; must be quick.
     """
 
-    def __init__(self, store: JobStore, requested: Callable[[StopRequest], None]) -> None:
+    def __init__(self, store: JobStore, requested: Callable[[StopRequest | StoredMessage], None]) -> None:
         #: This process, as it is known in the store.
         self.holder = this_holder()
         self._store = store
@@ -64,9 +64,10 @@ class Recorder:
         self._written = 0.0  # when it was written last
         self._sleeps_until = 0.0  # when the thread wakes up by itself, if it sleeps
         self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
-        self._writing = False
+        self._writing: set[int] = set()  # the threads that do
         self._trouble: StoreUnavailable | None = None
         self._retracted: set[str] = set()
+        self._received: list[StoredMessage] = []  # handed on, and perhaps still in the store; the thread's
         self._closing = False
         self._disposed = False  # whether nobody will use the store any more
         self._cut_off = False  # whether what has not ended never will
@@ -152,6 +153,20 @@ class Recorder:
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not (self._now or self._later or self._writing), timeout)
 
+    def finish(self, id: str) -> None:
+        """Have the end of a job written, by the thread that calls this, which cannot go on before."""
+        with self._changed:
+            tracked = self._now.pop(id, None)
+            if tracked is not None:
+                self._writing.add(threading.get_ident())
+        if tracked is not None:
+            try:
+                self._write([tracked])
+            except StoreUnavailable as error:  # the other thread goes on with it
+                self._put_back([tracked], error)
+        while self.tracks(id):
+            self.flush(None)
+
     def give_up(self, timeout: float) -> None:
         """The process ends: what has not ended by now is lost; have that written, if it takes no longer than this."""
         with self._changed:
@@ -232,7 +247,8 @@ class Recorder:
                 break
             taken.append(tracked)
             del self._now[tracked.job.id]
-        self._writing = bool(taken)
+        if taken:
+            self._writing.add(threading.get_ident())
         return taken
 
     # ---- the thread ----
@@ -295,12 +311,30 @@ class Recorder:
             self._retracted.discard(id)
         if now >= self._look:
             self._look = now + _LOOK
-            for request in self._store.take_requests(self.holder):
-                self._requested(request)
+            self._look_for_requests()
         if beats:
             self._beat = now + BEAT
             self._is_well(held=held)
             self._store.sweep()
+
+    def _look_for_requests(self) -> None:
+        """Hand on what others want; messages of jobs that are not tracked yet stay where they are."""
+        self._confirm()  # first, if that has failed: what is in the store then was not handed on
+        for request in self._store.take_requests(self.holder):
+            if isinstance(request, StopRequest):
+                self._requested(request)
+            elif self.tracks(request.id):
+                self._received.append(request)
+                self._requested(request)
+        if self._received:
+            self._look = 0.0  # there may be more
+            self._confirm()
+
+    def _confirm(self) -> None:
+        """Have messages leave the store that were handed on."""
+        if self._received:
+            self._store.received(self.holder, self._received)
+            self._received = []
 
     def _write(self, taken: list[_Tracked]) -> None:
         pairs = [(tracked, self._entry(tracked)) for tracked in taken if self._is_settled(tracked)]
@@ -313,7 +347,7 @@ class Recorder:
                 for _, entry in pairs:
                     self._write_alone(entry)
         with self._changed:
-            self._writing = False
+            self._writing.discard(threading.get_ident())
             for tracked, entry in pairs:
                 tracked.last = entry.log[-1] if entry.log else tracked.last
                 if entry.job.status.ended and entry.job.id not in self._now:
@@ -354,7 +388,7 @@ class Recorder:
 
     def _put_back(self, taken: list[_Tracked], error: StoreUnavailable) -> None:
         with self._changed:
-            self._writing = False
+            self._writing.discard(threading.get_ident())
             for tracked in taken:
                 if tracked.job.id in self._tracked:
                     self._now.setdefault(tracked.job.id, tracked)

@@ -1,4 +1,4 @@
-"""What came of a job, as bytes that a store can keep: signed, as whoever can write there could make us run code."""
+"""What belongs to a job as bytes that a store can keep: signed, as whoever can write there could make us run code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from itsdangerous import Signer
 from flask_executor.exceptions import UntrustedResult
 from flask_executor.messages import Kind
 
-#: What is sealed: what came of a job, or the call that it is.
-OUTCOME, CALL = "outcome", "call"
+#: What is sealed: what came of a job, the call that it is, or a message to it. One does not pass for another.
+OUTCOME, CALL, MESSAGE = "outcome", "call", "message"
 _SIGNED, _UNSIGNED = b"S", b"U"
 _SIGNATURE = 43  # bytes, of SHA-256 in base 64 without padding
 
@@ -25,7 +25,7 @@ class Sealer:
 
     :param keys: the app's secret keys, the current one last; none for an app that has no key and a store that nobody
         else can write to.
-    :param what: is sealed: OUTCOME or CALL.
+    :param what: is sealed: OUTCOME, CALL or MESSAGE.
     """
 
     def __init__(self, keys: Sequence[str | bytes], what: str = OUTCOME) -> None:

@@ -7,15 +7,17 @@
  │ submit: claim() ──────────────────────────┼──>│ keys  │<──┼─ futures.get(key): held() ──> StoredFuture, │
  │ worker: stepped, reports, returned, ended │   │       │   │    which reads record and outcome when asked│
  │   └──> Recorder (thread): write(), renew()┼──>│ jobs  │<──┼─ jobs.get(), find(), list()                 │
- │        take_requests() <──────────────────┼───│       │<──┼─ stop(), cancel(): ask_to_stop()            │
- │   └──> requests (thread): stops the job   │   │       │───┼> Follower (thread): watch(), settles        │
+ │        take_requests() <──────────────────┼───│       │<──┼─ stop(), cancel(), send(): ask_to_stop(),   │
+ │   ├──> requests (thread): stops the job   │   │       │   │    send()                                   │
+ │   └──> mail (thread): gives it messages   │   │       │───┼> Follower (thread): watch(), settles        │
  └───────────────────────────────────────────┘   └───────┘   │    handles that somebody waits for          │
                                                              │    └──> callbacks (thread): the user's code │
                                                              └─────────────────────────────────────────────┘
 
 **Who owns what.** A record is written by the process that has the job, but for two changes that any process may make:
 ``lost``, when that process is dead, and leaving, when its time has come. A key changes hands in the store only, in one
-step. A handle is settled once, from memory where the job runs, from the store elsewhere.
+step. A handle is settled once, from memory where the job runs, from the store elsewhere. A message belongs to the store
+until the process that has the job has handed it on.
 
 **Invariants.** A job does not start before its key is claimed. Its end is written together with what came of it, so
 who sees the one finds the other. No job waits for the store: only the claim does, before it, and its process writes the
@@ -34,21 +36,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flask_executor import plugins
-from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoreOptions
+from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoredMessage, StoreOptions
 from flask_executor.config import STORES, Config
 from flask_executor.control import RunningJob
-from flask_executor.exceptions import ConfigError, NotPicklable, ResultTooLarge, StoreUnavailable, UntrustedResult
+from flask_executor.exceptions import (
+    ConfigError,
+    ExecutorError,
+    NotPicklable,
+    ResultTooLarge,
+    StoreUnavailable,
+    UntrustedResult,
+)
 from flask_executor.follower import Followed, Follower
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import describe_error, without_password
-from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
 from flask_executor.ledger import Ledger, has_failed
+from flask_executor.letters import open_letter, pack_letter
 from flask_executor.logs import logger
 from flask_executor.messages import Kind
 from flask_executor.recorder import Recorder
 from flask_executor.records import encode_key, is_ours
 from flask_executor.runner import pack_error, pickled, unpack_error, unpack_result
-from flask_executor.seals import Sealer
+from flask_executor.seals import MESSAGE, OUTCOME, Sealer
 from flask_executor.serial import SerialThread
 from flask_executor.stored import SharedFutures, StoredFuture, error_of
 from flask_executor.stores.memory import MemoryStore
@@ -82,7 +92,7 @@ class SharedLedger(Ledger):
         self._channel = weakref.ref(channel)
         self._closed = False
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
-        self._sealer: Sealer | None = None
+        self._sealers: dict[str, Sealer] = {}  # by what they seal
         self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
         self._kept: set[str] = set()  # ids of jobs that wait here for the engine to get them
         self._adopted: set[str] = set()  # ids of jobs of this process that an engine has sent
@@ -96,11 +106,16 @@ class SharedLedger(Ledger):
 
     def _make_parts(self) -> None:
         """What has threads."""
-        self._callbacks = SerialThread("flask-executor-shared")
-        self._requests = SerialThread("flask-executor-requests")  # of its own: callbacks may take long
         self._follower = Follower(self.store)
         self._recorder = Recorder(self.store, weakly(self._requested))
-        self._parts[:] = [self._follower, self._callbacks, self._requests, self._recorder]
+        self._make_threads()
+
+    def _make_threads(self) -> None:
+        """Three, as callbacks may take long, also those of a job that is cancelled, and so may what is unpickled."""
+        self._callbacks = SerialThread("flask-executor-shared")
+        self._requests = SerialThread("flask-executor-requests")
+        self._mail = SerialThread("flask-executor-mail")
+        self._parts[:] = [self._follower, self._callbacks, self._requests, self._mail, self._recorder]
 
     def reconfigure(self, config: Config) -> None:
         if config.store != self._config.store:
@@ -108,9 +123,7 @@ class SharedLedger(Ledger):
         super().reconfigure(config)
         if self._closed:  # and there are to be jobs again
             self._closed = False
-            self._callbacks = SerialThread("flask-executor-shared")
-            self._requests = SerialThread("flask-executor-requests")
-            self._parts[1:3] = [self._callbacks, self._requests]
+            self._make_threads()
 
     # ---- jobs of this process ----
 
@@ -123,9 +136,9 @@ class SharedLedger(Ledger):
         encode_key(job.key)  # or it could not be stored
         self._handles[job.id] = call.future  # first: who finds the record may ask for it to be stopped
         try:
-            there = self._claim(job, again=call.options.again)
+            there = self._claim(call)
             if there is None:
-                if self.engine is None:
+                if not _is_sent(call):
                     self._recorder.add(job, claimed=True)
                 futures.hold(job.key, call.future)
         except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
@@ -133,8 +146,10 @@ class SharedLedger(Ledger):
             raise
         return there
 
-    def _claim(self, job: LiveJob, *, again: bool) -> FutureProxy[Any] | None:
-        entry = Entry(job=job.record(), holder=self.engine or self._recorder.holder)
+    def _claim(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
+        again = call.options.again
+        holder = (_is_sent(call) and self.engine) or self._recorder.holder
+        entry = Entry(job=call.job.record(), holder=holder)
         there = self.store.claim(entry, again=again)
         if there is not None and again and has_failed(self._handles.get(there.id)):
             self._recorder.flush(_PATIENCE)  # one of ours has failed just now, and the store does not know it yet
@@ -142,8 +157,8 @@ class SharedLedger(Ledger):
         return None if there is None else self.handle(there)
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
-        if self.engine is not None:
-            if call.job.key is None:
+        if self.engine is not None and _is_sent(call):  # whose worker writes it, if nobody has to find it before
+            if call.job.key is None and self._config.track == "all":
                 self.store.take(Entry(job=call.job.record(), holder=self.engine), None)
             return
         super().add(call)
@@ -185,6 +200,10 @@ class SharedLedger(Ledger):
         self._recorder.add(job, claimed=True)
         return True
 
+    def finish(self, job: LiveJob) -> None:
+        """Wait until the store knows what came of a job that has ended."""
+        self._recorder.finish(job.id)
+
     def is_adopted(self, id: str) -> bool:
         """Whether this process has a job from an engine."""
         return id in self._adopted
@@ -209,7 +228,7 @@ class SharedLedger(Ledger):
         self.store.write([Entry(job=job.record(), holder=self._recorder.holder)])
         self._recorder.add(job, claimed=True)
 
-    def send(self, job: LiveJob) -> None:
+    def pass_on(self, job: LiveJob) -> None:
         """The engine is about to get a job that was kept."""
         self._kept.discard(job.id)
         self._hand_over(job, self._recorder.release(job.id))
@@ -217,7 +236,8 @@ class SharedLedger(Ledger):
     def _hand_over(self, job: LiveJob, log: Sequence[LogLine]) -> None:
         self.store.write([Entry(job=job.record(), holder=self.engine or "", log=log)])
         for request in self.store.take_requests(self._recorder.holder):  # that came for it until now
-            self._requested(request)
+            if isinstance(request, StopRequest):  # messages follow the job
+                self._requested(request)
 
     def refuse(self, id: str, error: Exception) -> None:
         """A job that waits in the queue of an engine cannot be run."""
@@ -284,9 +304,14 @@ class SharedLedger(Ledger):
         what = f"a job's error has {len(packed)} bytes and {key} allows {limit}; it was: {describe_error(error)}"
         return pack_error(NotPicklable(what))
 
-    def _requested(self, request: StopRequest) -> None:
-        """Another process wants one of our jobs to be stopped."""
-        self._requests.run(lambda: self._meet(request))
+    def _requested(self, request: StopRequest | StoredMessage) -> None:
+        """Another process wants one of our jobs to be stopped, or to have a message."""
+        if isinstance(request, StopRequest):
+            self._requests.run(lambda: self._meet(request))
+            return
+        future = self._handles.get(request.id)
+        if future is not None:
+            self._mail.run(lambda: self._hand_on(request, future))
 
     def _meet(self, request: StopRequest) -> None:
         future = self._handles.get(request.id)
@@ -295,6 +320,14 @@ class SharedLedger(Ledger):
         job = None if self.engine is None else self.store.get(request.id)
         if job is not None and not job.status.ended and not self.cancel_queued(job) and not request.only_queued:
             self.store.ask_to_stop(request)  # the engine has it again, or has given it to somebody else
+
+    def _hand_on(self, letter: StoredMessage, future: FutureProxy[Any]) -> None:
+        try:
+            message = open_letter(letter.id, letter.data, self._trusted(MESSAGE, letter.id))
+            future.send(message.type, message.body)
+        except ExecutorError as error:
+            extra = {"job_id": future.job_id, "job_key": future.key}
+            logger.error("A message for job %s (%s) is dropped: %s", future.name, future.job_id, error, extra=extra)
 
     # ---- jobs of other processes ----
 
@@ -306,9 +339,12 @@ class SharedLedger(Ledger):
             raise RuntimeError("the app of this job is gone")
         return channel
 
-    def handle(self, job: Job) -> FutureProxy[Any]:
-        """The handle of a job of which the store has this record."""
-        return self._handles.get(job.id) or StoredFuture(job, self)
+    def handle(self, job: Job, *, is_written: bool = True) -> FutureProxy[Any]:
+        """The handle of a job.
+
+        :param is_written: whether the store has this record of it.
+        """
+        return self._handles.get(job.id) or StoredFuture(job, self, is_written=is_written)
 
     def open(self, job: Job) -> tuple[Any, BaseException | None]:
         """The result of a job that has ended, or what it has raised."""
@@ -316,18 +352,18 @@ class SharedLedger(Ledger):
         if sealed is None:
             return None, error_of(job)
         try:
-            sealer = self._seal()
-            if not (sealer.signs or self.store.private):
-                raise UntrustedResult(
-                    f"Others can write to {self.store.where}, and without a SECRET_KEY nothing tells that the "
-                    f"result of job {job.id} is not theirs. Set one."
-                )
-            kind, payload = sealer.open(job.id, sealed)
+            kind, payload = self._trusted(OUTCOME, job.id).open(job.id, sealed)
             if kind is Kind.RESULT:
                 return unpack_result(payload, job.name), None
             return None, unpack_error(payload)
         except (ConfigError, NotPicklable, UntrustedResult) as error:
             return None, error
+
+    def send(self, job: Job, message: JobMessage) -> bool:
+        """Send a message to a job by way of the store; False when it has ended."""
+        if self.engine is not None and job.status is JobStatus.QUEUED:  # perhaps nobody has written it yet
+            self.store.take(Entry(job=job, holder=self.engine), None)
+        return self.store.send(job.id, pack_letter(job, message, self._seal(MESSAGE)))
 
     def follow(self, future: Followed) -> None:
         """Have a handle settled when its job has ended."""
@@ -341,12 +377,26 @@ class SharedLedger(Ledger):
         """Run code of the user's where it holds up nobody."""
         self._callbacks.run(fn)
 
-    def _seal(self) -> Sealer:
-        """What signs and checks results.
+    def _trusted(self, what: str, id: str) -> Sealer:
+        """What checks that it is ours what the store has of a job.
+
+        :raises UntrustedResult: when that cannot be told.
+        """
+        sealer = self._seal(what)
+        if not (sealer.signs or self.store.private):
+            raise UntrustedResult(
+                f"Others can write to {self.store.where}, and without a SECRET_KEY nothing tells that the {what} of "
+                f"job {id} is not theirs. Set one."
+            )
+        return sealer
+
+    def _seal(self, what: str = OUTCOME) -> Sealer:
+        """What signs and checks results, or messages.
 
         :raises ConfigError: for a store that others can write to, in an app without a secret key.
         """
-        if self._sealer is None:
+        sealer = self._sealers.get(what)
+        if sealer is None:
             keys = secret_keys(self._app())
             if not keys and not self.store.private:
                 raise ConfigError(
@@ -355,8 +405,8 @@ class SharedLedger(Ledger):
                     f"set, and the same in all processes: others can write to {self.store.where}, and what is "
                     "unpickled from there has to be signed",
                 )
-            self._sealer = Sealer(keys)
-        return self._sealer
+            sealer = self._sealers[what] = Sealer(keys, what)
+        return sealer
 
     # ---- life ----
 
@@ -388,8 +438,8 @@ class SharedLedger(Ledger):
         self._closed = True
         self._recorder.close(wait=wait)
         self._follower.close(wait=wait)
-        self._requests.close(wait=wait)
-        self._callbacks.close(wait=wait)
+        for thread in (self._requests, self._mail, self._callbacks):
+            thread.close(wait=wait)
 
 
 class SharedRecords(JobRecords):
@@ -451,6 +501,11 @@ class SharedRecords(JobRecords):
         found.update((job.id, job) for job in here)  # one may be written between the two
         jobs = sorted(found.values(), key=lambda job: job.queued_at, reverse=True)
         return jobs if limit is None else jobs[:limit]
+
+
+def _is_sent(call: Call[FutureProxy[Any]]) -> bool:
+    """Whether an engine is to have the job, and not this process."""
+    return isinstance(call.future, StoredFuture)
 
 
 def _nothing(job: Job) -> None:

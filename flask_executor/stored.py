@@ -23,7 +23,7 @@ from flask_executor.exceptions import (
 from flask_executor.follower import Followed
 from flask_executor.futures import FutureCollection, FutureProxy, checked_grace
 from flask_executor.holders import BEAT
-from flask_executor.jobs import Job, JobStatus, LogLine
+from flask_executor.jobs import Job, JobMessage, JobStatus, LogLine
 
 T = TypeVar("T")
 
@@ -53,12 +53,15 @@ class Elsewhere(Protocol):
     def cancel_queued(self, job: Job) -> bool:
         """Cancel a job that waits in the queue of an engine; False where no engine has it, or it has begun."""
 
+    def send(self, job: Job, message: JobMessage) -> bool:
+        """Send a message to a job by way of the store; False when it has ended."""
+
     def aside(self, fn: Callable[[], object]) -> None:
         """Run code of the user's where it holds up nobody."""
 
 
 class StoredFuture(FutureProxy[T]):
-    """The handle of a job that another process has: what it says is read from the store.
+    """The handle of a job that another process or an engine has: what it says is read from the store.
 
     It is used like any :class:`~flask_executor.FutureProxy`. What it reads may raise
     :exc:`~flask_executor.StoreUnavailable`, or :exc:`~flask_executor.ResultExpired` when the record has left the store.
@@ -67,8 +70,9 @@ class StoredFuture(FutureProxy[T]):
     # The state that the base has is that of this handle: it is settled once, by the follower or by whoever wants the
     # result of a job that has ended, in whichever thread is first.
 
-    def __init__(self, record: Job, elsewhere: Elsewhere) -> None:
+    def __init__(self, record: Job, elsewhere: Elsewhere, *, is_written: bool = True) -> None:
         self._seen = record
+        self._is_written = is_written
         self._gone_since: float | None = None
         self._asked = False  # whether it was asked to stop with this handle; its process will note that too
         self._waiting = 0  # in result() and exception()
@@ -87,7 +91,7 @@ class StoredFuture(FutureProxy[T]):
             if job is None:
                 self._check_gone()
             else:
-                self._seen, self._gone_since = job, None
+                self._seen, self._gone_since, self._is_written = job, None, True
         return self._seen
 
     @_job.setter
@@ -95,11 +99,13 @@ class StoredFuture(FutureProxy[T]):
         """The base sets what it was given."""
 
     def _check_gone(self) -> None:
-        """Its record is not there: it has expired, or the store has forgotten it and its process writes it again."""
+        """Its record is not there: it has expired, or is not written yet, or the store has forgotten it and its process
+        writes it again."""
         now = time.monotonic()
         if self._gone_since is None:
             self._gone_since = now
-        if now - self._gone_since > _GONE or self._elsewhere.store.expired(self._seen.id):
+        is_late = self._is_written and now - self._gone_since > _GONE
+        if is_late or self._elsewhere.store.expired(self._seen.id):
             raise ResultExpired(self._seen.id)
 
     @property
@@ -145,12 +151,7 @@ class StoredFuture(FutureProxy[T]):
         return True
 
     def send(self, type: str, body: object = None) -> bool:
-        if self.done():
-            return False
-        raise RuntimeError(
-            f"job {self.name} was submitted by another process: messages can be sent to it only there; from here it "
-            "can be stopped"
-        )
+        return not self.done() and self._elsewhere.send(self._seen, JobMessage(type, body))
 
     def cancel(self) -> bool:
         """Cancel the job if it has not started; waits for the answer of its process, 2 seconds at most."""

@@ -52,7 +52,7 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
     made: list[Executor] = []
 
     def make(app: Flask | None = app, *, name: str = "", **config: Any) -> Executor:
-        if config.get("type") == "rq":
+        if config.get("type") == "rq" and "url" not in config:
             config = {**request.getfixturevalue("rq_workers"), **config}
         prefix = f"{name.upper()}_" if name else ""
         if app is not None:

@@ -97,7 +97,8 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     def deliver_packed(self, call: PreparedCall, data: bytes) -> None:
         """As :meth:`deliver`, of a message that is pickled."""
-        self._dispatcher.deliver(Told(call.job.id, data), retried=call.retried)
+        expected = call.retried or call.job.status is JobStatus.QUEUED  # others know of it before it is enqueued
+        self._dispatcher.deliver(Told(call.job.id, data), expected=expected)
 
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import datetime
+import logging
 import math
 import threading
 import time
@@ -19,6 +20,7 @@ from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import EngineUnavailable, ExecutorShutdown, MissingExtra
 from flask_executor.helpers import without_password
 from flask_executor.jobs import Job
+from flask_executor.logs import logger
 from flask_executor.remote import Address, address_of
 from flask_executor.remote import run as run_sent
 from flask_executor.troop import run_processes
@@ -27,6 +29,7 @@ try:
     import redis
     import rq
     import rq.exceptions
+    from rq.scheduler import RQScheduler
 except ImportError as error:
     raise MissingExtra("rq", "rq") from error
 
@@ -36,7 +39,7 @@ T = TypeVar("T")
 _URL = "redis://localhost:6379/0"
 _PATIENCE = 2.0  # seconds that Redis may take to answer those who submit
 _SLACK = 60  # seconds beyond its own limits after which RQ ends a job
-_FAILED = 3600  # seconds for which RQ remembers a job that its worker could not run
+_REMEMBERED = 600  # seconds for which RQ shows a job that has ended; what came of it is in our store
 _FOREVER = 10**9  # how often RQ lets a job run again: it is our options that count
 
 
@@ -79,8 +82,8 @@ class RQBackend(Backend):
             "flask_executor.backends.rq.run",
             (self._address, call.job.id, call.packed),
             timeout=-1 if limit is None else math.ceil(limit + self._options.exit_grace + _SLACK),
-            result_ttl=0,
-            failure_ttl=_FAILED,
+            result_ttl=_REMEMBERED,
+            failure_ttl=_REMEMBERED,
             description=call.job.name,
             job_id=call.job.id,
         )
@@ -89,7 +92,9 @@ class RQBackend(Backend):
                 due = math.ceil(time.time() + call.delay)  # RQ counts whole seconds
                 queue.schedule_job(job, datetime.datetime.fromtimestamp(due, datetime.timezone.utc))
             else:
-                queue.enqueue_job(job)
+                with queue.connection.pipeline() as pipeline:  # or it would ask Redis twice
+                    queue.enqueue_job(job, pipeline=pipeline)
+                    pipeline.execute()
 
     def discard(self, job: Job) -> None:
         with self._reaching(), suppress(rq.exceptions.NoSuchJobError, rq.exceptions.InvalidJobOperation):
@@ -107,7 +112,8 @@ class RQBackend(Backend):
         def work() -> None:
             queues = self._connected_to(redis.Redis.from_url(self._url))
             worker = _Worker(queues, connection=queues[0].connection, stop=stop)
-            worker.work(burst=burst, with_scheduler=True)
+            with _scheduling(queues):
+                worker.work(burst=burst)
 
         run_processes(processes, work)
 
@@ -142,6 +148,37 @@ def run(address: Address, id: str, data: bytes) -> rq.Retry | None:
     return None if again is None else rq.Retry(max=_FOREVER, interval=round(again))
 
 
+@contextmanager
+def _scheduling(queues: list[rq.Queue]) -> Iterator[None]:
+    """Have jobs queued whose time has come, by one of all workers.
+
+    In a thread: the process that RQ starts for that would outlive a worker that is killed.
+    """
+    connection = queues[0].connection
+    scheduler: Any = RQScheduler(queues, connection=connection, logging_level=logging.WARNING)
+    ended = threading.Event()
+
+    def schedule() -> None:
+        while not ended.wait(scheduler.interval):
+            try:
+                if scheduler.should_reacquire_locks:
+                    scheduler.acquire_locks()
+                scheduler.enqueue_scheduled_jobs()
+                scheduler.heartbeat()
+            except (redis.RedisError, OSError) as error:
+                logger.warning("Jobs that are to start later have to wait: %s", error)
+        with suppress(redis.RedisError, OSError):  # the locks end by themselves
+            scheduler.stop()
+
+    thread = threading.Thread(target=schedule, name="flask-executor-scheduler", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 class _Worker(rq.SimpleWorker):
     """A worker of RQ that has the app loaded, and leaves it to others to run the jobs and to end them by force.
 
@@ -152,22 +189,29 @@ class _Worker(rq.SimpleWorker):
         super().__init__(*args, **options)
         self._stop = stop
 
+        self._beating = threading.Lock()
+        self._runs: tuple[Any, Any] | None = None  # job and execution; changed under _beating
+        threading.Thread(target=self._beat, name="flask-executor-heartbeat", daemon=True).start()
+
     def execute_job(self, job: Any, queue: Any) -> None:
         execution = self.prepare_execution(job)
-        ended = threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(self.job_monitoring_interval):
-                self.maintain_heartbeats(job, execution)
-
-        beats = threading.Thread(target=beat, name="flask-executor-heartbeat", daemon=True)
-        beats.start()
+        with self._beating:
+            self._runs = job, execution
         try:
             self.perform_job(job, queue, execution)
         finally:
-            ended.set()
-            beats.join()
+            with self._beating:
+                self._runs = None
         self.set_state(rq.worker.WorkerStatus.IDLE)
+
+    def _beat(self) -> None:
+        """Have RQ know that the job is alive, and this worker."""
+        while True:
+            time.sleep(self.job_monitoring_interval)
+            with self._beating:
+                if self._runs is not None:
+                    with suppress(redis.RedisError, OSError):  # the next one may get through
+                        self.maintain_heartbeats(*self._runs)
 
     def kill_horse(self, *_: Any) -> None:
         """RQ's command to stop a job."""

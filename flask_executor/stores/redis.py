@@ -11,7 +11,11 @@ All names begin with ``flask-executor:{space}:``:
     last:<key>    the youngest id under it      holders     holders that had a job
     gone:<id>     there is or was such a job    open:<h>    ids of the jobs that holder h has
     gone-key:<k>  there is or was such a key    lease:<h>   there while the lease of h holds
-    version       of this table                 stop:<h>    requests for holder h
+    version       of this table                 stop:<h>    requests for holder h to stop jobs
+    mail:<id>     messages to the job, a        mailed:<h>  ids of the jobs that holder h has, and that have
+                  stream of fields m                        messages
+    sent:<n>      there for a while after       check       there after somebody has looked whether one can
+                  message n was sent                        write
 
 Redis itself lets records expire. Whoever waits for a job subscribes to the channel ``job:<id>``.
 """
@@ -26,7 +30,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
+from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import MissingExtra, StoreUnavailable
 from flask_executor.helpers import without_password
 from flask_executor.holders import LEASE
@@ -41,7 +45,7 @@ from flask_executor.records import (
     encode_line,
     encode_prefix,
 )
-from flask_executor.stores.shared import SharedStore, Stored, loss, report_loss, skipped
+from flask_executor.stores.shared import MAIL_AT_ONCE, SharedStore, Stored, loss, mail_is_full, report_loss, skipped
 
 try:
     import redis
@@ -51,6 +55,7 @@ except ImportError as error:
     raise MissingExtra("redis", "redis") from error
 
 _PATIENCE = 3.0  # seconds to wait for an answer
+_DOUBT = 30.0  # seconds within which a command may come again whose answer was lost
 _AT_ONCE = 500  # records that are read in one go
 
 # What changes more than one name is a script, so that it happens in one piece. In mode "claim" it answers with the
@@ -69,9 +74,12 @@ if mode == 'claim' then
     redis.call('SET', p .. 'lease:' .. holder, '', 'PX', lease)
 elseif mode == 'lose' and redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 0 then
     return redis.call('GET', p .. 'job:' .. id)
-elseif mode == 'take' and redis.call('SREM', p .. 'open:' .. instead, id) == 0 then
-    local there = redis.call('GET', p .. 'job:' .. id)
-    if there then return there end
+elseif mode == 'take' then
+    if redis.call('SREM', p .. 'open:' .. instead, id) == 0 then
+        local there = redis.call('GET', p .. 'job:' .. id)
+        if there then return there end
+    end
+    redis.call('SREM', p .. 'mailed:' .. instead, id)
 end
 local new = redis.call('EXISTS', p .. 'job:' .. id) == 0
 redis.call('SET', p .. 'job:' .. id, record)
@@ -88,17 +96,20 @@ end
 if outcome ~= '' then redis.call('SET', p .. 'result:' .. id, outcome) end
 for n = 16, #ARGV do redis.call('RPUSH', p .. 'log:' .. id, ARGV[n]) end
 if #ARGV > 15 then redis.call('LTRIM', p .. 'log:' .. id, -LOG_LINES, -1) end
-local own = {'job:' .. id, 'result:' .. id, 'log:' .. id}
+local own = {'job:' .. id, 'result:' .. id, 'log:' .. id, 'mail:' .. id}
 for _, name in ipairs({'key:', 'last:'}) do
     if key ~= '' and redis.call('GET', p .. name .. key) == id then table.insert(own, name .. key) end
 end
 if ended == '' then
     redis.call('SADD', p .. 'holders', holder)
-    redis.call('SADD', p .. 'open:' .. holder, id)
+    if redis.call('SADD', p .. 'open:' .. holder, id) == 1 and redis.call('EXISTS', p .. 'mail:' .. id) == 1 then
+        redis.call('SADD', p .. 'mailed:' .. holder, id)
+    end
     redis.call('ZREM', p .. 'ended', names)
     for _, name in ipairs(own) do redis.call('PERSIST', p .. name) end
 else
     redis.call('SREM', p .. 'open:' .. holder, id)
+    redis.call('SREM', p .. 'mailed:' .. holder, id)
     redis.call('ZADD', p .. 'ended', ended, names)
     for _, name in ipairs(own) do redis.call('PEXPIRE', p .. name, ttl) end
     redis.call('SET', p .. 'gone:' .. id, '', 'PX', memory)
@@ -115,7 +126,7 @@ for _, name in ipairs({'key:', 'last:'}) do
     if key ~= '' and redis.call('GET', p .. name .. key) == id then redis.call('DEL', p .. name .. key) end
 end
 if key ~= '' and redis.call('EXISTS', p .. 'key:' .. key) == 0 then redis.call('ZREM', p .. 'keys', key) end
-redis.call('DEL', p .. 'job:' .. id, p .. 'result:' .. id, p .. 'log:' .. id)
+redis.call('DEL', p .. 'job:' .. id, p .. 'result:' .. id, p .. 'log:' .. id, p .. 'mail:' .. id)
 redis.call('ZREM', p .. 'jobs', id)
 if owner ~= '' then redis.call('ZREM', p .. 'of:' .. owner, id) end
 redis.call('ZREM', p .. 'ended', ARGV[5])
@@ -146,6 +157,42 @@ if redis.call('GET', p .. 'key:' .. key) == id then
     return 1
 end
 return 0
+"""
+
+# ARGV: prefix, id, holder, the record as it was read, message, its number, milliseconds to remember that. Answers with
+# 0 when the record is another by now, and -1 when there are too many. The client asks again when an answer is lost.
+_SEND = """
+local p, id, holder, record, message, number, memory = unpack(ARGV)
+if redis.call('GET', p .. 'job:' .. id) ~= record then return 0 end
+if redis.call('EXISTS', p .. 'sent:' .. number) == 1 then return 1 end
+if redis.call('XLEN', p .. 'mail:' .. id) >= MOST_MESSAGES then return -1 end
+redis.call('XADD', p .. 'mail:' .. id, '*', 'm', message)
+redis.call('SADD', p .. 'mailed:' .. holder, id)
+redis.call('SET', p .. 'sent:' .. number, '', 'PX', memory)
+return 1
+""".replace("MOST_MESSAGES", str(MOST_MESSAGES))
+
+# ARGV: prefix, holder. Answers with requests to stop, and pairs of an id and messages; with nothing if there are none.
+_REQUESTS = """
+local p, holder = unpack(ARGV)
+local stops = redis.call('HGETALL', p .. 'stop:' .. holder)
+local ids = redis.call('SMEMBERS', p .. 'mailed:' .. holder)
+if #stops == 0 and #ids == 0 then return false end
+redis.call('DEL', p .. 'stop:' .. holder)
+for n, id in ipairs(ids) do
+    ids[n] = {id, redis.call('XRANGE', p .. 'mail:' .. id, '-', '+', 'COUNT', AT_ONCE)}
+end
+return {stops, ids}
+""".replace("AT_ONCE", str(MAIL_AT_ONCE))
+
+# ARGV: prefix, holder, id, numbers of messages.
+_RECEIVED = """
+local p, holder, id = unpack(ARGV, 1, 3)
+redis.call('XDEL', p .. 'mail:' .. id, unpack(ARGV, 4))
+if redis.call('XLEN', p .. 'mail:' .. id) == 0 then
+    redis.call('DEL', p .. 'mail:' .. id)
+    redis.call('SREM', p .. 'mailed:' .. holder, id)
+end
 """
 
 #: What this module reads and writes; see the table above.
@@ -242,7 +289,8 @@ class RedisStore(SharedStore):
         with self.reaching():
             stored = self._read(id)
             if stored is not None:
-                self._redis.srem(f"{self._prefix}open:{stored.holder}", id)
+                for name in ("open", "mailed"):
+                    self._redis.srem(f"{self._prefix}{name}:{stored.holder}", id)
                 names = _names(stored.job)
                 self._call(_FORGET, *json.loads(names), names, "1")
 
@@ -331,13 +379,41 @@ class RedisStore(SharedStore):
                 self._redis.hset(name, request.id, json.dumps([request.grace, request.only_queued]))
                 self._redis.expire(name, 3600)  # a dead holder does not come for them
 
-    def take_requests(self, holder: str) -> Sequence[StopRequest]:
-        name = f"{self._prefix}stop:{holder}"
-        with self.reaching(), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hgetall(name).delete(name)
-            requests, _ = pipeline.execute()
-        asked = [(id.decode(), *json.loads(text)) for id, text in requests.items()]
-        return [StopRequest(id=id, grace=grace, only_queued=only_queued) for id, grace, only_queued in asked]
+    def send(self, id: str, data: bytes) -> bool:
+        number = new_id()
+        with self.reaching():
+            while (text := self._redis.get(f"{self._prefix}job:{id}")) is not None:
+                stored = _stored(text)
+                if stored is None or stored.job.status.ended:
+                    break
+                sent = self._call(_SEND, id, stored.holder, text, data, number, _milliseconds(_DOUBT))
+                if sent == -1:
+                    raise mail_is_full(id)
+                if sent:
+                    return True
+        return False
+
+    def take_requests(self, holder: str) -> Sequence[StopRequest | StoredMessage]:
+        with self.reaching():
+            found = self._call(_REQUESTS, holder)
+        if found is None:
+            return []
+        stops, mail = found
+        requests: list[StopRequest | StoredMessage] = []
+        for id, text in zip(stops[::2], stops[1::2], strict=True):
+            grace, only_queued = json.loads(text)
+            requests.append(StopRequest(id=id.decode(), grace=grace, only_queued=only_queued))
+        for id, messages in mail:
+            for number, (_, data) in messages:
+                requests.append(StoredMessage(id=id.decode(), number=number.decode(), data=data))
+        return requests
+
+    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+        by_job: dict[str, list[str]] = {}
+        for message in messages:
+            by_job.setdefault(message.id, []).append(message.number)
+        with self.reaching():
+            self._call_each(_RECEIVED, [[holder, id, *numbers] for id, numbers in by_job.items()])
 
     def renew(self, holder: str) -> bool:
         name = f"{self._prefix}lease:{holder}"
@@ -420,7 +496,7 @@ class RedisStore(SharedStore):
                 f"another version of Flask-Executor has written it (its schema is {version}, this knows {VERSION}). "
                 f"Use that version, or another database (redis://host/1), or delete all names {self._prefix}*",
             )
-        for script in (_PUT, _FORGET, _RELEASE, _BY_NAME, _NEWEST):
+        for script in (_PUT, _FORGET, _RELEASE, _BY_NAME, _NEWEST, _SEND, _REQUESTS, _RECEIVED):
             self._redis.script_load(script)
         self._known = True
 

@@ -19,13 +19,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
+from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.forks import after_fork_in_child, around_fork
 from flask_executor.holders import LEASE
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine
 from flask_executor.records import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
-from flask_executor.stores.shared import SharedStore, Stored, loss, report_loss, skipped
+from flask_executor.stores.shared import MAIL_AT_ONCE, SharedStore, Stored, loss, mail_is_full, report_loss, skipped
 
 _BUSY = 3.0  # seconds to wait for others who write
 _GONE = 10  # times as many as there may be records are remembered to have been
@@ -68,9 +68,18 @@ _SCHEMA = (
     "CREATE INDEX gone_by_time ON gone (until)",
 )
 
+# `has_mail` is 1 while messages wait for the job: its holder looks often, and there are none nearly always.
+_MESSAGES = (
+    "ALTER TABLE jobs ADD COLUMN has_mail INTEGER NOT NULL DEFAULT 0",
+    "CREATE INDEX jobs_with_mail ON jobs (holder) WHERE has_mail AND ended_at IS NULL",
+    """CREATE TABLE messages (
+        message INTEGER PRIMARY KEY, number INTEGER NOT NULL REFERENCES jobs ON DELETE CASCADE, data BLOB NOT NULL)""",
+    "CREATE INDEX messages_by_job ON messages (number)",
+)
+
 #: What brings a file of an older version up to date: the statements that lead from version n to n + 1, at n.
 #: Version 0 is an empty file. The number of entries is the version that this module reads and writes.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA, ("ALTER TABLE log ADD COLUMN trace TEXT",))
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA, ("ALTER TABLE log ADD COLUMN trace TEXT",), _MESSAGES)
 
 
 class SQLiteStore(SharedStore):
@@ -272,21 +281,67 @@ class SQLiteStore(SharedStore):
                 (request.grace, request.only_queued, request.id),
             )
 
-    def take_requests(self, holder: str) -> Sequence[StopRequest]:
-        if not self._requests(self._reading, holder):  # as always but once in a while
+    def send(self, id: str, data: bytes) -> bool:
+        with self._writing() as connection:
+            row = connection.execute(
+                "SELECT number FROM jobs WHERE id = ? AND space = ? AND ended_at IS NULL", (id, self._space)
+            ).fetchone()
+            if row is None:
+                return False
+            (waiting,) = connection.execute("SELECT count(*) FROM messages WHERE number = ?", row).fetchone()
+            if waiting >= MOST_MESSAGES:
+                raise mail_is_full(id)
+            connection.execute("INSERT INTO messages (number, data) VALUES (?, ?)", (*row, data))
+            connection.execute("UPDATE jobs SET has_mail = 1 WHERE number = ? AND NOT has_mail", row)
+        return True
+
+    def take_requests(self, holder: str) -> Sequence[StopRequest | StoredMessage]:
+        with self._reading() as connection:
+            has_requests, has_mail = connection.execute(
+                f"SELECT EXISTS (SELECT 1 FROM requests), EXISTS (SELECT 1 FROM jobs WHERE {_WITH_MAIL})", (holder,)
+            ).fetchone()
+        found: list[StopRequest | StoredMessage] = []
+        if has_requests:  # somebody's
+            found += self._take_stops(holder)
+        if has_mail:
+            found += self._mail(holder)
+        return found
+
+    def _take_stops(self, holder: str) -> list[StopRequest]:
+        if not self._stops(self._reading, holder):
             return []
         with self._writing() as connection:
-            rows = self._requests(lambda: _same(connection), holder)
+            rows = self._stops(lambda: _same(connection), holder)
             connection.executemany("DELETE FROM requests WHERE number = ?", [row[:1] for row in rows])
         return [StopRequest(id=row[1], grace=row[2], only_queued=bool(row[3])) for row in rows]
 
-    def _requests(self, access: Callable[[], Any], holder: str) -> list[Any]:
+    def _stops(self, access: Callable[[], Any], holder: str) -> list[Any]:
         with access() as connection:
             rows: list[Any] = connection.execute(
                 "SELECT number, id, grace, only_queued FROM requests JOIN jobs USING (number) WHERE holder = ?",
                 (holder,),
             ).fetchall()
         return rows
+
+    def _mail(self, holder: str) -> list[StoredMessage]:
+        with self._reading() as connection:
+            jobs = connection.execute(f"SELECT number, id FROM jobs WHERE {_WITH_MAIL}", (holder,)).fetchall()
+            return [
+                StoredMessage(id=id, number=str(message), data=data)
+                for number, id in jobs
+                for message, data in connection.execute(
+                    "SELECT message, data FROM messages WHERE number = ? ORDER BY message LIMIT ?",
+                    (number, MAIL_AT_ONCE),
+                )
+            ]
+
+    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+        with self._writing() as connection:
+            connection.executemany("DELETE FROM messages WHERE message = ?", [(int(each.number),) for each in messages])
+            connection.executemany(
+                "UPDATE jobs SET has_mail = EXISTS (SELECT 1 FROM messages WHERE number = jobs.number) WHERE id = ?",
+                [(id,) for id in {each.id for each in messages}],
+            )
 
     def renew(self, holder: str) -> bool:
         self._look_for_the_file()
@@ -458,6 +513,7 @@ class SQLiteStore(SharedStore):
 
 _CORRUPT = "it is no SQLite database, or a broken one ({}). It is left as it is: move it away, and a new one is made"
 _CURRENT = "(ended_at IS NULL OR ended_at > ?)"
+_WITH_MAIL = "holder = ? AND has_mail AND ended_at IS NULL"
 
 
 class _Connection:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
 
+from flask_executor.exceptions import StoreUnavailable
 from flask_executor.executor import Executor
 from flask_executor.testing import jobs
 
@@ -67,8 +69,9 @@ def shut_down(executors: Iterable[Executor]) -> None:
     """At the end of a test: cancel what has not started, and leave nothing to the workers of an engine."""
     for executor in executors:
         if getattr(executor, "engine", None):  # nobody else ends what a test that has failed leaves there
-            for future in executor.unfinished():
-                future.stop(grace=0)
+            with suppress(StoreUnavailable):
+                for future in executor.unfinished():
+                    future.stop(grace=0)
         executor.shutdown(cancel_futures=True)
 
 

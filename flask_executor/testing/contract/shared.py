@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import pickle
 import sys
 import threading
 import time
@@ -12,8 +13,9 @@ from dataclasses import replace
 
 import pytest
 
-from flask_executor.abc import Entry, JobStore, StopRequest, StoreOptions
-from flask_executor.holders import this_holder
+from flask_executor.abc import MOST_MESSAGES, Entry, JobStore, StopRequest, StoredMessage, StoreOptions
+from flask_executor.exceptions import QueueFull
+from flask_executor.holders import engine_holder, this_holder
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LiveJob, LogLine
 from flask_executor.sharing import store_class_of
 from flask_executor.testing.contract.fixtures import run_in_threads, wait_until
@@ -25,6 +27,7 @@ ShortenLeases = Callable[[JobStore, float], None]
 HERE = this_holder()
 
 
+ENGINE = engine_holder("rq")
 DEAD = "elsewhere.1.2.abc"  # another machine, and no lease
 
 
@@ -51,6 +54,27 @@ def ended(
     job = started(store, key, name)
     job.end(status, ValueError("no paper") if status == "failed" else None)
     store.write([Entry(job=job.record(), holder=HERE, outcome=b"outcome")])
+    return job
+
+
+def messages_for(store: JobStore, holder: str = HERE) -> list[StoredMessage]:
+    """Some of those that wait."""
+    return [request for request in store.take_requests(holder) if isinstance(request, StoredMessage)]
+
+
+def receive(store: JobStore, holder: str = HERE) -> dict[str, list[bytes]]:
+    """All that wait, by the ids of their jobs; they leave the store."""
+    found: dict[str, list[bytes]] = {}
+    while messages := messages_for(store, holder):
+        for message in messages:
+            found.setdefault(message.id, []).append(message.data)
+        store.received(holder, messages)
+    return found
+
+
+def queued_in_engine(store: JobStore, key: str | None = None) -> LiveJob:
+    job = LiveJob("render", key)
+    store.take(Entry(job=job.record(), holder=ENGINE), None)
     return job
 
 
@@ -322,8 +346,8 @@ class SharedStoreContract:
         store.ask_to_stop(StopRequest(id=other.id, only_queued=True))
         store.ask_to_stop(StopRequest(id="unknown"))
         assert list(store.take_requests(DEAD)) == []
-        asked = sorted(store.take_requests(HERE), key=lambda request: request.only_queued)
-        assert asked == [StopRequest(id=job.id, grace=1.5), StopRequest(id=other.id, only_queued=True)]
+        asked = set(store.take_requests(HERE))
+        assert asked == {StopRequest(id=job.id, grace=1.5), StopRequest(id=other.id, only_queued=True)}
         assert list(store.take_requests(HERE)) == []
 
     @pytest.mark.parametrize("look", ["get", "find", "held", "list", "sweep"])
@@ -487,3 +511,115 @@ class SharedStoreContract:
             thread.join()
         assert codes == [0] * 20
         assert len(store.keys()) == 20
+
+    # ---- messages ----
+
+    def test_messages_come_in_order_and_until_they_were_received(self, make_store: MakeStore) -> None:
+        store, other = make_store(), make_store()
+        job, neighbour = started(store), started(store)
+        sent = [b"%d\x00\xff" % number for number in range(250)]
+        for number, data in enumerate(sent):
+            assert other.send(job.id, data)
+            if number < 3:
+                assert other.send(neighbour.id, data)
+        store.ask_to_stop(StopRequest(id=job.id))
+        assert messages_for(store, this_holder()) == [], "they are another's"
+        first = messages_for(store)
+        assert {message.id for message in first} == {job.id, neighbour.id}
+        again = messages_for(store)
+        assert again == first
+        store.received(HERE, first)
+        store.received(HERE, first)
+        mine = [message.data for message in first if message.id == job.id]
+        assert mine + receive(store)[job.id] == sent
+        assert list(store.take_requests(HERE)) == []
+        assert other.send(neighbour.id, b"later")
+        assert receive(store) == {neighbour.id: [b"later"]}
+
+    def test_500_messages_from_4_processes(self, make_store: MakeStore) -> None:
+        store = make_store()
+        job = started(store)
+        children = []
+        for sender in range(4):
+            pid = os.fork()
+            if not pid:
+                try:
+                    store.after_fork()
+                    for number in range(125):
+                        assert store.send(job.id, b"%d %d" % (sender, number))
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(pid)
+        found: list[tuple[bytes, ...]] = []
+
+        def have_all() -> bool:
+            found.extend(tuple(data.split()) for data in receive(store).get(job.id, ()))
+            return len(found) >= 500
+
+        assert wait_until(have_all, 30)
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
+        assert receive(store) == {}
+        for sender in range(4):
+            name = str(sender).encode()
+            assert [int(number) for who, number in found if who == name] == list(range(125))
+
+    def test_messages_to_a_queued_job_of_an_engine_wait_for_whoever_takes_it(self, store: JobStore) -> None:
+        job, other, worker = queued_in_engine(store, "report"), queued_in_engine(store), this_holder()
+        for number in range(150):
+            assert store.send(job.id, b"%d" % number)
+        assert store.send(other.id, b"other")
+        assert messages_for(store, worker) == []
+        job.start()
+        assert store.take(Entry(job=job.record(), holder=worker), ENGINE) is None
+        assert receive(store, ENGINE) == {other.id: [b"other"]}, "and none of the job that was taken"
+        assert receive(store, worker) == {job.id: [b"%d" % number for number in range(150)]}
+        assert store.send(job.id, b"150")
+        assert receive(store, worker) == {job.id: [b"150"]}
+
+    def test_messages_to_a_job_whose_worker_has_died_go_to_the_next(
+        self, store: JobStore, shorten_leases: ShortenLeases
+    ) -> None:
+        shorten_leases(store, 0.1)
+        job, worker = queued_in_engine(store, "report"), this_holder()
+        job.start()
+        assert store.take(Entry(job=job.record(), holder=DEAD), ENGINE) is None
+        assert store.renew(DEAD) is False
+        assert store.send(job.id, b"a")
+        assert wait_until(lambda: (store.get(job.id) or job).status == "lost")
+        assert messages_for(store, DEAD) == [], "it has ended"
+        assert not store.send(job.id, b"b")
+        store.write([Entry(job=job.record(), holder=worker)])
+        assert receive(store, worker) == {job.id: [b"a"]}
+        assert store.send(job.id, b"c")
+        assert receive(store, worker) == {job.id: [b"c"]}
+
+    @pytest.mark.parametrize("status", [status for status in JobStatus if status.ended])
+    def test_messages_to_a_job_that_has_ended(self, store: JobStore, status: JobStatus) -> None:
+        job = claimed(store, "report")
+        if status != "cancelled":
+            job.start()
+        assert store.send(job.id, b"before")
+        job.end(status)
+        store.write([Entry(job=job.record(), holder=HERE)])
+        assert not store.send(job.id, b"after")
+        assert messages_for(store) == [], "nobody can have them any more"
+        assert not store.send("unknown", b"")
+
+    def test_a_bound_on_messages(self, store: JobStore) -> None:
+        job, other = started(store), started(store)
+        for number in range(MOST_MESSAGES):
+            assert store.send(job.id, b"%d" % number)
+        with pytest.raises(QueueFull, match=f"1000 messages wait for job {job.id}, as many as are kept") as caught:
+            store.send(job.id, b"one more")
+        assert (caught.value.limit, str(pickle.loads(pickle.dumps(caught.value)))) == (1000, str(caught.value))
+        assert store.send(other.id, b"there is room for others")
+        found = receive(store)
+        assert found == {job.id: [b"%d" % number for number in range(1000)], other.id: [b"there is room for others"]}
+        assert store.send(job.id, b"one more")
+
+    def test_messages_of_another_app(self, make_store: MakeStore) -> None:
+        shop, bank = make_store("shop"), make_store("bank")
+        job = started(shop)
+        assert not bank.send(job.id, b"from a stranger")
+        assert receive(shop) == {}

@@ -1,0 +1,240 @@
+"""What is RQ's own: its workers in both kinds, its commands, what dies and comes back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tasks
+from flask import Flask
+
+from conftest import MakeExecutor, RedisServer, require, wait_until
+from flask_executor import EngineUnavailable, Executor, JobStopped, StoreUnavailable, UntrustedResult, WorkerLost
+from flask_executor.exceptions import ConfigError
+
+require("rq")
+
+import rq  # noqa: E402  # it may not be there
+from rq.command import send_stop_job_command  # noqa: E402
+
+RunWorker = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of this test's own, which can be stopped."""
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def run_worker(redis_server: RedisServer, tmp_path: Path) -> Iterator[RunWorker]:
+    """Starts a worker: ours, or with a command of RQ's. What it writes is in the file ``log``."""
+    running = []
+
+    def run(*command: str) -> subprocess.Popen[bytes]:
+        if not command:
+            command = (sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker")
+        environ = {**os.environ, "FLASK_EXECUTOR_TYPE": "rq", "FLASK_EXECUTOR_URL": redis_server.url}
+        environ["PYTHONPATH"] = os.pathsep.join([str(Path(tasks.__file__).parent), *sys.path])
+        with (tmp_path / "log").open("ab") as log:
+            running.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
+        return running[-1]
+
+    yield run
+    for worker in running:
+        worker.terminate()
+        worker.wait(30)
+
+
+@pytest.fixture
+def executor(redis_server: RedisServer, make_executor: MakeExecutor, app: Flask) -> Executor:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    return make_executor(type="rq", url=redis_server.url)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "file")
+
+
+def children_of(pid: int) -> set[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return {int(child) for child in found.stdout.split()}
+
+
+def test_plain_workers_of_rq(executor: Executor, redis_server: RedisServer, run_worker: RunWorker, path: str) -> None:
+    program = shutil.which("rq") or str(Path(sys.executable).with_name("rq"))
+    run_worker(program, "worker", "--url", redis_server.url, "--with-scheduler", "default-high", "default")
+    assert executor.submit(tasks.add, 1, b=2).result(30) == 3
+    with pytest.raises(ValueError, match="torn"):
+        executor.submit(tasks.fail, message="torn").result(30)
+    refuses = executor.submit(tasks.spin, path)
+    assert wait_until(Path(path).exists, 30)
+    refuses.stop(grace=0.1)
+    assert isinstance(refuses.exception(20), JobStopped)
+    assert refuses.status == "killed"
+    assert executor.options(retries=1).submit(tasks.fail_until, path + "2", 2).result(30) == 2
+
+
+def test_rq_shows_jobs_by_name_and_can_stop_them(executor: Executor, run_worker: RunWorker, path: str) -> None:
+    run_worker()
+    future = executor.options(name="monthly report").submit(tasks.wait_for, path)
+    connection = executor._queues[1].connection
+    assert wait_until(future.running, 30)
+    assert rq.job.Job.fetch(future.job_id, connection=connection).description == "monthly report"
+    send_stop_job_command(connection, future.job_id)
+    assert isinstance(future.exception(20), JobStopped)
+    assert future.status == "stopped"
+
+
+def test_a_job_that_takes_its_process_along(executor: Executor, run_worker: RunWorker) -> None:
+    run_worker()
+    for how in ("kill", "segfault"):
+        with pytest.raises(WorkerLost):
+            executor.submit(tasks.die, how).result(30)
+    assert executor.submit(tasks.add, 1).result(20) == 1
+
+
+def test_a_worker_is_killed(executor: Executor, run_worker: RunWorker, path: str) -> None:
+    worker = run_worker()
+    future = executor.submit(tasks.wait_for, path)
+    assert wait_until(future.running, 30)
+    inner = children_of(worker.pid)
+    assert inner
+    worker.kill()
+    worker.wait()
+    with pytest.raises(WorkerLost):
+        future.result(20)
+    assert future.status == "lost"
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inner)), "no process is left behind"
+    waiting = executor.submit(tasks.add, 1)
+    run_worker()
+    assert waiting.result(30) == 1
+
+
+def test_a_worker_that_is_told_to_end_lets_its_job_end(executor: Executor, run_worker: RunWorker, path: str) -> None:
+    worker = run_worker()
+    future = executor.submit(tasks.wait_for, path)
+    assert wait_until(future.running, 30)
+    worker.terminate()
+    time.sleep(0.5)
+    assert worker.poll() is None
+    Path(path).touch()
+    assert future.result(10) is None
+    assert worker.wait(20) == 0
+
+
+def test_one_of_several_processes_is_killed_and_another_takes_its_place(
+    executor: Executor, run_worker: RunWorker
+) -> None:
+    command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
+    parent = run_worker(*command)
+    assert wait_until(lambda: executor.workers == 2, 30)
+    before = children_of(parent.pid)
+    os.kill(min(before), signal.SIGKILL)
+    assert wait_until(lambda: len(children_of(parent.pid) - before) == 1)
+    assert [future.result(30) for future in [executor.submit(tasks.add, n) for n in range(6)]] == list(range(6))
+
+
+def test_another_process_of_the_app_finds_the_job(executor: Executor, run_worker: RunWorker, app: Flask) -> None:
+    future = executor.submit_stored("report", tasks.add, 1, 2)
+    assert future.status == "queued"
+    again = Flask("shop", instance_path=app.instance_path)  # the web app was restarted
+    again.secret_key = app.secret_key
+    again.config.update({key: value for key, value in app.config.items() if key.startswith("EXECUTOR")})
+    restarted = Executor(again)
+    run_worker()
+    assert restarted.futures.result("report", timeout=30) == 3
+    restarted.shutdown()
+
+
+def test_redis_goes_and_comes_back(
+    executor: Executor, redis_server: RedisServer, run_worker: RunWorker, tmp_path: Path
+) -> None:
+    accepted = [executor.submit_stored(n, tasks.add, n) for n in range(20)]
+    redis_server.stop()
+    begin = time.monotonic()
+    with pytest.raises(EngineUnavailable, match="EXECUTOR_URL"):
+        executor.submit(tasks.add, 1)
+    with pytest.raises(StoreUnavailable):
+        executor.submit_stored("report", tasks.add, 1)
+    assert time.monotonic() - begin < 10
+    assert not executor.health().accepting
+    redis_server.start()
+    assert wait_until(lambda: executor.health().store_reachable)
+    run_worker()
+    assert [future.result(30) for future in accepted] == list(range(20))
+    assert executor.submit(tasks.add, 2).result(20) == 2
+
+
+def test_redis_goes_and_comes_back_while_a_job_runs(
+    executor: Executor, redis_server: RedisServer, run_worker: RunWorker, path: str
+) -> None:
+    run_worker()
+    future = executor.submit_stored("report", tasks.wait_for, path)
+    assert wait_until(future.running, 30)
+    redis_server.stop()
+    Path(path).touch()
+    time.sleep(1)
+    redis_server.start()
+    assert future.result(30) is None
+    run_worker()  # RQ's own worker may have given up meanwhile
+    assert executor.submit(tasks.add, 2).result(30) == 2
+
+
+def test_what_was_not_signed_is_not_run(executor: Executor, run_worker: RunWorker, app: Flask, path: str) -> None:
+    app.secret_key = "another one"  # as a web app has that was set up wrongly
+    future = executor.submit_stored("report", tasks.append, path, "x")
+    app.secret_key = "not a secret in a test"
+    run_worker()
+    with pytest.raises(UntrustedResult, match="SECRET_KEY"):
+        future.result(30)
+    assert future.status == "failed"
+    assert not Path(path).exists()
+
+
+def test_a_worker_of_another_version_says_so(executor: Executor, run_worker: RunWorker) -> None:
+    future = executor.submit_stored("report", tasks.add, 1)
+    queue = executor._queues[1]
+    job = rq.job.Job.fetch(future.job_id, connection=queue.connection)
+    address, id, data = job.args
+    job.delete()
+    queue.enqueue_call(job.func_name, (address, id, b"FE99" + data[4:]), job_id=id)
+    run_worker()
+    with pytest.raises(UntrustedResult, match="another version"):
+        future.result(30)
+
+
+def test_without_a_secret_key_nothing_is_sent(make_executor: MakeExecutor, redis_server: RedisServer) -> None:
+    app = Flask("open")
+    executor = make_executor(app, type="rq", url=redis_server.url)
+    with pytest.raises(ConfigError, match="SECRET_KEY"):
+        executor.submit(tasks.add, 1)
+
+
+def test_what_cannot_travel_is_refused(executor: Executor) -> None:
+    with pytest.raises(TypeError, match="Argument 1 of job print"):
+        executor.submit(print, threading.Lock())
+    assert executor.waiting == 0
+
+
+def test_many_handles_cost_little(executor: Executor, run_worker: RunWorker) -> None:
+    futures = [executor.submit(tasks.add, n) for n in range(500)]
+    done: list[int] = []
+    for future in futures:
+        future.add_done_callback(lambda settled: done.append(settled.result()))
+    run_worker()
+    run_worker()
+    assert wait_until(lambda: len(done) == 500, 60)
+    assert sorted(done) == list(range(500))
