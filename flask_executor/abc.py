@@ -1,6 +1,6 @@
 """The ports: what a backend, a store and a channel promise to the rest of the package.
 
-The contract of each stands in its docstrings; ``tests/contract`` holds every adapter to it.
+The contract of each stands in its docstrings; :mod:`flask_executor.testing.contract` holds every adapter to it.
 """
 
 from __future__ import annotations

@@ -554,7 +554,7 @@ def open_ledger(
     scheme, _, place = url.partition("://")
     if scheme == "sqlite":
         url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
-    store_class = _store_class(config, scheme)
+    store_class = store_class_of(url, config.key("EXECUTOR_STORE"))
     space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
     options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
     try:
@@ -565,9 +565,16 @@ def open_ledger(
     return SharedLedger(config, store, weakref.ref(app), channel)
 
 
-def _store_class(config: Config, scheme: str) -> type[JobStore]:
+def store_class_of(url: str, key: str = "EXECUTOR_STORE") -> type[JobStore]:
+    """The class of the shared store that has such a url: this package's, or that of another which is installed.
+
+    :param key: where in ``app.config`` the url stands.
+    :raises ConfigError: when there is none, or it cannot be used.
+    :raises MissingExtra: when the library is not installed that it needs.
+    """
+    scheme = url.partition("://")[0]
     if scheme not in STORES:
-        key, value = config.key("EXECUTOR_STORE"), without_password(config.store)
+        value = without_password(url)
         return plugins.load_plugin(plugins.STORES, scheme, JobStore, key, value)  # type: ignore[type-abstract]
     module, _, name = STORES[scheme].partition(":")
     store_class: type[JobStore] = getattr(importlib.import_module(module), name)

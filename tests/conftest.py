@@ -12,18 +12,18 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from flask import Flask
 
-from flask_executor import Executor, StoreUnavailable
+from flask_executor import Executor
+from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, shut_down, wait_until
 
-MakeExecutor = Callable[..., Executor]
+__all__ = ["MakeExecutor", "run_in_threads", "wait_until"]
 
 
 @pytest.fixture(autouse=True)
@@ -63,12 +63,7 @@ def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) ->
         return executor
 
     yield make
-    for executor in made:
-        if getattr(executor, "engine", None):  # nobody else ends what a test that has failed leaves there
-            with suppress(StoreUnavailable):
-                for future in executor.unfinished():
-                    future.stop(grace=0)
-        executor.shutdown(cancel_futures=True)
+    shut_down(made)
 
 
 @pytest.fixture
@@ -181,15 +176,6 @@ def store_url(store: str, request: pytest.FixtureRequest) -> str:
     return url
 
 
-def run_in_threads(count: int, fn: Callable[[], object]) -> None:
-    """Call ``fn`` in so many threads at the same time, and wait for all of them."""
-    threads = [threading.Thread(target=fn) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 #: What every backend promises is tested with each of these. A new one joins by a line here.
 TYPES: dict[str, dict[str, Any]] = {
     "thread": {},
@@ -206,6 +192,18 @@ TYPES: dict[str, dict[str, Any]] = {
 
 #: The fixtures that have the workers of an engine.
 ENGINES = {engine: f"{engine}_workers" for engine in ("rq", "celery", "dask")}
+
+
+def wait_for_workers(config: dict[str, Any], count: int) -> None:
+    """Wait until an engine has so many workers."""
+    app = Flask("shop")
+    app.secret_key = "not a secret in a test"
+    app.config.update({f"EXECUTOR_{key.upper()}": value for key, value in config.items()})
+    executor = Executor(app)
+    try:
+        assert wait_until(lambda: executor.workers == count, 60), f"there are {executor.workers} workers"
+    finally:
+        executor.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -229,7 +227,9 @@ def redis_and_workers(engine: str, folder: Path) -> Iterator[dict[str, Any]]:
     server = RedisServer(folder)
     server.start()
     try:
-        with worker_command(folder, {"type": engine, "url": server.url}):
+        config = {"type": engine, "url": server.url}
+        with worker_command(folder, config):
+            wait_for_workers(config, 2)
             yield {"url": server.url}
     finally:
         server.stop()
@@ -291,6 +291,7 @@ def dask_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     scheduler.start()
     config = {"url": scheduler.url, "store": f"sqlite:///{folder}/jobs.sqlite"}
     with worker_command(folder, {"type": "dask", **config}):
+        wait_for_workers({"type": "dask", **config}, 2)
         yield config
     scheduler.kill()
 
@@ -305,13 +306,3 @@ def freeze(pid: int) -> None:
     """Stop a child process, as Ctrl-Z does, and wait until it has stopped."""
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-
-
-def wait_until(condition: Callable[[], object], timeout: float = 10) -> bool:
-    """Wait for a condition, at most ``timeout`` seconds; whether it came true."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
