@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ from flask_executor.control import RunningJob, running_job
 from flask_executor.documents import describe_job
 from flask_executor.exceptions import (
     ConfigError,
-    EngineUnavailable,
     ExecutorShutdown,
     KeyExists,
     QueueFull,
@@ -38,7 +37,6 @@ from flask_executor.exceptions import (
 )
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
-from flask_executor.freight import pack_freight
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import callable_name, is_one_of_many
 from flask_executor.holders import engine_holder
@@ -47,11 +45,11 @@ from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
 from flask_executor.pending import Held, Unfinished, Waiting
+from flask_executor.producer import Producer, oldest_wait
 from flask_executor.remote import register
 from flask_executor.runner import Call, Chunk
-from flask_executor.seals import CALL, Sealer
 from flask_executor.serial import callbacks_of_this_thread
-from flask_executor.sharing import SharedLedger, open_ledger, secret_keys, weakly
+from flask_executor.sharing import SharedLedger, open_ledger
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.streams import Places
 
@@ -84,18 +82,9 @@ class Binding(JobChannel):
         initializers: Sequence[Callable[[], object]],
     ) -> None:
         self._backend_class = _backend_class(config)
-        engine = self._backend_class.engine
-        beside = self._backend_class.store_beside(config.backend_options(weakref.ref(app)))
-        self.ledger: Ledger = open_ledger(config, app, self, engine, beside)
-        self.consumer: Consumer | None = None
-        if isinstance(self.ledger, SharedLedger) and engine is not None:
-            self.ledger.engine = engine_holder(engine)
-            self.ledger.discard = weakly(self._discard)
-            self.consumer = Consumer(self, self.ledger)
-            register(app, executor.name, self.consumer)
-        self.unfinished = Unfinished()
-        self._sent: weakref.WeakSet[Any] = weakref.WeakSet()  # handles of jobs that an engine has
         self.name: str = executor.name
+        self._open(config, app)
+        self.unfinished = Unfinished()
         self._executor = executor
         self._app = weakref.ref(app)
         self._default_callbacks = default_callbacks
@@ -109,6 +98,19 @@ class Binding(JobChannel):
         self.services = self._make_services()
         self._set_config(config)
         know_jobs(running_job)
+
+    def _open(self, config: Config, app: Flask) -> None:
+        """Open the store; and for an engine, both ends of it."""
+        engine = self._backend_class.engine
+        beside = self._backend_class.store_beside(config.backend_options(weakref.ref(app)))
+        self.ledger: Ledger = open_ledger(config, app, self, engine, beside)
+        self.producer: Producer | None = None
+        self.consumer: Consumer | None = None
+        if isinstance(self.ledger, SharedLedger) and engine is not None:
+            self.ledger.engine = engine_holder(engine)
+            self.producer = Producer(self, self.ledger)
+            self.consumer = Consumer(self, self.ledger)
+            register(app, self.name, self.consumer)
 
     def _set_config(self, config: Config) -> None:
         self._backend_class = _backend_class(config)
@@ -130,10 +132,26 @@ class Binding(JobChannel):
         with self._lock:
             if self._closed:
                 self.services = self._make_services()
+            former = self._change_engine(config)
             self._set_config(config)
             backend, self._backend = self._backend, None
         if backend is not None:
             backend.shutdown(wait=False)
+        if former is not None:
+            former.close(wait=False)
+
+    def _change_engine(self, config: Config) -> Ledger | None:
+        """Where jobs are recorded depends on whose they are, an engine's or ours; the former ledger, if it changes."""
+        app, backend_class = self.app, _backend_class(config)
+        if backend_class.engine == self._backend_class.engine or app is None:
+            return None
+        left = self.waiting_for()
+        if left:
+            allowed = f"what it was until {_names(left)} have ended: call shutdown()"
+            raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, allowed)
+        former, self._backend_class = self.ledger, backend_class
+        self._open(config, app)
+        return former
 
     @property
     def backend(self) -> Backend:
@@ -234,12 +252,11 @@ class Binding(JobChannel):
         """
         call = self._accept(context, options, fn, args, kwargs)
         try:
-            self._sent.discard(call.future)
             self.unfinished.hold(call.future)
             self.backend.pack(call)
             self._announce(call)
-            if self.consumer is not None:
-                self.consumer.ledger.keep(call.job)
+            if self.producer is not None:
+                self.producer.keep(call)
         except BaseException as error:
             self._refuse(call.future, error)
         held = Held(call, self._start_held, self._drop)
@@ -252,9 +269,8 @@ class Binding(JobChannel):
             return
         self.unfinished.release(future)
         try:
-            if self.consumer is not None:
-                self._sent.add(future)
-                self.consumer.ledger.pass_on(call.job)
+            if self.producer is not None:
+                self.producer.pass_on(call)
             call.backend = self.backend
             call.backend.enqueue(call)
         except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
@@ -391,9 +407,8 @@ class Binding(JobChannel):
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         if options.meta is not None:
             job.meta = dict(options.meta)
-        if self._backend_class.engine is not None and not apart and context is not IN_PLACE:
-            self._check_room()
-            return self._prepare_to_send(job, fn, args, kwargs, context, options)
+        if self.producer is not None and not apart and context is not IN_PLACE:
+            return self.producer.prepare(job, fn, args, kwargs, context, options)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
         if not self.unfinished.add(call, limit, apart=apart):
@@ -410,55 +425,22 @@ class Binding(JobChannel):
                 key = self.config.key("EXECUTOR_TYPE")
                 raise Unsupported(f"{backend.__name__} ({key}) cannot {what}: leave that out, or choose another type")
 
-    def _check_room(self) -> None:
-        pending = self.config.max_pending
-        if pending is not None and self.backend.waiting >= pending:
-            raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), pending)
-
-    def _prepare_to_send(
-        self, job: LiveJob, fn: Callable[..., Any], args: Args, kwargs: Kwargs, context: Any, options: JobOptions
-    ) -> Call[FutureProxy[Any]]:
-        """A call that an engine is to have; its handle looks into the store."""
-        ledger: Any = self.ledger
-        options = replace(options, grace=self.config.stop_grace)  # the worker's may be another
-        call = Call(ledger.handle(job.record(), is_written=False), job, fn, args, kwargs, context, self, options)
-        call.packed = pack_freight(call, self.sealer())
-        self._sent.add(call.future)
-        return call
-
     def waiting_for(self) -> list[FutureProxy[Any]]:
         """The handles of this process whose jobs have not ended, oldest first."""
-        sent = sorted(self._sent, key=lambda future: future.record().queued_at)
-        return [*self.unfinished.all(), *(future for future in sent if not future.done())]
+        sent = [] if self.producer is None else self.producer.unfinished()
+        return [*self.unfinished.all(), *sent]
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until there is none left, at most so many seconds; whether that is so."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self.unfinished.wait(timeout):
             return False
-        sent = list(self._sent)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if wait(sent, left).not_done:
-            return False
-        while not all(future.called_back for future in sent):  # which is a matter of moments, or of the user's code
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            time.sleep(_MOMENT)
-        return True
-
-    def sealer(self) -> Sealer:
-        """What signs and checks calls that are sent to an engine.
-
-        :raises ConfigError: without a secret key.
-        """
-        keys = secret_keys(self.app)
-        if not keys:
-            raise ConfigError("SECRET_KEY", None, "set, and the same for all workers: they run only what is signed")
-        return Sealer(keys, CALL)
+        return self.producer is None or self.producer.wait(left)
 
     def _limit(self) -> int | None:
         pending = self.config.max_pending
-        if pending is None or self._backend_class.engine is not None or self.backend.capacity is None:
+        if pending is None or self.producer is not None or self.backend.capacity is None:
             return None
         return self.backend.capacity + pending
 
@@ -475,12 +457,6 @@ class Binding(JobChannel):
             self._refuse(future, error)
         return future
 
-    def _discard(self, job: Job) -> None:
-        try:
-            self.backend.discard(job)
-        except EngineUnavailable as error:  # then it is dropped by the worker that gets it
-            logger.info("Job %s (%s) was cancelled, and stays in the queue: %s", job.name, job.id, error)
-
     def _start_later(self, call: Call[FutureProxy[Any]]) -> None:
         error = ExecutorShutdown(f"job {call.job.name} has not started: its process has ended before its time came")
         self._waiting.add(call, error, call.delay, lambda: self._run_again(call, error))
@@ -495,9 +471,8 @@ class Binding(JobChannel):
 
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
         """A call was not accepted. Somebody may have found it by key meanwhile: end it, do not just drop it."""
-        if future in self._sent:
-            self._sent.discard(future)
-        elif not future.cancel():
+        refused = self.producer is not None and self.producer.refused(future)
+        if not refused and not future.cancel():
             # It has run, or a worker has got it all the same: a pool that could not start one more thread.
             if isinstance(error, Exception):
                 return
@@ -727,41 +702,18 @@ class Binding(JobChannel):
 
     def health(self) -> Health:
         """How it is doing now."""
-        if self._backend_class.engine is not None:
-            return self._health_of_engine()
         jobs = [future.record() for future in self.unfinished.all()]
         waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
-        return Health(
-            workers=self._backend.workers if self._backend else 0,
+        health = Health(
+            workers=self._backend.workers if self._backend and self.producer is None else 0,
             busy=sum(job.status == JobStatus.RUNNING for job in jobs),
             waiting=len(waiting),
-            oldest_wait=_oldest_wait(waiting),
+            oldest_wait=oldest_wait(waiting),
             store_reachable=self._store_is_reachable(),
             accepting=not self._closed,
             services=self.services.statuses(),
         )
-
-    def _health_of_engine(self) -> Health:
-        workers = waiting = busy = 0
-        oldest_wait = 0.0
-        accepting, store_reachable = not self._closed, self._store_is_reachable()
-        try:
-            workers, waiting = self.backend.workers, self.backend.waiting
-            if store_reachable:
-                busy = len(self.ledger.records.list(status=JobStatus.RUNNING))
-                oldest_wait = _oldest_wait(self.ledger.records.list(status=JobStatus.QUEUED)) if waiting else 0.0
-        except EngineUnavailable as error:
-            logger.info("%s", error)
-            accepting = False
-        return Health(
-            workers=workers,
-            busy=busy,
-            waiting=waiting,
-            oldest_wait=oldest_wait,
-            store_reachable=store_reachable,
-            accepting=accepting,
-            services=self.services.statuses(),
-        )
+        return health if self.producer is None else self.producer.health(health)
 
     def _store_is_reachable(self) -> bool:
         try:
@@ -774,11 +726,8 @@ class Binding(JobChannel):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
         self._close(wait=wait, cancel_futures=cancel_futures)
-        for future in list(self._sent) if cancel_futures else ():
-            try:
-                future.cancel()
-            except StoreUnavailable as error:
-                logger.warning("Job %s goes on: it cannot be cancelled. %s", future.job_id, error)
+        if self.producer is not None and cancel_futures:
+            self.producer.cancel_all()
         if wait:
             self.wait(None)
         self.services.close(wait=wait)  # after the jobs, which may use them
@@ -862,10 +811,6 @@ def _names(futures: Sequence[FutureProxy[Any]]) -> str:
     """Some jobs in words: ``3 jobs (render, render, mail)``."""
     names = [future.record().name for future in futures[:5]] + ["..."] * (len(futures) > 5)
     return f"{len(futures)} {'job' if len(futures) == 1 else 'jobs'} ({', '.join(names)})"
-
-
-def _oldest_wait(jobs: Sequence[Job]) -> float:
-    return max((time.time() - job.queued_at for job in jobs), default=0.0)
 
 
 def _backend_class(config: Config) -> type[Backend]:

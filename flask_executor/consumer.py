@@ -31,8 +31,8 @@ from flask_executor.helpers import callable_name
 from flask_executor.jobs import LiveJob
 from flask_executor.logs import logger
 from flask_executor.pending import Unfinished
+from flask_executor.producer import sealer_of
 from flask_executor.runner import Call
-from flask_executor.seals import Sealer
 from flask_executor.sharing import SharedLedger
 
 if TYPE_CHECKING:
@@ -61,9 +61,6 @@ class Host(Protocol):
     @property
     def backend(self) -> Backend:
         """The engine."""
-
-    def sealer(self) -> Sealer:
-        """What signs and checks calls."""
 
     def worker_options(self) -> BackendOptions:
         """What worker processes are made from."""
@@ -138,7 +135,7 @@ class Consumer:
 
     def _unpack(self, id: str, data: bytes) -> Call[FutureProxy[Any]]:
         try:
-            freight = unpack_freight(id, data, self._host.sealer())
+            freight = unpack_freight(id, data, sealer_of(self._host.app))
         except (NotPicklable, UntrustedResult) as error:
             self.ledger.refuse(id, error)
             raise

@@ -205,14 +205,13 @@ class SQLiteStore(SharedStore):
         column, value = ("id", id) if key is None else ("key", encode_key(key))
         now = time.time()
         with self._reading() as connection:
-            if self._one(connection, f"space = ? AND {column} = ?", self._space, value) is not None:
-                return False
             row = connection.execute(
                 f"SELECT 1 FROM gone WHERE space = ? AND {column} = ? AND until > ? UNION ALL "
                 f"SELECT 1 FROM jobs WHERE space = ? AND {column} = ? LIMIT 1",
                 (self._space, value, now, self._space, value),
             ).fetchone()
-        return row is not None
+            # Asked last: the first record of a job may be written meanwhile.
+            return row is not None and self._one(connection, f"space = ? AND {column} = ?", self._space, value) is None
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> Sequence[Hashable]:
         condition, values = "", [self._space, self._oldest()]

@@ -1,0 +1,166 @@
+"""What a process does that has its jobs run by an engine: it packs and signs calls, and keeps their handles.
+
+The job is the engine's from then on, and its handle looks into the store. The other end is
+:mod:`flask_executor.consumer`.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flask_executor.abc import Backend, Health, JobChannel
+from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, StoreUnavailable
+from flask_executor.freight import pack_freight
+from flask_executor.futures import FutureProxy
+from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
+from flask_executor.logs import logger
+from flask_executor.runner import Call
+from flask_executor.seals import CALL, Sealer
+from flask_executor.sharing import SharedLedger, secret_keys, weakly
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from flask_executor.config import Config
+
+_MOMENT = 0.002  # seconds between two looks whether callbacks have run
+
+
+class Host(Protocol):
+    """Whose producer it is: an executor in one app."""
+
+    config: Config
+
+    @property
+    def app(self) -> Flask | None:
+        """The app, None when it is gone."""
+
+    @property
+    def channel(self) -> JobChannel:
+        """What calls report to."""
+
+    @property
+    def backend(self) -> Backend:
+        """The engine."""
+
+
+class Producer:
+    """Makes the calls that an engine is to have, and knows their handles."""
+
+    def __init__(self, host: Host, ledger: SharedLedger) -> None:
+        self._host = host
+        self._ledger = ledger
+        self._sent: weakref.WeakSet[Any] = weakref.WeakSet()  # handles of jobs that the engine has
+        ledger.discard = weakly(self._discard)
+
+    def prepare(
+        self,
+        job: LiveJob,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: Any,
+        options: JobOptions,
+    ) -> Call[FutureProxy[Any]]:
+        """A call for the engine, packed; its handle looks into the store.
+
+        :raises QueueFull: if too many jobs wait.
+        :raises NotPicklable: for what cannot be sent.
+        :raises ConfigError: without a secret key.
+        """
+        self._check_room()
+        options = replace(options, grace=self._host.config.stop_grace)  # the worker's may be another
+        handle = self._ledger.handle(job.record(), is_written=False)
+        call = Call(handle, job, fn, args, kwargs, context, self._host.channel, options)
+        call.packed = pack_freight(call, sealer_of(self._host.app))
+        self._sent.add(handle)
+        return call
+
+    def _check_room(self) -> None:
+        pending = self._host.config.max_pending
+        if pending is not None and self._host.backend.waiting >= pending:
+            raise QueueFull(self._host.config.key("EXECUTOR_MAX_PENDING"), pending)
+
+    def keep(self, call: Call[FutureProxy[Any]]) -> None:
+        """The call is to wait in this process for a while."""
+        self._sent.discard(call.future)
+        self._ledger.keep(call.job)
+
+    def pass_on(self, call: Call[FutureProxy[Any]]) -> None:
+        """The engine is about to get a call that was kept."""
+        self._sent.add(call.future)
+        self._ledger.pass_on(call.job)
+
+    def refused(self, future: FutureProxy[Any]) -> bool:
+        """The engine has not taken the call of this handle; False if it is none of an engine's."""
+        if future not in self._sent:
+            return False
+        self._sent.discard(future)
+        return True
+
+    def _discard(self, job: Job) -> None:
+        try:
+            self._host.backend.discard(job)
+        except EngineUnavailable as error:  # then it is dropped by the worker that gets it
+            logger.info("Job %s (%s) was cancelled, and stays in the queue: %s", job.name, job.id, error)
+
+    # ---- the handles ----
+
+    def unfinished(self) -> list[FutureProxy[Any]]:
+        """The handles of this process whose jobs have not ended, oldest first."""
+        sent = sorted(self._sent, key=lambda future: future.record().queued_at)
+        return [future for future in sent if not future.done()]
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until all jobs have ended and callbacks have run, at most so many seconds; whether that is so."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        sent = list(self._sent)
+        if wait(sent, timeout).not_done:
+            return False
+        while not all(future.called_back for future in sent):  # which is a matter of moments, or of the user's code
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(_MOMENT)
+        return True
+
+    def cancel_all(self) -> None:
+        """Cancel what has not started."""
+        for future in list(self._sent):
+            try:
+                future.cancel()
+            except StoreUnavailable as error:
+                logger.warning("Job %s goes on: it cannot be cancelled. %s", future.job_id, error)
+
+    def health(self, health: Health) -> Health:
+        """This, with what the engine tells of itself and the store of its jobs."""
+        try:
+            health = replace(health, workers=self._host.backend.workers, waiting=self._host.backend.waiting)
+        except EngineUnavailable as error:
+            logger.info("%s", error)
+            return replace(health, accepting=False)
+        if not health.store_reachable:
+            return health
+        queued = self._ledger.records.list(status=JobStatus.QUEUED) if health.waiting else ()
+        busy = len(self._ledger.records.list(status=JobStatus.RUNNING))
+        return replace(health, busy=busy, oldest_wait=oldest_wait(queued))
+
+
+def oldest_wait(jobs: Sequence[Job]) -> float:
+    """Seconds that the oldest of these has waited; 0.0 for none."""
+    return max((time.time() - job.queued_at for job in jobs), default=0.0)
+
+
+def sealer_of(app: Flask | None) -> Sealer:
+    """What signs and checks calls that are sent to an engine.
+
+    :raises ConfigError: without a secret key.
+    """
+    keys = secret_keys(app)
+    if not keys:
+        raise ConfigError("SECRET_KEY", None, "set, and the same for all workers: they run only what is signed")
+    return Sealer(keys, CALL)
