@@ -269,8 +269,8 @@ class Binding(JobChannel):
             return
         self.unfinished.release(future)
         try:
-            if self.producer is not None:
-                self.producer.pass_on(call)
+            if self.producer is not None and not self.producer.pass_on(call):
+                return
             call.backend = self.backend
             call.backend.enqueue(call)
         except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong

@@ -91,10 +91,10 @@ class Producer:
         self._sent.discard(call.future)
         self._ledger.keep(call.job)
 
-    def pass_on(self, call: Call[FutureProxy[Any]]) -> None:
-        """The engine is about to get a call that was kept."""
+    def pass_on(self, call: Call[FutureProxy[Any]]) -> bool:
+        """The engine is about to get a call that was kept; False when it was cancelled."""
         self._sent.add(call.future)
-        self._ledger.pass_on(call.job)
+        return self._ledger.pass_on(call.job)
 
     def refused(self, future: FutureProxy[Any]) -> bool:
         """The engine has not taken the call of this handle; False if it is none of an engine's."""

@@ -213,7 +213,10 @@ class SharedLedger(Ledger):
         log = self._recorder.release(job.id)
         while True:
             try:
-                self._hand_over(job, log)
+                self.store.write([Entry(job=job.record(), holder=self.engine or "", log=log)])
+                for request in self.store.take_requests(self._recorder.holder):  # that came for it until now
+                    if isinstance(request, StopRequest):  # messages follow the job
+                        self._requested(request)
                 break
             except StoreUnavailable as error:
                 logger.warning("Job %s is to be tried again, and has to wait: %s", job.id, error)
@@ -227,16 +230,16 @@ class SharedLedger(Ledger):
         self.store.write([Entry(job=job.record(), holder=self._recorder.holder)])
         self._recorder.add(job, claimed=True)
 
-    def pass_on(self, job: LiveJob) -> None:
-        """The engine is about to get a job that was kept."""
+    def pass_on(self, job: LiveJob) -> bool:
+        """The engine is about to get a job that was kept; False when it was cancelled."""
+        self._recorder.release(job.id)
+        entry = Entry(job=job.record(), holder=self.engine or "")
+        there = self.store.take(entry, self._recorder.holder)
+        if there is not None and there.status is JobStatus.LOST:  # the store was not there for a while, but we were
+            self.store.write([entry])
+            there = None
         self._kept.discard(job.id)
-        self._hand_over(job, self._recorder.release(job.id))
-
-    def _hand_over(self, job: LiveJob, log: Sequence[LogLine]) -> None:
-        self.store.write([Entry(job=job.record(), holder=self.engine or "", log=log)])
-        for request in self.store.take_requests(self._recorder.holder):  # that came for it until now
-            if isinstance(request, StopRequest):  # messages follow the job
-                self._requested(request)
+        return there is None
 
     def refuse(self, id: str, error: Exception, name: str = "unknown") -> None:
         """A job that waits in the queue of an engine cannot be run.
@@ -254,15 +257,15 @@ class SharedLedger(Ledger):
         if self.engine is None or job.status is not JobStatus.QUEUED:
             return False
         cancelled = replace(job, status=JobStatus.CANCELLED, ended_at=time.time())
-        kept = job.id in self._kept
-        former = self._recorder.holder if kept else self.engine
-        if self.store.take(Entry(job=cancelled, holder=self.engine), former) is not None:
-            return False
-        if kept:
+        if job.id in self._kept:
+            self._recorder.release(job.id)  # first: what it is about to write would come after this
+            if self.store.take(Entry(job=cancelled, holder=self.engine), self._recorder.holder) is not None:
+                return False
             self._kept.discard(job.id)
-            self._recorder.release(job.id)
-        else:
-            self.discard(cancelled)
+            return True
+        if self.store.take(Entry(job=cancelled, holder=self.engine), self.engine) is not None:
+            return False
+        self.discard(cancelled)
         return True
 
     def _is_written(self, job: Job) -> bool:
