@@ -176,6 +176,8 @@ def worker(processes: int, burst: bool) -> None:
     if binding.consumer is None:
         key = binding.config.key("EXECUTOR_TYPE")
         raise click.ClickException(f"Jobs are run by the web app itself: set {key} to 'rq' to have workers run them.")
+    many = "1 process" if processes == 1 else f"{processes} processes"
+    click.echo(f"{many} for jobs from {binding.backend.engine}, queue {binding.config.queue!r}. Ctrl-C to end.")
     binding.consumer.serve(processes=processes, burst=burst)
 
 

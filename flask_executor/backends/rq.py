@@ -117,7 +117,7 @@ class RQBackend(Backend):
             queues = self._connected_to(redis.Redis.from_url(self._url))
             worker = _Worker(queues, connection=queues[0].connection, stop=stop)
             with _scheduling(queues):
-                worker.work(burst=burst)
+                worker.work(burst=burst, logging_level="WARNING")  # no lines for each job: the store has them
 
         run_processes(processes, work)
 
