@@ -37,7 +37,7 @@ from flask_executor.console import (
     terminal_size,
 )
 from flask_executor.doctor import examine
-from flask_executor.exceptions import ExecutorError
+from flask_executor.exceptions import EngineUnavailable, ExecutorError
 from flask_executor.executor import Executor
 from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus
@@ -178,7 +178,10 @@ def worker(processes: int, burst: bool) -> None:
         raise click.ClickException(f"Jobs are run by the web app itself: set {key} to 'rq' to have workers run them.")
     many = "1 process" if processes == 1 else f"{processes} processes"
     click.echo(f"{many} for jobs from {binding.backend.engine}, queue {binding.config.queue!r}. Ctrl-C to end.")
-    binding.consumer.serve(processes=processes, burst=burst)
+    try:
+        binding.consumer.serve(processes=processes, burst=burst)
+    except EngineUnavailable as error:
+        raise click.ClickException(str(error)) from error
 
 
 @group.command()

@@ -199,7 +199,7 @@ class EngineUnavailable(ExecutorError, ConnectionError):
         self.what, self.url, self.key, self.why = what, url, key, why
 
     def __str__(self) -> str:
-        return f"{self.what} at {self.url} ({self.key}) cannot be reached, and no job is accepted: {self.why}"
+        return f"{self.what} at {self.url} ({self.key}) cannot be reached: {self.why}"
 
 
 class RemoteTraceback(ExecutorError):

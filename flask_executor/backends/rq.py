@@ -119,6 +119,8 @@ class RQBackend(Backend):
             with _scheduling(queues):
                 worker.work(burst=burst, logging_level="WARNING")  # no lines for each job: the store has them
 
+        with self._reaching():
+            self._queues[0].connection.ping()
         run_processes(processes, work)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:

@@ -238,3 +238,11 @@ def test_many_handles_cost_little(executor: Executor, run_worker: RunWorker) -> 
     run_worker()
     assert wait_until(lambda: len(done) == 500, 60)
     assert sorted(done) == list(range(500))
+
+
+def test_a_worker_without_a_redis_says_so(run_worker: RunWorker, redis_server: RedisServer, tmp_path: Path) -> None:
+    redis_server.stop()
+    assert run_worker().wait(30) == 1
+    said = (tmp_path / "log").read_text()
+    assert "(EXECUTOR_URL) cannot be reached" in said
+    assert "Traceback" not in said
