@@ -49,7 +49,7 @@ from flask_executor.producer import Producer, oldest_wait
 from flask_executor.remote import register
 from flask_executor.runner import Call, Chunk
 from flask_executor.serial import callbacks_of_this_thread
-from flask_executor.sharing import SharedLedger, open_ledger
+from flask_executor.sharing import SharedLedger, open_ledger, weakly
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.streams import Places
 
@@ -165,8 +165,8 @@ class Binding(JobChannel):
                     self._warn_of_late_settings()
                     options = self.config.backend_options(self._app, self.initializers)
                     if isinstance(self.ledger, SharedLedger):
-                        options = replace(options, refuse=self.ledger.refuse)
-                    backend = self._backend_class(replace(options, start=self._start_plain))
+                        options = replace(options, refuse=weakly(self.ledger.refuse))
+                    backend = self._backend_class(replace(options, start=_starter(self)))
                     if self._closed:
                         backend.shutdown()
                     self._backend = backend
@@ -306,9 +306,6 @@ class Binding(JobChannel):
         """Start a job of a service, without contexts, on the backend of that."""
         call = self._prepare(NO_CONTEXT, options, fn, args, {}, None, apart=True)
         return self._start(call, backend)
-
-    def _start_plain(self, fn: Callable[..., Any], args: Args, kwargs: Kwargs) -> FutureProxy[Any]:
-        return self.submit(NO_CONTEXT, JobOptions(), fn, args, kwargs)  # type: ignore[arg-type]
 
     def find(self, options: JobOptions) -> FutureProxy[Any] | None:
         """The job under the key in the options; None when one would be started now."""
@@ -805,6 +802,19 @@ class Binding(JobChannel):
         inherited, self.unfinished = self.unfinished.all(), Unfinished()
         for future in inherited:
             self.ledger.abandoned(future.abandon())
+
+
+def _starter(binding: Binding) -> Callable[[Callable[..., Any], Args, Kwargs], FutureProxy[Any]]:
+    """What starts a job without contexts; without keeping the app alive, which takes its backend along."""
+    reference = weakref.ref(binding)
+
+    def start(fn: Callable[..., Any], args: Args, kwargs: Kwargs) -> FutureProxy[Any]:
+        alive = reference()
+        if alive is None:
+            raise RuntimeError("the app of this backend is gone")
+        return alive.submit(NO_CONTEXT, JobOptions(), fn, args, kwargs)  # type: ignore[arg-type]
+
+    return start
 
 
 def _names(futures: Sequence[FutureProxy[Any]]) -> str:

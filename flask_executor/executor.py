@@ -518,7 +518,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     # ---- the work ----
 
     def _bound(self) -> list[tuple[Flask, Binding]]:
-        return [(app, app.extensions[_BINDINGS][self]) for app in list(self._apps)]
+        found = [(app, self._bound_to(app)) for app in list(self._apps)]
+        return [(app, binding) for app, binding in found if binding is not None]
 
     def _bound_to(self, app: Flask) -> Binding | None:
         binding: Binding | None = app.extensions.get(_BINDINGS, {}).get(self)

@@ -33,7 +33,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from flask_executor import plugins
 from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoredMessage, StoreOptions
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
     from flask_executor.runner import Call
 
-T = TypeVar("T")
+P = ParamSpec("P")
 
 _PATIENCE = 5.0  # seconds to wait until something is written
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
@@ -517,14 +517,14 @@ def _nothing(job: Job) -> None:
     """There is no engine."""
 
 
-def weakly(method: Callable[[T], None]) -> Callable[[T], None]:
+def weakly(method: Callable[P, None]) -> Callable[P, None]:
     """A method, without keeping its object alive."""
     reference = weakref.WeakMethod(method)
 
-    def call(argument: T) -> None:
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
         alive = reference()
         if alive is not None:
-            alive(argument)
+            alive(*args, **kwargs)
 
     return call
 
