@@ -28,6 +28,7 @@ where only we can write.
 from __future__ import annotations
 
 import importlib
+import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -95,6 +96,7 @@ class SharedLedger(Ledger):
         self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
         self._kept: set[str] = set()  # ids of jobs that wait here for the engine to get them
         self._adopted: set[str] = set()  # ids of jobs of this process that an engine has sent
+        self._adopting = threading.Lock()
         self._parts: list[Any] = []
         self._make_parts()
         self.records = SharedRecords(self._memory, store, self._is_written)
@@ -177,10 +179,24 @@ class SharedLedger(Ledger):
                 logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
 
     def adopt(self, call: Call[FutureProxy[Any]]) -> bool:
-        """Have a job that an engine has given to this process; False when it was cancelled, or another one has it.
+        """Have a job that an engine has given to this process; False when it was cancelled, or it is being run.
 
-        An engine may give a job to somebody else when a worker has died.
+        An engine may give a job to somebody else when a worker has died, and twice to the same one.
         """
+        id = call.job.id
+        with self._adopting:
+            if id in self._adopted or self._recorder.tracks(id):  # the store would give it to us once more
+                return False
+            self._adopted.add(id)
+        is_ours = False
+        try:
+            is_ours = self._adopt(call)
+        finally:
+            if not is_ours:
+                self._adopted.discard(id)
+        return is_ours
+
+    def _adopt(self, call: Call[FutureProxy[Any]]) -> bool:
         job = call.job
         if call.retried:  # then the record knows which attempt this is
             known = self.store.get(job.id)
@@ -193,7 +209,6 @@ class SharedLedger(Ledger):
             if there is not None and there.status is not JobStatus.LOST:
                 return False
             self.store.write([entry])
-        self._adopted.add(job.id)
         self._handles[job.id] = call.future
         self._memory.add(job)
         self._recorder.add(job, claimed=True)
@@ -427,7 +442,7 @@ class SharedLedger(Ledger):
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
         self._outcomes = {}
-        self._kept, self._adopted = set(), set()
+        self._kept, self._adopted, self._adopting = set(), set(), threading.Lock()
         self._make_parts()
         for futures in (self.futures, self.hidden):
             futures.after_fork()

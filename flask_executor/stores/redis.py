@@ -45,7 +45,16 @@ from flask_executor.records import (
     encode_line,
     encode_prefix,
 )
-from flask_executor.stores.shared import MAIL_AT_ONCE, SharedStore, Stored, loss, mail_is_full, report_loss, skipped
+from flask_executor.stores.shared import (
+    MAIL_AT_ONCE,
+    SharedStore,
+    Stored,
+    is_taken,
+    loss,
+    mail_is_full,
+    report_loss,
+    skipped,
+)
 
 try:
     import redis
@@ -246,7 +255,7 @@ class RedisStore(SharedStore):
     def take(self, entry: Entry, former: str | None) -> Job | None:
         with self.reaching():
             there = _stored(self._call(_PUT, *self._arguments("take", entry, former or "")))
-            return None if there is None else there.job
+        return None if there is None or is_taken(there, entry) else there.job
 
     def _lose(self, stored: Stored) -> Job:
         lost = loss(stored)

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from flask_executor.abc import MOST_MESSAGES, JobStore, StoreOptions
+from flask_executor.abc import MOST_MESSAGES, Entry, JobStore, StoreOptions
 from flask_executor.exceptions import QueueFull, StoreUnavailable
 from flask_executor.helpers import describe_error
 from flask_executor.holders import is_alive, pid_of
@@ -35,6 +35,16 @@ def loss(stored: Stored) -> Job:
     """The record of a job whose holder is dead."""
     error = f"WorkerLost: process {pid_of(stored.holder)}, which had the job, is gone"
     return replace(stored.job, status=JobStatus.LOST, ended_at=time.time(), error=error)
+
+
+def is_taken(there: Stored, entry: Entry) -> bool:
+    """Whether a job that cannot be taken was taken with this very entry before, and only the answer was lost."""
+    job = entry.job
+    if there.holder != entry.holder:
+        return False
+    if there.job.status.ended or job.status.ended:
+        return (there.job.status, there.job.ended_at) == (job.status, job.ended_at)
+    return True
 
 
 def report_loss(lost: Job) -> None:

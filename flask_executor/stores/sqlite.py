@@ -25,7 +25,16 @@ from flask_executor.forks import after_fork_in_child, around_fork
 from flask_executor.holders import LEASE
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine
 from flask_executor.records import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
-from flask_executor.stores.shared import MAIL_AT_ONCE, SharedStore, Stored, loss, mail_is_full, report_loss, skipped
+from flask_executor.stores.shared import (
+    MAIL_AT_ONCE,
+    SharedStore,
+    Stored,
+    is_taken,
+    loss,
+    mail_is_full,
+    report_loss,
+    skipped,
+)
 
 _BUSY = 3.0  # seconds to wait for others who write
 _GONE = 10  # times as many as there may be records are remembered to have been
@@ -148,7 +157,7 @@ class SQLiteStore(SharedStore):
             there = self._one(connection, "id = ?", entry.job.id)
             if there is None:
                 self._restore(connection, entry)
-            return None if there is None else there.job
+        return None if there is None or is_taken(there, entry) else there.job
 
     def _insert(self, connection: sqlite3.Connection, entry: Entry, *, has_key: bool = True) -> None:
         """Write a new record.

@@ -77,6 +77,16 @@ def test_a_message_is_stored_once_though_its_answer_is_lost(way: WayToRedis) -> 
     assert receive(store) == {job.id: [b"a", b"b", b"c"]}
 
 
+def test_a_job_is_taken_though_the_answer_is_lost(way: WayToRedis) -> None:
+    store, worker = way.store, this_holder()
+    job = queued_in_engine(store)
+    job.start()
+    way.lose = worker.encode()
+    assert store.take(Entry(job=job.record(), holder=worker), ENGINE) is None
+    assert len(way.lost) == 1, "it was taken, and nobody was told"
+    assert store.get(job.id) == job.record()
+
+
 def test_a_job_that_ends_while_it_is_sent_a_message(way: WayToRedis) -> None:
     store = way.store
     job = started(store)

@@ -216,6 +216,27 @@ class SharedStoreContract:
         assert store.take(taken, other) == job.record(), "it has ended"
         assert list(store.list(status="running")) == []
 
+    def test_a_job_that_is_taken_twice_as_the_answer_was_lost(self, store: JobStore) -> None:
+        job, worker = queued_in_engine(store, "report"), this_holder()
+        job.start()
+        taken = Entry(job=job.record(), holder=worker)
+        assert store.take(taken, ENGINE) is None
+        job.progress = 0.5
+        store.write([Entry(job=job.record(), holder=worker)])
+        assert store.take(taken, ENGINE) is None
+        assert store.get(job.id) == job.record(), "what was written since is newer"
+        assert store.take(replace(taken, holder=this_holder()), ENGINE) == job.record(), "another one has it"
+        cancelled = replace(job.record(), status=JobStatus.CANCELLED, ended_at=time.time())
+        assert store.take(Entry(job=cancelled, holder=worker), ENGINE) == job.record(), "it was not that which was done"
+
+    def test_a_job_that_is_cancelled_twice_as_the_answer_was_lost(self, store: JobStore) -> None:
+        job = queued_in_engine(store, "report").record()
+        first, second = (replace(job, status=JobStatus.CANCELLED, ended_at=job.queued_at + wait) for wait in (1, 2))
+        assert store.take(Entry(job=first, holder=ENGINE), ENGINE) is None
+        assert store.take(Entry(job=first, holder=ENGINE), ENGINE) is None
+        assert store.take(Entry(job=second, holder=ENGINE), ENGINE) == first, "somebody else has cancelled it"
+        assert store.take(Entry(job=job, holder=ENGINE), ENGINE) == first
+
     def test_one_of_many_takes_a_job(self, make_store: MakeStore) -> None:
         job = claimed(make_store(), "report")
         answers: list[Job | None] = []

@@ -1,0 +1,86 @@
+"""What a worker of an engine makes of a job that the engine gives it, where engines give things twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tasks import add
+
+from conftest import MakeExecutor, run_in_threads
+from flask_executor.abc import Entry
+from flask_executor.futures import FutureProxy
+from flask_executor.holders import engine_holder
+from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.runner import Call
+from flask_executor.sharing import SharedLedger
+
+ENGINE = engine_holder("rq")
+
+
+class Worker:
+    """A process that gets jobs from an engine, without the engine."""
+
+    def __init__(self, binding: Any) -> None:
+        self.binding = binding
+        self.ledger: SharedLedger = binding.ledger
+        self.ledger.engine = ENGINE
+        self.ids: list[str] = []
+
+    def queued(self, key: str | None = "report") -> LiveJob:
+        job = LiveJob("render", key)
+        self.ids.append(job.id)
+        assert self.ledger.store.take(Entry(job=job.record(), holder=ENGINE), None) is None
+        return job
+
+    def call(self, queued: LiveJob) -> Call[FutureProxy[Any]]:
+        """One delivery of it."""
+        job = LiveJob("render", queued.key, id=queued.id)
+        future: FutureProxy[Any] = FutureProxy(job, self.binding)
+        context: Any = None
+        return Call(future, job, add, (1,), {}, context, self.binding)
+
+
+@pytest.fixture
+def worker(shared_store: str, make_executor: MakeExecutor) -> Iterator[Worker]:
+    executor = make_executor(store=shared_store)
+    worker = Worker(executor._binding()[1])
+    yield worker
+    for id in worker.ids:
+        worker.ledger._recorder.forget(id)
+    worker.ledger.engine = None
+
+
+def test_a_job_that_comes_twice_is_run_once(worker: Worker) -> None:
+    job = worker.queued()
+    answers: list[bool] = []
+    run_in_threads(8, lambda: answers.append(worker.ledger.adopt(worker.call(job))))
+    assert sorted(answers) == [False] * 7 + [True]
+    assert worker.ledger.is_adopted(job.id)
+
+
+def test_a_job_that_comes_again_when_it_has_ended_is_not_run_again(worker: Worker) -> None:
+    job = worker.queued()
+    call = worker.call(job)
+    assert worker.ledger.adopt(call)
+    call.job.start()
+    call.job.end(JobStatus.SUCCEEDED)
+    worker.ledger.ended(call.job, None)
+    assert not worker.ledger.adopt(worker.call(job)), "nor before its end is written"
+    worker.ledger.finish(call.job)
+    assert not worker.ledger.adopt(worker.call(job))
+
+
+def test_a_job_that_could_not_be_had_may_come_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = worker.queued()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.ledger.store, "take", fail)
+        with pytest.raises(OSError):  # noqa: PT011  # whatever it is
+            worker.ledger.adopt(worker.call(job))
+    assert not worker.ledger.is_adopted(job.id)
+    assert worker.ledger.adopt(worker.call(job))
