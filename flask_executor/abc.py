@@ -458,7 +458,7 @@ class JobStore(JobRecords):
 
     @abc.abstractmethod
     def ask_to_stop(self, request: StopRequest) -> None:
-        """Leave a request for the holder of a job."""
+        """Leave a request for the holder of a job, whoever that is when he takes it."""
 
     @abc.abstractmethod
     def send(self, id: str, data: bytes) -> bool:

@@ -148,6 +148,8 @@ class StoredFuture(FutureProxy[T]):
             return True
         self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
         self._asked = True
+        if self.status is JobStatus.QUEUED:
+            self._elsewhere.cancel_queued(self._seen)  # its worker may just have given it back to the engine
         return True
 
     def send(self, type: str, body: object = None) -> bool:

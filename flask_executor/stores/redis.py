@@ -11,7 +11,7 @@ All names begin with ``flask-executor:{space}:``:
     last:<key>    the youngest id under it      holders     holders that had a job
     gone:<id>     there is or was such a job    open:<h>    ids of the jobs that holder h has
     gone-key:<k>  there is or was such a key    lease:<h>   there while the lease of h holds
-    version       of this table                 stop:<h>    requests for holder h to stop jobs
+    version       of this table                 stops       requests to stop jobs, by their ids
     mail:<id>     messages to the job, a        mailed:<h>  ids of the jobs that holder h has, and that have
                   stream of fields m                        messages
     sent:<n>      there for a while after       check       there after somebody has looked whether one can
@@ -88,11 +88,15 @@ elseif mode == 'take' then
         local there = redis.call('GET', p .. 'job:' .. id)
         if there then return there end
     end
-    redis.call('SREM', p .. 'mailed:' .. instead, id)
 end
-local new = redis.call('EXISTS', p .. 'job:' .. id) == 0
+local old = redis.call('GET', p .. 'job:' .. id)
 redis.call('SET', p .. 'job:' .. id, record)
-if new then
+local former = old and string.match(old, '"holder": "([^"]*)"}$')
+if former and former ~= holder then
+    redis.call('SREM', p .. 'open:' .. former, id)
+    redis.call('SREM', p .. 'mailed:' .. former, id)
+end
+if not old then
     redis.call('ZADD', p .. 'jobs', now, id)
     if owner ~= '' then redis.call('ZADD', p .. 'of:' .. owner, now, id) end
     if key ~= '' then
@@ -121,6 +125,7 @@ else
     redis.call('SREM', p .. 'mailed:' .. holder, id)
     redis.call('ZADD', p .. 'ended', ended, names)
     for _, name in ipairs(own) do redis.call('PEXPIRE', p .. name, ttl) end
+    if mode ~= 'lose' then redis.call('HDEL', p .. 'stops', id) end
     redis.call('SET', p .. 'gone:' .. id, '', 'PX', memory)
     if key ~= '' then redis.call('SET', p .. 'gone-key:' .. key, '', 'PX', memory) end
 end
@@ -136,6 +141,7 @@ for _, name in ipairs({'key:', 'last:'}) do
 end
 if key ~= '' and redis.call('EXISTS', p .. 'key:' .. key) == 0 then redis.call('ZREM', p .. 'keys', key) end
 redis.call('DEL', p .. 'job:' .. id, p .. 'result:' .. id, p .. 'log:' .. id, p .. 'mail:' .. id)
+redis.call('HDEL', p .. 'stops', id)
 redis.call('ZREM', p .. 'jobs', id)
 if owner ~= '' then redis.call('ZREM', p .. 'of:' .. owner, id) end
 redis.call('ZREM', p .. 'ended', ARGV[5])
@@ -181,13 +187,27 @@ redis.call('SET', p .. 'sent:' .. number, '', 'PX', memory)
 return 1
 """.replace("MOST_MESSAGES", str(MOST_MESSAGES))
 
+# ARGV: prefix, id, how it stands in "ended", request. It is for whoever has the job when he looks.
+_STOP = """
+local p, id, names, request = unpack(ARGV)
+if redis.call('EXISTS', p .. 'job:' .. id) == 1 and not redis.call('ZSCORE', p .. 'ended', names) then
+    redis.call('HSET', p .. 'stops', id, request)
+end
+"""
+
 # ARGV: prefix, holder. Answers with requests to stop, and pairs of an id and messages; with nothing if there are none.
 _REQUESTS = """
 local p, holder = unpack(ARGV)
-local stops = redis.call('HGETALL', p .. 'stop:' .. holder)
+local stops = {}
+for _, id in ipairs(redis.call('HKEYS', p .. 'stops')) do
+    if redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 1 then
+        table.insert(stops, id)
+        table.insert(stops, redis.call('HGET', p .. 'stops', id))
+        redis.call('HDEL', p .. 'stops', id)
+    end
+end
 local ids = redis.call('SMEMBERS', p .. 'mailed:' .. holder)
 if #stops == 0 and #ids == 0 then return false end
-redis.call('DEL', p .. 'stop:' .. holder)
 for n, id in ipairs(ids) do
     ids[n] = {id, redis.call('XRANGE', p .. 'mail:' .. id, '-', '+', 'COUNT', AT_ONCE)}
 end
@@ -384,9 +404,8 @@ class RedisStore(SharedStore):
         with self.reaching():
             stored = self._read(request.id)
             if stored is not None:
-                name = f"{self._prefix}stop:{stored.holder}"
-                self._redis.hset(name, request.id, json.dumps([request.grace, request.only_queued]))
-                self._redis.expire(name, 3600)  # a dead holder does not come for them
+                asked = json.dumps([request.grace, request.only_queued])
+                self._call(_STOP, request.id, _names(stored.job), asked)
 
     def send(self, id: str, data: bytes) -> bool:
         number = new_id()
@@ -505,7 +524,7 @@ class RedisStore(SharedStore):
                 f"another version of Flask-Executor has written it (its schema is {version}, this knows {VERSION}). "
                 f"Use that version, or another database (redis://host/1), or delete all names {self._prefix}*",
             )
-        for script in (_PUT, _FORGET, _RELEASE, _BY_NAME, _NEWEST, _SEND, _REQUESTS, _RECEIVED):
+        for script in (_PUT, _FORGET, _RELEASE, _BY_NAME, _NEWEST, _SEND, _STOP, _REQUESTS, _RECEIVED):
             self._redis.script_load(script)
         self._known = True
 

@@ -285,7 +285,7 @@ class SQLiteStore(SharedStore):
         with self._writing() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO requests (number, grace, only_queued) "
-                "SELECT number, ?, ? FROM jobs WHERE id = ?",
+                "SELECT number, ?, ? FROM jobs WHERE id = ? AND ended_at IS NULL",
                 (request.grace, request.only_queued, request.id),
             )
 
@@ -321,13 +321,14 @@ class SQLiteStore(SharedStore):
         with self._writing() as connection:
             rows = self._stops(lambda: _same(connection), holder)
             connection.executemany("DELETE FROM requests WHERE number = ?", [row[:1] for row in rows])
-        return [StopRequest(id=row[1], grace=row[2], only_queued=bool(row[3])) for row in rows]
+        return [StopRequest(id=row[1], grace=row[2], only_queued=bool(row[3])) for row in rows if row[4] is None]
 
     def _stops(self, access: Callable[[], Any], holder: str) -> list[Any]:
         with access() as connection:
             rows: list[Any] = connection.execute(
-                "SELECT number, id, grace, only_queued FROM requests JOIN jobs USING (number) WHERE holder = ?",
-                (holder,),
+                "SELECT number, id, grace, only_queued, ended_at FROM requests JOIN jobs USING (number) "
+                "WHERE holder = ? AND status != ?",  # who finds a lost job again is to stop it
+                (holder, JobStatus.LOST.value),
             ).fetchall()
         return rows
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import store_url, wait_until
-from flask_executor.abc import Entry, JobStore, StoreOptions
+from flask_executor.abc import Entry, JobStore, StopRequest, StoreOptions
 from flask_executor.holders import this_holder
 from flask_executor.jobs import JobStatus, LiveJob
 from flask_executor.stores.redis import RedisStore
@@ -104,6 +104,26 @@ def test_a_job_that_is_taken_over_while_it_is_sent_a_message(way: WayToRedis) ->
     assert store.send(job.id, b"first")
     assert receive(store, worker) == {job.id: [b"first"]}
     assert left_in(store) == []
+
+
+def test_a_job_that_is_handed_on_while_it_is_asked_to_stop(way: WayToRedis) -> None:
+    store, worker = way.store, this_holder()
+    job = queued_in_engine(store)
+    job.start()
+    request = StopRequest(id=job.id, grace=1.5)
+    way.before = b"[1.5, false]", lambda: way.other.take(Entry(job=job.record(), holder=worker), ENGINE)
+    store.ask_to_stop(request)
+    assert list(store.take_requests(worker)) == [request]
+
+
+def test_a_job_that_ends_while_it_is_asked_to_stop(way: WayToRedis) -> None:
+    store = way.store
+    job = started(store)
+    job.end(JobStatus.SUCCEEDED)
+    way.before = b"[1.5, false]", lambda: way.other.write([Entry(job=job.record(), holder=HERE)])
+    store.ask_to_stop(StopRequest(id=job.id, grace=1.5))
+    assert isinstance(store, RedisStore)
+    assert store._redis.hlen(f"{store._prefix}stops") == 0
 
 
 class WayToRedis(socketserver.ThreadingTCPServer):

@@ -9,12 +9,13 @@ import pytest
 from tasks import add
 
 from conftest import MakeExecutor, run_in_threads
-from flask_executor.abc import Entry
+from flask_executor.abc import Entry, StopRequest
 from flask_executor.futures import FutureProxy
 from flask_executor.holders import engine_holder
 from flask_executor.jobs import JobStatus, LiveJob
 from flask_executor.runner import Call
 from flask_executor.sharing import SharedLedger
+from flask_executor.stored import StoredFuture
 
 ENGINE = engine_holder("rq")
 
@@ -84,3 +85,21 @@ def test_a_job_that_could_not_be_had_may_come_again(worker: Worker, monkeypatch:
             worker.ledger.adopt(worker.call(job))
     assert not worker.ledger.is_adopted(job.id)
     assert worker.ledger.adopt(worker.call(job))
+
+
+def test_a_stop_while_a_worker_gives_the_job_back(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = worker.queued()
+    call = worker.call(job)
+    assert worker.ledger.adopt(call)
+    record = worker.ledger.store.get(job.id)
+    assert record is not None
+    handle: StoredFuture[Any] = StoredFuture(record, worker.ledger)
+    ask = worker.ledger.store.ask_to_stop
+
+    def give_back_and_ask(request: StopRequest) -> None:
+        worker.ledger.hand_back(call.job)
+        ask(request)
+
+    monkeypatch.setattr(worker.ledger.store, "ask_to_stop", give_back_and_ask)
+    assert handle.stop()
+    assert handle.cancelled()

@@ -371,6 +371,31 @@ class SharedStoreContract:
         assert asked == {StopRequest(id=job.id, grace=1.5), StopRequest(id=other.id, only_queued=True)}
         assert list(store.take_requests(HERE)) == []
 
+    def test_requests_follow_the_job(self, store: JobStore) -> None:
+        """They are for whoever has the job when he looks: an engine never does, and hands jobs on."""
+        job, worker = queued_in_engine(store, "report"), this_holder()
+        store.ask_to_stop(StopRequest(id=job.id, grace=1.5))
+        job.start()
+        assert list(store.take_requests(worker)) == []
+        assert store.take(Entry(job=job.record(), holder=worker), ENGINE) is None
+        assert list(store.take_requests(worker)) == [StopRequest(id=job.id, grace=1.5)]
+        store.ask_to_stop(StopRequest(id=job.id, grace=2.5))
+        store.write([Entry(job=job.record(), holder=ENGINE)])
+        other = this_holder()
+        assert store.take(Entry(job=job.record(), holder=other), worker) == job.record(), "it has it no more"
+        assert store.take(Entry(job=job.record(), holder=other), ENGINE) is None
+        assert list(store.take_requests(worker)) == []
+        assert list(store.take_requests(other)) == [StopRequest(id=job.id, grace=2.5)]
+        assert list(store.take_requests(other)) == []
+
+    def test_requests_for_a_job_that_has_ended(self, store: JobStore) -> None:
+        job = started(store)
+        store.ask_to_stop(StopRequest(id=job.id))
+        job.end(JobStatus.SUCCEEDED)
+        store.write([Entry(job=job.record(), holder=HERE)])
+        store.ask_to_stop(StopRequest(id=job.id))
+        assert list(store.take_requests(HERE)) == []
+
     @pytest.mark.parametrize("look", ["get", "find", "held", "list", "sweep"])
     def test_jobs_of_a_dead_process_are_lost(
         self, store: JobStore, look: str, shorten_leases: ShortenLeases, caplog: pytest.LogCaptureFixture
