@@ -411,13 +411,14 @@ class JobStore(JobRecords):
         has not ended and nobody else has the key."""
 
     @abc.abstractmethod
-    def take(self, entry: Entry, former: str | None) -> Job | None:
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False) -> Job | None:
         """Take a job over from the holder who has it, and write this of it, all or nothing; of many one gets it.
 
         What is not there is written too: the record has left, or was not written yet. Done again by the same holder it
         is a success, which changes nothing: the first answer may have been lost.
 
         :param former: who has it; None to write it only if there is no record.
+        :param lost: whether to take it also when it is lost, whoever had it, unless another job has its key by now.
         :return: None; its record, when it has ended, or somebody else has it.
         """
 

@@ -205,10 +205,9 @@ class SharedLedger(Ledger):
         entry = Entry(job=job.record(), holder=self._recorder.holder)
         there = self.store.take(entry, self.engine)
         if there is not None:
-            there = self.store.get(job.id)  # which finds out whether it is lost
-            if there is not None and there.status is not JobStatus.LOST:
+            self.store.get(job.id)  # which finds out whether it is lost
+            if self.store.take(entry, self.engine, lost=True) is not None:
                 return False
-            self.store.write([entry])
         self._handles[job.id] = call.future
         self._memory.add(job)
         self._recorder.add(job, claimed=True)
@@ -228,7 +227,8 @@ class SharedLedger(Ledger):
         log = self._recorder.release(job.id)
         while True:
             try:
-                self.store.write([Entry(job=job.record(), holder=self.engine or "", log=log)])
+                entry = Entry(job=job.record(), holder=self.engine or "", log=log)
+                self.store.take(entry, self._recorder.holder, lost=True)  # or somebody has it who took us for dead
                 for request in self.store.take_requests(self._recorder.holder):  # that came for it until now
                     if isinstance(request, StopRequest):  # messages follow the job
                         self._requested(request)
@@ -249,10 +249,8 @@ class SharedLedger(Ledger):
         """The engine is about to get a job that was kept; False when it was cancelled."""
         self._recorder.release(job.id)
         entry = Entry(job=job.record(), holder=self.engine or "")
-        there = self.store.take(entry, self._recorder.holder)
-        if there is not None and there.status is JobStatus.LOST:  # the store was not there for a while, but we were
-            self.store.write([entry])
-            there = None
+        # It counts as lost when the store was not there for a while, but we were.
+        there = self.store.take(entry, self._recorder.holder, lost=True)
         self._kept.discard(job.id)
         return there is None
 

@@ -68,7 +68,8 @@ _DOUBT = 30.0  # seconds within which a command may come again whose answer was 
 _AT_ONCE = 500  # records that are read in one go
 
 # What changes more than one name is a script, so that it happens in one piece. In mode "claim" it answers with the
-# record that is in the way, if one is; in mode "lose" with the record that is there, if the job has ended.
+# record that is in the way, if one is; in mode "lose" with the record that is there, if the job has ended; in modes
+# "take" and "revive" with the one that is there, if it is not what is expected: a job of "instead", or just that text.
 _PUT = """
 local p, mode, id, record, ended, key, holder = unpack(ARGV, 1, 7)
 local ttl, memory, now, outcome, instead, lease, owner, names = unpack(ARGV, 8, 15)
@@ -88,6 +89,11 @@ elseif mode == 'take' then
         local there = redis.call('GET', p .. 'job:' .. id)
         if there then return there end
     end
+elseif mode == 'revive' then
+    local there = redis.call('GET', p .. 'job:' .. id)
+    local has = key ~= '' and redis.call('GET', p .. 'key:' .. key)
+    local other = has and has ~= id and redis.call('EXISTS', p .. 'job:' .. has) == 1
+    if there and (other or there ~= instead) then return there end
 end
 local old = redis.call('GET', p .. 'job:' .. id)
 redis.call('SET', p .. 'job:' .. id, record)
@@ -272,9 +278,12 @@ class RedisStore(SharedStore):
         with self.reaching():
             self._call_each(_PUT, [self._arguments("write", entry) for entry in entries])
 
-    def take(self, entry: Entry, former: str | None) -> Job | None:
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False) -> Job | None:
         with self.reaching():
-            there = _stored(self._call(_PUT, *self._arguments("take", entry, former or "")))
+            text = self._call(_PUT, *self._arguments("take", entry, former or ""))
+            there = _stored(text)
+            if lost and there is not None and there.job.status is JobStatus.LOST:
+                there = _stored(self._call(_PUT, *self._arguments("revive", entry, text)))
         return None if there is None or is_taken(there, entry) else there.job
 
     def _lose(self, stored: Stored) -> Job:
@@ -285,7 +294,7 @@ class RedisStore(SharedStore):
         report_loss(lost)
         return lost
 
-    def _arguments(self, mode: str, entry: Entry, instead: str = "") -> list[Any]:
+    def _arguments(self, mode: str, entry: Entry, instead: str | bytes = "") -> list[Any]:
         job, ttl = entry.job, self.options.result_ttl
         return [
             mode,

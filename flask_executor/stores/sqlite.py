@@ -139,25 +139,28 @@ class SQLiteStore(SharedStore):
                 changed = connection.execute(_UPDATE, (*_values(entry)[4:], entry.job.id))
                 if not changed.rowcount:
                     self._restore(connection, entry)
-                if entry.outcome is not None:
-                    connection.execute(
-                        "INSERT OR REPLACE INTO outcomes (number, data) SELECT number, ? FROM jobs WHERE id = ?",
-                        (entry.outcome, entry.job.id),
-                    )
-                if entry.log:
-                    _write_log(connection, entry.job.id, entry.log)
+                _write_more(connection, entry)
 
-    def take(self, entry: Entry, former: str | None) -> Job | None:
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False) -> Job | None:
         with self._writing() as connection:
-            taken = connection.execute(
-                f"{_UPDATE} AND holder = ? AND ended_at IS NULL", (*_values(entry)[4:], entry.job.id, former)
-            )
-            if taken.rowcount:
-                return None
             there = self._one(connection, "id = ?", entry.job.id)
             if there is None:
                 self._restore(connection, entry)
+            elif self._may_take(connection, there, former, lost=lost):
+                connection.execute(_UPDATE, (*_values(entry)[4:], entry.job.id))
+                there = None
+            if there is None:
+                _write_more(connection, entry)
         return None if there is None or is_taken(there, entry) else there.job
+
+    def _may_take(self, connection: sqlite3.Connection, there: Stored, former: str | None, *, lost: bool) -> bool:
+        job = there.job
+        if not job.status.ended:
+            return there.holder == former
+        if not lost or job.status is not JobStatus.LOST:
+            return False
+        other = None if job.key is None else self._holding_in(connection, encode_key(job.key))
+        return other is None or other.job.id == job.id
 
     def _insert(self, connection: sqlite3.Connection, entry: Entry, *, has_key: bool = True) -> None:
         """Write a new record.
@@ -708,6 +711,17 @@ def _stored(row: tuple[Any, ...]) -> Stored | None:
         return None
     fields["stop_requested"] = bool(fields["stop_requested"])
     return Stored(Job(**fields), holder)
+
+
+def _write_more(connection: sqlite3.Connection, entry: Entry) -> None:
+    """What is not in the record."""
+    if entry.outcome is not None:
+        connection.execute(
+            "INSERT OR REPLACE INTO outcomes (number, data) SELECT number, ? FROM jobs WHERE id = ?",
+            (entry.outcome, entry.job.id),
+        )
+    if entry.log:
+        _write_log(connection, entry.job.id, entry.log)
 
 
 def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]) -> None:

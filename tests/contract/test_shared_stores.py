@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import socketserver
 import sqlite3
@@ -150,18 +151,32 @@ class _Passage(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         way = self.server
+        is_lost = False
         with socket.create_connection(("127.0.0.1", way.port)) as redis:
-            while data := self.request.recv(1 << 20):
-                if way.before is not None and way.before[0] in data:
-                    (_, fn), way.before = way.before, None
-                    fn()
-                redis.sendall(data)
-                answer = redis.recv(1 << 20)
-                if way.lose is not None and way.lose in data:
-                    way.lose = None
-                    way.lost.append(answer)
-                    return
-                self.request.sendall(answer)
+            while True:
+                for side in select.select([self.request, redis], [], [])[0]:
+                    data = side.recv(1 << 20)
+                    if not data:
+                        return
+                    if side is not redis:
+                        is_lost = self.look(data)
+                        redis.sendall(data)
+                    elif is_lost:
+                        way.lost.append(data)
+                        return
+                    else:
+                        self.request.sendall(data)
+
+    def look(self, data: bytes) -> bool:
+        """Do what is to be done before this is passed on, and tell whether its answer is to be lost."""
+        way = self.server
+        if way.before is not None and way.before[0] in data:
+            (_, fn), way.before = way.before, None
+            fn()
+        if way.lose is None or way.lose not in data:
+            return False
+        way.lose = None
+        return True
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from tasks import add
 from conftest import MakeExecutor, run_in_threads
 from flask_executor.abc import Entry, StopRequest
 from flask_executor.futures import FutureProxy
-from flask_executor.holders import engine_holder
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.holders import engine_holder, this_holder
+from flask_executor.jobs import Job, JobStatus, LiveJob
 from flask_executor.runner import Call
 from flask_executor.sharing import SharedLedger
 from flask_executor.stored import StoredFuture
@@ -103,3 +104,36 @@ def test_a_stop_while_a_worker_gives_the_job_back(worker: Worker, monkeypatch: p
     monkeypatch.setattr(worker.ledger.store, "ask_to_stop", give_back_and_ask)
     assert handle.stop()
     assert handle.cancelled()
+
+
+def test_a_job_that_is_lost_and_comes_again_is_run_by_one(worker: Worker) -> None:
+    job, store = worker.queued(), worker.ledger.store
+    dead = "elsewhere.1.2.abc"
+    job.start()
+    assert store.take(Entry(job=job.record(), holder=dead), ENGINE) is None
+    store.leave(dead)
+    take, other = store.take, this_holder()
+
+    def take_after_another(entry: Entry, former: str | None, *, lost: bool = False) -> Job | None:
+        if lost:
+            assert take(replace(entry, holder=other), former, lost=True) is None
+        return take(entry, former, lost=lost)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "take", take_after_another)
+        assert not worker.ledger.adopt(worker.call(job))
+    assert not worker.ledger.is_adopted(job.id)
+
+
+def test_a_job_that_is_lost_and_was_started_anew_is_not_run(worker: Worker) -> None:
+    job, store = worker.queued(), worker.ledger.store
+    assert store.take(Entry(job=job.record(), holder="elsewhere.1.2.abc"), ENGINE) is None
+    found = store.get(job.id)
+    assert found is not None
+    assert found.status == "lost"
+    anew = LiveJob("render", "report")
+    assert store.claim(Entry(job=anew.record(), holder=ENGINE), again=True) is None
+    assert not worker.ledger.adopt(worker.call(job))
+    held = store.held("report")
+    assert held is not None
+    assert held.id == anew.id

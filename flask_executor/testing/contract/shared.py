@@ -78,6 +78,18 @@ def queued_in_engine(store: JobStore, key: str | None = None) -> LiveJob:
     return job
 
 
+def lost(store: JobStore, shorten_leases: ShortenLeases, key: str | None = None, *, asked: bool = False) -> LiveJob:
+    """A job whose worker has died, as its process knew it; it may have been asked to stop before."""
+    shorten_leases(store, 0.05)
+    job = queued_in_engine(store, key)
+    job.start()
+    assert store.take(Entry(job=job.record(), holder=DEAD), ENGINE) is None
+    if asked:
+        store.ask_to_stop(StopRequest(id=job.id))
+    assert wait_until(lambda: (store.get(job.id) or job).status == "lost")
+    return job
+
+
 class SharedStoreContract:
     """What :class:`~flask_executor.abc.JobStore` promises: claims, leases, requests, watches, forks and expiry.
 
@@ -236,6 +248,65 @@ class SharedStoreContract:
         assert store.take(Entry(job=first, holder=ENGINE), ENGINE) is None
         assert store.take(Entry(job=second, holder=ENGINE), ENGINE) == first, "somebody else has cancelled it"
         assert store.take(Entry(job=job, holder=ENGINE), ENGINE) == first
+
+    def test_what_a_job_ended_with_is_there_when_it_was_taken(self, store: JobStore) -> None:
+        job = queued_in_engine(store)
+        line = LogLine(time=1.0, level="INFO", logger="shop", text="no paper")
+        job.start()
+        job.end(JobStatus.FAILED, ValueError("no paper"))
+        assert store.take(Entry(job=job.record(), holder=ENGINE, outcome=b"outcome", log=[line]), ENGINE) is None
+        assert (store.get(job.id), store.outcome(job.id), list(store.log(job.id))) == (job.record(), b"outcome", [line])
+
+    def test_one_of_many_takes_a_job_that_is_lost(self, make_store: MakeStore, shorten_leases: ShortenLeases) -> None:
+        store = make_store()
+        job = lost(store, shorten_leases, "report")
+        entry = Entry(job=job.record(), holder=this_holder())
+        there = store.take(entry, DEAD)
+        assert there is not None
+        assert there.status == "lost", "that has to be asked for"
+        answers: list[Job | None] = []
+
+        def take() -> None:
+            entry = Entry(job=job.record(), holder=this_holder())
+            answers.append(make_store().take(entry, ENGINE, lost=True))
+
+        run_in_threads(16, take)
+        assert answers.count(None) == 1
+        held = store.held("report")
+        assert held is not None
+        assert (held.id, held.status) == (job.id, "running")
+
+    def test_a_job_that_is_lost_and_taken_twice_as_the_answer_was_lost(
+        self, store: JobStore, shorten_leases: ShortenLeases
+    ) -> None:
+        job = lost(store, shorten_leases)
+        entry = Entry(job=job.record(), holder=this_holder())
+        assert store.take(entry, ENGINE, lost=True) is None
+        assert store.take(entry, ENGINE, lost=True) is None
+        assert store.take(replace(entry, holder=DEAD), ENGINE, lost=True) == job.record()
+
+    def test_a_job_that_is_lost_and_was_started_anew_is_not_taken(
+        self, store: JobStore, shorten_leases: ShortenLeases
+    ) -> None:
+        job, anew = lost(store, shorten_leases, "report"), LiveJob("render", "report")
+        assert store.claim(Entry(job=anew.record(), holder=HERE), again=True) is None
+        entry = Entry(job=job.record(), holder=this_holder())
+        there = store.take(entry, ENGINE, lost=True)
+        assert there is not None
+        assert (there.id, there.status) == (job.id, "lost")
+        held = store.held("report")
+        assert held is not None
+        assert held.id == anew.id
+        store.remove(anew.id)
+        assert store.take(entry, ENGINE, lost=True) is None, "the key is free"
+
+    def test_a_request_for_a_job_that_is_lost_goes_to_the_next(
+        self, store: JobStore, shorten_leases: ShortenLeases
+    ) -> None:
+        job, worker = lost(store, shorten_leases, asked=True), this_holder()
+        assert list(store.take_requests(DEAD)) == []
+        assert store.take(Entry(job=job.record(), holder=worker), ENGINE, lost=True) is None
+        assert list(store.take_requests(worker)) == [StopRequest(id=job.id)]
 
     def test_one_of_many_takes_a_job(self, make_store: MakeStore) -> None:
         job = claimed(make_store(), "report")
