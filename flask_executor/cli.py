@@ -20,7 +20,6 @@ import click
 from flask import current_app
 from flask.cli import AppGroup, NoAppException
 
-from flask_executor.abc import StopRequest
 from flask_executor.bindings import Binding
 from flask_executor.console import (
     called,
@@ -135,7 +134,7 @@ def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_
     job = _find(binding, ledger, text)
     had_ended = job.status.ended
     if not had_ended:
-        ledger.store.ask_to_stop(StopRequest(id=job.id, grace=grace))
+        ledger.handle(job).stop(grace)
         seconds = binding.config.stop_grace if grace is None else grace
         if wait:
             job = _follow(binding, ledger, job, min(seconds, _MOST_GRACE) + _PATIENCE)
