@@ -63,7 +63,7 @@ try:
 except ImportError as error:
     raise MissingExtra("redis", "redis") from error
 
-_PATIENCE = 3.0  # seconds to wait for an answer
+_PATIENCE = 2.0  # seconds to wait for an answer
 _DOUBT = 30.0  # seconds within which a command may come again whose answer was lost
 _AT_ONCE = 500  # records that are read in one go
 
@@ -250,7 +250,9 @@ class RedisStore(SharedStore):
             socket_timeout=_PATIENCE,
             socket_connect_timeout=_PATIENCE,
             health_check_interval=30,
-            retry=Retry(NoBackoff(), 1),  # a connection that was open when Redis was restarted
+            # For a connection that was open when Redis was restarted. Who got no answer in time does not wait again.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            retry_on_error=[redis.ConnectionError],  # redis-py 5 asks for that too
         )
         pool.make_connection()  # which connects nowhere, but raises for an option that there is not
         if pool.connection_kwargs.get("decode_responses"):

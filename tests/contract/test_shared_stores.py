@@ -15,6 +15,7 @@ import pytest
 
 from conftest import store_url, wait_until
 from flask_executor.abc import Entry, JobStore, StopRequest, StoreOptions
+from flask_executor.exceptions import StoreUnavailable
 from flask_executor.holders import this_holder
 from flask_executor.jobs import JobStatus, LiveJob
 from flask_executor.stores.redis import RedisStore
@@ -127,6 +128,42 @@ def test_a_job_that_ends_while_it_is_asked_to_stop(way: WayToRedis) -> None:
     assert store._redis.hlen(f"{store._prefix}stops") == 0
 
 
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_redis_that_hangs(way: WayToRedis, *, connected: bool) -> None:
+    """It takes connections, or has them, and does not answer."""
+    store, go_on = way.store, threading.Event()
+    job = started(way.other)
+    if connected:
+        assert store.get(job.id) == job.record()
+    way.hangs = go_on
+    begin = time.monotonic()
+    for _ in range(3):  # those who come right after that are not made to wait
+        with pytest.raises(StoreUnavailable, match="Timeout"):
+            store.claim(Entry(job=LiveJob("render", "report").record(), holder=HERE))
+    assert time.monotonic() - begin < 3.5
+    way.hangs = None
+    go_on.set()
+    assert wait_until(lambda: is_answered(store), 5)
+    assert store.get(job.id) == job.record(), "what was asked before is answered to nobody"
+    assert store.get("unknown") is None
+
+
+def is_answered(store: JobStore) -> bool:
+    try:
+        store.check()
+    except StoreUnavailable:
+        return False
+    return True
+
+
+def test_a_connection_that_breaks_is_opened_again(way: WayToRedis) -> None:
+    store = way.store
+    job = started(store)
+    way.lose = job.id.encode()
+    assert store.get(job.id) == job.record()
+    assert len(way.lost) == 1
+
+
 class WayToRedis(socketserver.ThreadingTCPServer):
     """A proxy before a Redis, a store that uses it, and another that does not."""
 
@@ -137,6 +174,8 @@ class WayToRedis(socketserver.ThreadingTCPServer):
         self.port = int(url.rpartition(":")[2].partition("/")[0])
         #: What is done, once, before something that has this in it is passed on.
         self.before: tuple[bytes, Callable[[], object]] | None = None
+        #: Until when nothing is passed on.
+        self.hangs: threading.Event | None = None
         #: The connection breaks, once, before the answer to what has this in it. The answers that were lost.
         self.lose: bytes | None = None
         self.lost: list[bytes] = []
@@ -170,6 +209,8 @@ class _Passage(socketserver.BaseRequestHandler):
     def look(self, data: bytes) -> bool:
         """Do what is to be done before this is passed on, and tell whether its answer is to be lost."""
         way = self.server
+        if way.hangs is not None:
+            way.hangs.wait(30)
         if way.before is not None and way.before[0] in data:
             (_, fn), way.before = way.before, None
             fn()
