@@ -7,10 +7,11 @@ from typing import Protocol
 
 from flask import Flask
 
-from flask_executor.abc import BackendOptions
+from flask_executor.abc import BackendOptions, JobRecords
 from flask_executor.apps import find_import_string, import_app
 from flask_executor.context import current_app_or_none
 from flask_executor.exceptions import ConfigError
+from flask_executor.jobs import JobStatus
 
 _CONSUMERS = "flask_executor_consumers"  # in app.extensions: what runs calls, by the executor's name
 
@@ -43,8 +44,41 @@ def run(address: Address, id: str, data: bytes) -> float | None:
     return _consumer(address).run(id, data)
 
 
+def is_lost(address: Address, id: str) -> bool:
+    """Whether it is known that a job had begun, and the process is gone that had it.
+
+    :raises StoreUnavailable: when nobody can tell.
+    """
+    job = _consumer(address).ledger.records.get(id)
+    return job is not None and job.status is JobStatus.LOST
+
+
+def refuse(address: Address, id: str, error: Exception, name: str) -> None:
+    """An engine has given up a job. It fails with ``error`` if nobody has begun with it.
+
+    :param name: what it is called, for one that has no record yet.
+    :raises StoreUnavailable: when that cannot be written down.
+    """
+    _consumer(address).ledger.refuse(id, error, name)
+
+
+class Records(Protocol):
+    """Where it is written down what comes of calls; :class:`flask_executor.sharing.SharedLedger`."""
+
+    @property
+    def records(self) -> JobRecords:
+        """What is known of jobs."""
+
+    def refuse(self, id: str, error: Exception, name: str = ...) -> None:
+        """A job that waits in the queue of an engine cannot be run."""
+
+
 class Consumes(Protocol):
     """What runs the calls that were sent to an executor; :class:`flask_executor.consumer.Consumer`."""
+
+    @property
+    def ledger(self) -> Records:
+        """What the engine's jobs are recorded in."""
 
     def run(self, id: str, data: bytes) -> float | None:
         """Run a call."""

@@ -1,10 +1,15 @@
 """Jobs run by workers of RQ, on any number of machines.
 
 ``flask executor worker`` runs RQ's own worker with the app loaded; ``rq worker`` imports the app for each job.
+
+**Invariants.** What lies in Redis is JSON, so that nothing is unpickled before its signature was looked at, and our
+worker runs nothing but :func:`run`. RQ delivers a job again whose worker died, or could not begin: which of the two
+has it is decided in the store, and one that had begun is lost and does not run again.
 """
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import datetime
 import logging
@@ -17,11 +22,19 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.exceptions import EngineUnavailable, ExecutorShutdown, MissingExtra
+from flask_executor.exceptions import (
+    EngineUnavailable,
+    ExecutorShutdown,
+    MissingExtra,
+    NotPicklable,
+    StoreUnavailable,
+    UntrustedResult,
+    WorkerLost,
+)
 from flask_executor.helpers import without_password
 from flask_executor.jobs import Job
 from flask_executor.logs import logger
-from flask_executor.remote import Address, address_of
+from flask_executor.remote import Address, address_of, is_lost, refuse
 from flask_executor.remote import run as run_sent
 from flask_executor.troop import run_processes
 
@@ -30,6 +43,7 @@ try:
     import rq
     import rq.exceptions
     from rq.scheduler import RQScheduler
+    from rq.serializers import JSONSerializer
 except ImportError as error:
     raise MissingExtra("rq", "rq") from error
 
@@ -41,6 +55,10 @@ _PATIENCE = 2.0  # seconds that Redis may take to answer those who submit
 _SLACK = 60  # seconds beyond its own limits after which RQ ends a job
 _REMEMBERED = 600  # seconds for which RQ shows a job that has ended; what came of it is in our store
 _FOREVER = 10**9  # how often RQ lets a job run again: it is our options that count
+_AGAIN = 3  # how often RQ delivers a job again that no worker could begin with
+_PAUSE = 1  # seconds until then, when it is the store that was not there
+_RUN = f"{__name__}.run"
+_GIVEN_UP = f"{__name__}.given_up"
 
 
 class RQBackend(Backend):
@@ -75,7 +93,9 @@ class RQBackend(Backend):
 
     def _connected_to(self, connection: redis.Redis) -> list[rq.Queue]:
         name = self._options.queue
-        return [rq.Queue(f"{name}{end}", connection=connection) for end in ("-high", "", "-low")]
+        return [
+            rq.Queue(f"{name}{end}", connection=connection, serializer=JSONSerializer) for end in ("-high", "", "-low")
+        ]
 
     def enqueue(self, call: PreparedCall) -> None:
         if self._shutdown:
@@ -83,13 +103,15 @@ class RQBackend(Backend):
         queue = self._queues[1 - (call.priority > 0) + (call.priority < 0)]
         limit = call.timeout
         job = queue.create_job(
-            "flask_executor.backends.rq.run",
-            (self._address, call.job.id, call.packed),
+            _RUN,
+            (self._address, call.job.id, base64.b64encode(call.packed).decode()),
             timeout=-1 if limit is None else math.ceil(limit + self._options.exit_grace + _SLACK),
             result_ttl=_REMEMBERED,
             failure_ttl=_REMEMBERED,
             description=call.job.name,
             job_id=call.job.id,
+            retry=rq.Retry(max=_AGAIN),
+            on_failure=rq.Callback(_GIVEN_UP),
         )
         with self._reaching():
             if call.delay:
@@ -102,7 +124,7 @@ class RQBackend(Backend):
 
     def discard(self, job: Job) -> None:
         with self._reaching(), suppress(rq.exceptions.NoSuchJobError, rq.exceptions.InvalidJobOperation):
-            rq.job.Job.fetch(job.id, connection=self._queues[0].connection).delete()
+            rq.job.Job.fetch(job.id, self._queues[0].connection, JSONSerializer).delete()
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -115,7 +137,9 @@ class RQBackend(Backend):
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         def work() -> None:
             queues = self._connected_to(redis.Redis.from_url(self._url))
-            worker = _Worker(queues, connection=queues[0].connection, stop=stop)
+            worker = _Worker(
+                queues, connection=queues[0].connection, serializer=JSONSerializer, job_class=_Job, stop=stop
+            )
             with _scheduling(queues):
                 worker.work(burst=burst, logging_level="WARNING")  # no lines for each job: the store has them
 
@@ -148,10 +172,36 @@ class RQBackend(Backend):
         return None
 
 
-def run(address: Address, id: str, data: bytes) -> rq.Retry | None:
+def run(address: Address, id: str, data: str) -> rq.Retry | None:
     """What RQ runs."""
-    again = run_sent(address, id, data)
+    import_string, app_name, name = address
+    there = import_string, app_name, name  # JSON knows no tuples
+    job = rq.get_current_job()
+    try:
+        if job is not None and job.retries_left is not None and job.retries_left < _AGAIN and is_lost(there, id):
+            raise WorkerLost(f"Job {job.description} is lost: it had begun when its worker died.")
+        again = run_sent(there, id, base64.b64decode(data))
+    except StoreUnavailable as error:
+        logger.warning("Job %s has to wait: %s", id, error)
+        again = _PAUSE
+    except (NotPicklable, UntrustedResult, WorkerLost):
+        if job is not None:
+            job.retries_left = 0  # it would be the same again
+        raise
     return None if again is None else rq.Retry(max=_FOREVER, interval=round(again))
+
+
+def given_up(job: Any, connection: Any, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """A job has failed in RQ, or nobody knows what has become of it: what RQ calls then.
+
+    One that has begun is in the store, with what came of it, and that stays.
+    """
+    if not job.should_retry:
+        (import_string, app_name, name), id, _ = job.args
+        why = WorkerLost(
+            f"Job {job.description} is lost: no worker of RQ could begin with it ({kind.__name__}: {error})."
+        )
+        refuse((import_string, app_name, name), id, why, job.description)
 
 
 @contextmanager
@@ -161,7 +211,9 @@ def _scheduling(queues: list[rq.Queue]) -> Iterator[None]:
     In a thread: the process that RQ starts for that would outlive a worker that is killed.
     """
     connection = queues[0].connection
-    scheduler: Any = RQScheduler(queues, connection=connection, logging_level=logging.WARNING)
+    scheduler: Any = RQScheduler(
+        queues, connection=connection, logging_level=logging.WARNING, serializer=JSONSerializer
+    )
     ended = threading.Event()
 
     def schedule() -> None:
@@ -183,6 +235,39 @@ def _scheduling(queues: list[rq.Queue]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+class _Job(rq.job.Job):
+    """A job as our worker takes it from Redis, where others may have put it: it runs nothing that is not ours."""
+
+    def perform(self) -> Any:
+        if not self._is_ours:
+            raise UntrustedResult(
+                f"RQ's job {self.id} was not submitted by flask_executor, and this worker runs no others. Give them "
+                "another queue, and a worker of RQ's own."
+            )
+        return super().perform()
+
+    @property
+    def _is_ours(self) -> bool:
+        try:
+            return bool(self.func_name == _RUN and self.instance is None)
+        except rq.exceptions.DeserializationError:  # pickled, as RQ does if it is not told otherwise
+            return False
+
+    # Redis has names of functions here, too.
+
+    @property
+    def failure_callback(self) -> Any:
+        return given_up if self._is_ours else None
+
+    @property
+    def success_callback(self) -> None:
+        return None
+
+    @property
+    def stopped_callback(self) -> None:
+        return None
 
 
 class _Worker(rq.SimpleWorker):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
 import signal
@@ -11,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tasks
@@ -24,6 +27,9 @@ require("rq")
 
 import rq  # noqa: E402  # it may not be there
 from rq.command import send_stop_job_command  # noqa: E402
+from rq.serializers import JSONSerializer  # noqa: E402
+
+PLAIN = ["worker", "--serializer", "rq.serializers.JSONSerializer"]
 
 RunWorker = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -68,14 +74,22 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "file")
 
 
+def rq_program() -> str:
+    return shutil.which("rq") or str(Path(sys.executable).with_name("rq"))
+
+
+def fetch(executor: Executor, id: str) -> rq.job.Job:
+    return rq.job.Job.fetch(id, executor._queues[1].connection, JSONSerializer)
+
+
 def children_of(pid: int) -> set[int]:
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     return {int(child) for child in found.stdout.split()}
 
 
 def test_plain_workers_of_rq(executor: Executor, redis_server: RedisServer, run_worker: RunWorker, path: str) -> None:
-    program = shutil.which("rq") or str(Path(sys.executable).with_name("rq"))
-    run_worker(program, "worker", "--url", redis_server.url, "--with-scheduler", "default-high", "default")
+    program = rq_program()
+    run_worker(program, *PLAIN, "--url", redis_server.url, "--with-scheduler", "default-high", "default")
     assert executor.submit(tasks.add, 1, b=2).result(30) == 3
     with pytest.raises(ValueError, match="torn"):
         executor.submit(tasks.fail, message="torn").result(30)
@@ -92,7 +106,7 @@ def test_rq_shows_jobs_by_name_and_can_stop_them(executor: Executor, run_worker:
     future = executor.options(name="monthly report").submit(tasks.wait_for, path)
     connection = executor._queues[1].connection
     assert wait_until(future.running, 30)
-    assert rq.job.Job.fetch(future.job_id, connection=connection).description == "monthly report"
+    assert fetch(executor, future.job_id).description == "monthly report"
     send_stop_job_command(connection, future.job_id)
     assert isinstance(future.exception(20), JobStopped)
     assert future.status == "stopped"
@@ -207,13 +221,145 @@ def test_what_was_not_signed_is_not_run(executor: Executor, run_worker: RunWorke
 def test_a_worker_of_another_version_says_so(executor: Executor, run_worker: RunWorker) -> None:
     future = executor.submit_stored("report", tasks.add, 1)
     queue = executor._queues[1]
-    job = rq.job.Job.fetch(future.job_id, connection=queue.connection)
+    job = fetch(executor, future.job_id)
     address, id, data = job.args
     job.delete()
-    queue.enqueue_call(job.func_name, (address, id, b"FE99" + data[4:]), job_id=id)
+    other = base64.b64encode(b"FE99" + base64.b64decode(data)[4:]).decode()
+    queue.enqueue_call(job.func_name, (address, id, other), job_id=id)
     run_worker()
     with pytest.raises(UntrustedResult, match="another version"):
         future.result(30)
+
+
+@pytest.mark.parametrize(
+    ("serializer", "why"),
+    [(None, "DeserializationError"), (JSONSerializer, "was not submitted by flask_executor")],
+    ids=["pickle", "json"],
+)
+def test_what_others_have_enqueued_is_not_run(
+    executor: Executor, run_worker: RunWorker, path: str, tmp_path: Path, serializer: Any, why: str
+) -> None:
+    queue = rq.Queue("default", connection=executor._queues[1].connection, serializer=serializer)
+    callback = rq.Callback("antigravity.geohash")  # a module that nothing else imports
+    command = f"touch {path}"
+    theirs = queue.enqueue("os.system", command, on_success=callback, on_failure=callback, failure_ttl=60)
+    run_worker()
+    assert executor.submit(tasks.add, 1).result(30) == 1
+    assert wait_until(theirs.get_status, 10)
+    assert theirs.get_status() == "failed"
+    result = theirs.latest_result()
+    assert result is not None
+    said = f"{result.exc_string}"
+    assert why in said
+    assert "antigravity" not in (tmp_path / "log").read_text() + said
+    assert not Path(path).exists()
+
+
+def test_redis_has_nothing_that_would_be_unpickled(executor: Executor) -> None:
+    future = executor.submit(tasks.add, 1)
+    function, _, arguments, _ = json.loads(fetch(executor, future.job_id).data)
+    assert function == "flask_executor.backends.rq.run"
+    assert arguments[1] == future.job_id
+
+
+def test_a_job_that_is_refused_is_not_delivered_again(
+    executor: Executor, run_worker: RunWorker, app: Flask, tmp_path: Path
+) -> None:
+    app.secret_key = "another one"
+    future = executor.submit_stored("report", tasks.add, 1)
+    app.secret_key = "not a secret in a test"
+    run_worker()
+    with pytest.raises(UntrustedResult):
+        future.result(30)
+    assert wait_until(lambda: fetch(executor, future.job_id).get_status() == "failed", 10)
+    assert (tmp_path / "log").read_text().count("exception raised while executing") == 1
+
+
+def test_a_plain_worker_dies_before_it_has_begun(
+    redis_server: RedisServer, make_executor: MakeExecutor, run_worker: RunWorker, tmp_path: Path, app: Flask
+) -> None:
+    (tmp_path / "dying.py").write_text(f"""
+import os, signal, tasks
+from pathlib import Path
+def create_app():
+    first = Path({str(tmp_path / "first")!r})
+    if not first.exists():
+        first.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tasks.create_app()
+""")
+    app.config["EXECUTOR_APP"] = "dying:create_app()"
+    executor = make_executor(type="rq", url=redis_server.url)
+    run_worker(rq_program(), *PLAIN, "--path", str(tmp_path), "--url", redis_server.url, "default")
+    assert executor.submit(tasks.add, 1).result(40) == 1
+    assert (tmp_path / "first").exists()
+
+
+def test_jobs_of_rq_that_nobody_could_begin_with(executor: Executor, run_worker: RunWorker) -> None:
+    future = executor.submit_stored("report", tasks.add, 1)
+    job = fetch(executor, future.job_id)
+    queue = executor._queues[1]
+    queue.remove(job)
+    job.retries_left = 0
+    job.set_status(rq.job.JobStatus.STARTED)
+    job.save()
+    queue.connection.zadd(queue.started_job_registry.key, {f"{job.id}:gone": time.time() - 60})
+    run_worker()  # tidies up first
+    with pytest.raises(WorkerLost, match="no worker of RQ could begin with it"):
+        future.result(30)
+    assert future.status == "failed"
+    assert executor.options(again=True).submit_once("report", tasks.add, 2).result(30) == 2
+
+
+def test_abandoned_jobs_are_delivered_again(executor: Executor, run_worker: RunWorker) -> None:
+    future = executor.submit(tasks.add, 1)
+    job = fetch(executor, future.job_id)
+    queue = executor._queues[1]
+    queue.remove(job)
+    job.set_status(rq.job.JobStatus.STARTED)
+    queue.connection.zadd(queue.started_job_registry.key, {f"{job.id}:gone": time.time() - 60})
+    run_worker()
+    assert future.result(30) == 1
+
+
+def test_a_lost_job_does_not_run_again(executor: Executor, run_worker: RunWorker, path: str) -> None:
+    worker = run_worker()
+    future = executor.submit_stored("report", tasks.wait_for, path)
+    assert wait_until(future.running, 30)
+    worker.kill()
+    worker.wait()
+    with pytest.raises(WorkerLost):
+        future.result(20)
+    queue = executor._queues[1]
+    for entry in queue.connection.zrange(queue.started_job_registry.key, 0, -1):
+        queue.connection.zadd(queue.started_job_registry.key, {entry: time.time() - 60})
+    run_worker()
+    assert wait_until(lambda: fetch(executor, future.job_id).get_status() == "failed", 30)
+    assert future.status == "lost"
+
+
+def test_several_processes_end_in_order(executor: Executor, run_worker: RunWorker, path: str) -> None:
+    command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
+    parent = run_worker(*command)
+    futures = [executor.submit_stored(n, tasks.wait_for, path) for n in range(2)]
+    assert wait_until(lambda: all(future.running() for future in futures), 30)
+    parent.terminate()
+    time.sleep(1.5)  # RQ takes a second one for another only then
+    parent.terminate()
+    assert wait_until(lambda: all(future.done() for future in futures), 40)
+    assert {str(future.status) for future in futures} == {"stopped"}
+    assert parent.wait(20) == 0
+
+
+def test_processes_end_with_their_parent(executor: Executor, run_worker: RunWorker) -> None:
+    command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
+    parent = run_worker(*command)
+    assert wait_until(lambda: executor.workers == 2, 30)
+    children = children_of(parent.pid)
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 20)
 
 
 def test_without_a_secret_key_nothing_is_sent(make_executor: MakeExecutor, redis_server: RedisServer) -> None:
