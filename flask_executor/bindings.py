@@ -265,7 +265,7 @@ class Binding(JobChannel):
 
     def _start_held(self, call: Call[FutureProxy[Any]]) -> None:
         future = call.future
-        if future.done():  # cancelled meanwhile
+        if Future.done(future):  # cancelled meanwhile
             return
         self.unfinished.release(future)
         try:
@@ -740,7 +740,7 @@ class Binding(JobChannel):
         if self.consumer is not None:
             self.consumer.close(wait=wait)
         for held in list(self._held):
-            if not held.future.done():
+            if not Future.done(held.future):
                 left = _names([held.future])
                 logger.warning("The executor is shut down, and %s does not wait for a commit any more.", left)
             held.drop()

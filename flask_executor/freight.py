@@ -71,7 +71,7 @@ def unpack_freight(id: str, data: bytes, sealer: Sealer) -> Freight:
     _, packed = sealer.open(id, sealed)
     try:
         freight: Freight = pickle.loads(packed)
-    except Exception as error:  # whatever a foreign __reduce__ or an import leads to
+    except BaseException as error:  # whatever a foreign __reduce__ or an import leads to
         raise NotPicklable(
             f"job {id} came to its worker, but cannot be rebuilt there: {describe_error(error)}. Its function and the "
             "classes of its arguments must be importable there; is the worker as new as the web app?"

@@ -464,15 +464,16 @@ class FutureCollection(Generic[F]):
         return future
 
     def _put(self, future_key: Hashable, future: F, *, keep: bool = False) -> None:
+        # Whether they are done is for their own state to say: others would have to be asked for.
         self._held[future] += 1
         futures, most = (self._kept, self._max_kept) if keep else (self._futures, self.max_length)
         futures[future_key] = future
         while most is not None and len(futures) > most:
             oldest = next(iter(futures))
-            key = next((key for key, future in futures.items() if future.done()), oldest)
+            key = next((key for key, future in futures.items() if Future.done(future)), oldest)
             future = futures.pop(key)
             self._release(future)
-            if not future.done():
+            if not Future.done(future):
                 self._left_unfinished[key] = future
 
     def _release(self, future: F) -> None:

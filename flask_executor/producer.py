@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flask_executor.abc import Backend, Health, JobChannel
-from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, StoreUnavailable
+from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, ResultExpired, StoreUnavailable
 from flask_executor.freight import pack_freight
 from flask_executor.futures import FutureProxy
 from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
@@ -101,6 +101,7 @@ class Producer:
         if future not in self._sent:
             return False
         self._sent.discard(future)
+        future.give_up()  # type: ignore[attr-defined]
         return True
 
     def _discard(self, job: Job) -> None:
@@ -113,8 +114,8 @@ class Producer:
 
     def unfinished(self) -> list[FutureProxy[Any]]:
         """The handles of this process whose jobs have not ended, oldest first."""
-        sent = sorted(self._sent, key=lambda future: future.record().queued_at)
-        return [future for future in sent if not future.done()]
+        left = [future for future in list(self._sent) if not _has_ended(future)]
+        return sorted(left, key=lambda future: future.last_seen.queued_at)
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until all jobs have ended and callbacks have run, at most so many seconds; whether that is so."""
@@ -148,6 +149,15 @@ class Producer:
         queued = self._ledger.records.list(status=JobStatus.QUEUED) if health.waiting else ()
         busy = len(self._ledger.records.list(status=JobStatus.RUNNING))
         return replace(health, busy=busy, oldest_wait=oldest_wait(queued))
+
+
+def _has_ended(future: Any) -> bool:
+    try:
+        return bool(future.done())
+    except ResultExpired:
+        return True
+    except StoreUnavailable:  # nobody knows
+        return False
 
 
 def oldest_wait(jobs: Sequence[Job]) -> float:

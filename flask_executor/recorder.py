@@ -156,6 +156,8 @@ class Recorder:
     def finish(self, id: str) -> None:
         """Have the end of a job written, by the thread that calls this, which cannot go on before."""
         with self._changed:
+            while self._writing:  # perhaps how the job stood before, which must not come after its end
+                self._changed.wait(_MOMENT)
             tracked = self._now.pop(id, None)
             if tracked is not None:
                 self._writing.add(threading.get_ident())

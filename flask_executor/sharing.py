@@ -173,10 +173,12 @@ class SharedLedger(Ledger):
         self._memory.remove(future.job_id)
         if future.key is not None:
             FutureCollection.pop(self.under(future.key), future.key)
+        if future.key is not None or self._config.track == "all":
             try:
                 self.store.remove(future.job_id)
             except StoreUnavailable as error:
                 logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
+                self._recorder.retract(future.job_id)
 
     def adopt(self, call: Call[FutureProxy[Any]]) -> bool:
         """Have a job that an engine has given to this process; False when it was cancelled, or it is being run.
@@ -216,6 +218,7 @@ class SharedLedger(Ledger):
     def finish(self, job: LiveJob) -> None:
         """Wait until the store knows what came of a job that has ended."""
         self._recorder.finish(job.id)
+        self._memory.remove(job.id)  # a worker lives long, and the store has it all
 
     def is_adopted(self, id: str) -> bool:
         """Whether this process has a job from an engine."""

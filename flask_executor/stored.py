@@ -226,6 +226,16 @@ class StoredFuture(FutureProxy[T]):
                 Future.set_exception(self, error)
         return True
 
+    @property
+    def last_seen(self) -> Job:
+        """Its record as it was read last."""
+        return self._seen
+
+    def give_up(self) -> None:
+        """The job was not accepted."""
+        self._settle_cancelled()
+        self._elsewhere.unfollow(self)
+
     def _settle_cancelled(self) -> None:
         with self._condition:
             if self._state in (CANCELLED_AND_NOTIFIED, FINISHED):
