@@ -339,7 +339,7 @@ def test_a_burst_never_runs_more_than_max_num_process(serve: Serve, app: Flask, 
     for _, change in sorted(times):
         running += change
         most = max(most, running)
-    assert most == 3
+    assert most <= 3
 
 
 def test_all_processes_are_used(serve: Serve, app: Flask, tmp_path: Path) -> None:

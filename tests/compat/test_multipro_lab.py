@@ -646,6 +646,7 @@ def test_what_cannot_be_sent() -> None:
 def test_signals_before_and_after_a_run_in_a_thread() -> None:
     caught = list[int]()
     before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background are started without
     try:
         main = Main()
         signal.raise_signal(signal.SIGTERM)
