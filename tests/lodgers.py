@@ -159,16 +159,22 @@ class Broken(Service):
 
 
 class Late(Counter):
-    """Cannot start so many times: raises, or dies without a word."""
+    """Cannot start so many times: raises, or dies without a word; so many workers at the same time."""
 
-    def __init__(self, folder: str, failures: float, dies: bool = False) -> None:
+    def __init__(self, folder: str, failures: float, dies: bool = False, together: int = 1) -> None:
         super().__init__(folder)
         self.failures = failures
         self.dies = dies
+        self.together = together
+
+    def started(self) -> int:
+        return len((self.folder / "setup").read_text().split())
 
     def setup(self) -> None:
         super().setup()
-        if len((self.folder / "setup").read_text().split()) <= self.failures:
+        while self.started() % self.together:
+            time.sleep(0.001)
+        if self.started() <= self.failures:
             if self.dies:
                 self.die()
             raise LookupError("there is no model")
