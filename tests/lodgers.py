@@ -84,6 +84,7 @@ class Counter(Service):
     def note_slowly(self, seconds: float) -> None:
         time.sleep(seconds)
         self.seen.append("slow")
+        self._note("slow")
 
     @on("sleep")
     def sleep(self, seconds: float) -> str:

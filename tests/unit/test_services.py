@@ -789,15 +789,17 @@ def test_stop_handles_what_stands_behind_a_crash(forked: Executor, tmp_path: Pat
     assert handled == {**dict.fromkeys(range(40), 1), 13: 3}
 
 
-def test_slow_messages_are_shared(forked: Executor) -> None:
-    counter = make(forked, workers=2)
+def test_slow_messages_are_shared(forked: Executor, tmp_path: Path) -> None:
+    counter = make(forked, str(tmp_path), workers=2)
     counter.start()
     assert wait_until(lambda: counter.status().ready == 2)
-    begin = time.monotonic()
     for _ in range(30):
         counter.send("slowly", 0.05)
-    assert wait_until(lambda: counter.status().waiting == 0)
-    assert time.monotonic() - begin < 1.2, "0.75 s in the best case, 1.5 s for one worker"
+    done = tmp_path / "slow"
+    assert wait_until(lambda: done.exists() and len(done.read_text().split()) == 30)
+    pids = done.read_text().split()
+    assert len(set(pids)) == 2
+    assert min(map(pids.count, pids)) >= 6, "the one who is free takes what waits"
 
 
 class Post:
