@@ -29,10 +29,10 @@ class Counter(Service):
         self._note("teardown")
         assert current_app.name == self.app_at_setup
 
-    def _note(self, what: str) -> None:
+    def _note(self, what: str, line: object = None) -> None:
         if self.folder.name:
             with (self.folder / what).open("a") as file:
-                file.write(f"{os.getpid()}\n")
+                file.write(f"{line or os.getpid()}\n")
 
     @on("step")
     def set_step(self, step: int) -> None:
@@ -82,9 +82,10 @@ class Counter(Service):
 
     @on("slowly")
     def note_slowly(self, seconds: float) -> None:
+        begin = time.monotonic()
         time.sleep(seconds)
         self.seen.append("slow")
-        self._note("slow")
+        self._note("slow", f"{os.getpid()} {begin} {time.monotonic()}")
 
     @on("sleep")
     def sleep(self, seconds: float) -> str:
