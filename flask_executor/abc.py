@@ -411,16 +411,20 @@ class JobStore(JobRecords):
         has not ended and nobody else has the key."""
 
     @abc.abstractmethod
-    def take(self, entry: Entry, former: str | None, *, lost: bool = False) -> Job | None:
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
         """Take a job over from the holder who has it, and write this of it, all or nothing; of many one gets it.
 
-        What is not there is written too: the record has left, or was not written yet. Done again by the same holder it
-        is a success, which changes nothing: the first answer may have been lost.
+        Done again by the same holder it is a success, which changes nothing: the first answer may have been lost.
 
         :param former: who has it; None to write it only if there is no record.
         :param lost: whether to take it also when it is lost, whoever had it, unless another job has its key by now.
+        :param new: whether to write what is not there too: the record has left, or was not written yet.
         :return: None; its record, when it has ended, or somebody else has it.
         """
+
+    @abc.abstractmethod
+    def may_be_dead(self, id: str) -> bool:
+        """Whether only time tells if the process that has a job is dead, as it is on another machine."""
 
     @abc.abstractmethod
     def held(self, key: Hashable) -> Job | None:

@@ -29,6 +29,7 @@ from flask_executor.control import RunningJob, running_job
 from flask_executor.documents import describe_job
 from flask_executor.exceptions import (
     ConfigError,
+    EngineUnavailable,
     ExecutorShutdown,
     KeyExists,
     QueueFull,
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
     from flask_executor.config import Config
 
-_MOMENT = 0.002  # seconds between two looks
+_AGAIN = 1.0  # seconds until it is looked again whether an engine is back
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -263,27 +264,35 @@ class Binding(JobChannel):
         self._held.add(held)
         return held
 
-    def _start_held(self, call: Call[FutureProxy[Any]]) -> None:
-        future = call.future
-        if Future.done(future):  # cancelled meanwhile
+    def _start_held(self, call: Call[FutureProxy[Any]], *, again: bool = False) -> None:
+        if Future.done(call.future):  # cancelled meanwhile
             return
-        self.unfinished.release(future)
+        self.unfinished.release(call.future)
         try:
-            if self.producer is not None and not self.producer.pass_on(call):
-                return
             call.backend = self.backend
-            call.backend.enqueue(call)
+            if self.producer is None:
+                call.backend.enqueue(call)
+            else:
+                self.producer.send_kept(call)
+        except EngineUnavailable as error:  # but the job was accepted, and has to start when the engine is back
+            if not again:
+                logger.warning("Job %s (%s) was to start after a commit, and waits: %s", *_called(call), error)
+            self._waiting.add(call, error, _AGAIN, lambda: self._start_aside(call))
         except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
-            logger.exception("Job %s (%s) was to start after a commit, and cannot.", call.job.name, call.job.id)
+            logger.exception("Job %s (%s) was to start after a commit, and cannot.", *_called(call))
             self._drop(call)
 
-    def _drop(self, call: Call[FutureProxy[Any]]) -> None:
+    def _start_aside(self, call: Call[FutureProxy[Any]]) -> None:
+        if self.producer is not None:
+            self.producer.aside(lambda: self._start_held(call, again=True))
+
+    def _drop(self, call: PreparedCall) -> None:
         """Cancel a job that was to start later; its key is free."""
         try:
             if call.future.cancel():
                 self.make_way(call.job.id)
         except Exception:  # the store is not available, say
-            logger.exception("Job %s (%s) could not be cancelled.", call.job.name, call.job.id)
+            logger.exception("Job %s (%s) could not be cancelled.", *_called(call))
 
     def submit_once(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -448,6 +457,8 @@ class Binding(JobChannel):
             call.backend = backend or self.backend
             if call.delay and call.backend.engine is None and call.backend.capacity is not None:
                 self._start_later(call)
+            elif self.producer is not None and self.producer.has(future):
+                self.producer.send(call)
             else:
                 call.backend.enqueue(call)
         except BaseException as error:
@@ -735,8 +746,12 @@ class Binding(JobChannel):
             self._closed = True
             backend = self._backend
         for call, error in self._waiting.clear():
-            if call.job.attempt > 1 or not call.future.cancel():
+            if self.producer is not None:  # it waits for the engine
+                self._drop(call)
+            elif call.job.attempt > 1 or not call.future.cancel():
                 call.give_up(error)
+        if self.producer is not None:
+            self.producer.close(wait=wait)
         if self.consumer is not None:
             self.consumer.close(wait=wait)
         for held in list(self._held):
@@ -791,6 +806,8 @@ class Binding(JobChannel):
             held.forget()
         self._held.clear()
         self._backend = None
+        if self.producer is not None:
+            self.producer.after_fork()
         if self.consumer is not None:
             self.consumer.after_fork()
         self.services.after_fork()
@@ -815,6 +832,10 @@ def _starter(binding: Binding) -> Callable[[Callable[..., Any], Args, Kwargs], F
         return alive.submit(NO_CONTEXT, JobOptions(), fn, args, kwargs)  # type: ignore[arg-type]
 
     return start
+
+
+def _called(call: PreparedCall) -> tuple[str, str]:
+    return call.job.name, call.job.id
 
 
 def _names(futures: Sequence[FutureProxy[Any]]) -> str:

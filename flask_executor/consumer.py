@@ -15,6 +15,7 @@ engine's again; until then the engine takes it for unfinished, and an engine tha
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from flask_executor.config import Config
 
 _MOST = 1000  # jobs at a time; it is the engine that gives this process no more than it is to run
-_PAUSE = 1.0  # seconds until the engine is to try again when the store was not there
+_PAUSE = 1.0  # seconds until it is tried again
 
 
 class Host(Protocol):
@@ -97,32 +98,51 @@ class Consumer:
 
     def run(self, id: str, data: bytes) -> float | None:
         """Run a call that was sent to this worker; see :func:`flask_executor.remote.run`."""
-        call = self._unpack(id, data)
-        future = call.future
+        call, sender = self._unpack(id, data)
+        leave_in_order(self._host)
         try:
-            leave_in_order(self._host)
-            call.backend = self._workers()
-            self._host.unfinished.add(call, None)  # first: once it is ours it may get messages
-            if not self.ledger.adopt(call):
-                self._host.unfinished.discard(future)
+            workers = self._workers()
+            if not self._adopt(call, sender):
                 return None
-        except (ExecutorShutdown, StoreUnavailable) as error:  # somebody else may have it, or later
-            self._host.unfinished.discard(future)
+        except ExecutorShutdown as error:  # somebody else may have it
             logger.warning("Job %s has to wait: %s", id, error)
             return _PAUSE
+        call.backend = workers
         try:
-            call.backend.enqueue(call)
+            workers.enqueue(call)
         except ExecutorShutdown:
             self.postpone(call, 0.0)
         except Exception as error:  # no worker process can be made: EXECUTOR_APP is wrong, say
             call.give_up(error)
-        wait([future])
+        wait([call.future])
         again = self._again.pop(id, None)
         if again is None:
             self.ledger.finish(call.job)
         else:
             self.ledger.hand_back(call.job)
         return again
+
+    def _adopt(self, call: Call[FutureProxy[Any]], sender: str) -> bool:
+        """Have the job; False when it was cancelled, or somebody else has it.
+
+        When the store is away this waits, for perhaps it has taken down that the job is ours and only its answer was
+        lost; then nobody else could have it.
+
+        :raises ExecutorShutdown: when this process ends.
+        """
+        while not self._closed:
+            self._host.unfinished.add(call, None)  # first: once it is ours it may get messages
+            is_ours = False
+            try:
+                is_ours = self.ledger.adopt(call, sender)
+                return is_ours
+            except StoreUnavailable as error:
+                logger.warning("Job %s has to wait: %s", call.job.id, error)
+            finally:
+                if not is_ours:
+                    self._host.unfinished.discard(call.future)
+            time.sleep(_PAUSE)
+        raise ExecutorShutdown("this worker is ending")
 
     def postpone(self, call: PreparedCall, delay: float) -> bool:
         """The call is to run again in ``delay`` seconds: leave that to the engine, if it has sent it."""
@@ -133,7 +153,8 @@ class Consumer:
         Future.set_exception(call.future, ExecutorShutdown("the engine has the job again"))
         return True
 
-    def _unpack(self, id: str, data: bytes) -> Call[FutureProxy[Any]]:
+    def _unpack(self, id: str, data: bytes) -> tuple[Call[FutureProxy[Any]], str]:
+        """The call, and who has sent it."""
         try:
             freight = unpack_freight(id, data, sealer_of(self._host.app))
         except (NotPicklable, UntrustedResult) as error:
@@ -150,7 +171,8 @@ class Consumer:
         context: Any = SentContexts(app, freight.contexts)
         channel = self._host.channel
         future: FutureProxy[Any] = FutureProxy(job, channel)
-        return Call(future, job, freight.fn, freight.args, freight.kwargs, context, channel, options)
+        call = Call(future, job, freight.fn, freight.args, freight.kwargs, context, channel, options)
+        return call, freight.sender
 
     def _workers(self) -> ProcessBackend:
         with self._lock:

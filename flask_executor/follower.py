@@ -31,6 +31,9 @@ class Followed(Protocol):
         :raises StoreUnavailable: when that cannot be known now.
         """
 
+    def after_fork(self) -> None:
+        """In the child of a fork: those who wait are in the parent."""
+
 
 class Follower:
     """Settles handles when their jobs have ended.
@@ -93,6 +96,11 @@ class Follower:
             thread = None if self._futures else self._thread
         if wait and thread is not None and thread is not threading.current_thread():
             thread.join(5.0)
+
+    def after_fork(self) -> None:
+        """In the child of a fork, where another one follows what is to be followed."""
+        for future in chain.from_iterable(self._futures.values()):
+            future.after_fork()
 
     # ---- the thread ----
 

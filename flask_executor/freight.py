@@ -31,6 +31,8 @@ class Freight:
     """A call, and what a worker needs to know of its job."""
 
     id: str
+    #: Who had the job before the engine.
+    sender: str
     queued_at: float
     contexts: Snapshot | None
     fn: Callable[..., Any]
@@ -40,14 +42,15 @@ class Freight:
     options: JobOptions
 
 
-def pack_freight(call: Call[Any], sealer: Sealer) -> bytes:
+def pack_freight(call: Call[Any], sender: str, sealer: Sealer) -> bytes:
     """The call as bytes.
 
+    :param sender: who has the job until the engine has it.
     :raises NotPicklable: naming the part that cannot travel.
     """
     job = call.job
     options = replace(call.options, name=job.name)
-    freight = Freight(job.id, job.queued_at, snapshot(call.context), call.fn, call.args, call.kwargs, options)
+    freight = Freight(job.id, sender, job.queued_at, snapshot(call.context), call.fn, call.args, call.kwargs, options)
     try:
         packed = pickle.dumps(freight, pickle.HIGHEST_PROTOCOL)
     except Exception:  # now slowly, to say which part it is

@@ -21,6 +21,7 @@ from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
 from flask_executor.logs import logger
 from flask_executor.runner import Call
 from flask_executor.seals import CALL, Sealer
+from flask_executor.serial import SerialThread
 from flask_executor.sharing import SharedLedger, secret_keys, weakly
 
 if TYPE_CHECKING:
@@ -55,8 +56,13 @@ class Producer:
     def __init__(self, host: Host, ledger: SharedLedger) -> None:
         self._host = host
         self._ledger = ledger
-        self._sent: weakref.WeakSet[Any] = weakref.WeakSet()  # handles of jobs that the engine has
         ledger.discard = weakly(self._discard)
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """In the child of a fork: the jobs are the parent's."""
+        self._sent: weakref.WeakSet[Any] = weakref.WeakSet()  # handles of jobs that the engine has, or is to have
+        self._late = SerialThread("flask-executor-late")  # asks engines that may take long to say that they are away
 
     def prepare(
         self,
@@ -77,7 +83,7 @@ class Producer:
         options = replace(options, grace=self._host.config.stop_grace)  # the worker's may be another
         handle = self._ledger.handle(job.record(), is_written=False)
         call = Call(handle, job, fn, args, kwargs, context, self._host.channel, options)
-        call.packed = pack_freight(call, sealer_of(self._host.app))
+        call.packed = pack_freight(call, self._ledger.holder, sealer_of(self._host.app))
         self._sent.add(handle)
         return call
 
@@ -91,10 +97,29 @@ class Producer:
         self._sent.discard(call.future)
         self._ledger.keep(call.job)
 
-    def pass_on(self, call: Call[FutureProxy[Any]]) -> bool:
-        """The engine is about to get a call that was kept; False when it was cancelled."""
-        self._sent.add(call.future)
-        return self._ledger.pass_on(call.job)
+    def send_kept(self, call: Call[FutureProxy[Any]]) -> None:
+        """Have the engine take a call that was kept, unless it was cancelled."""
+        if self._ledger.is_kept(call.job.id):
+            self._sent.add(call.future)
+            self.send(call)
+
+    def send(self, call: Call[FutureProxy[Any]]) -> None:
+        """Have the engine take a call."""
+        with self._ledger.handing_over(call.job):
+            self._host.backend.enqueue(call)
+
+    def aside(self, fn: Callable[[], object]) -> None:
+        """Have something done that may have to wait for the engine."""
+        self._late.run(fn)
+
+    def close(self, *, wait: bool) -> None:
+        """End the thread when it has done what it was given."""
+        self._late.close(wait=wait)
+        self._late = SerialThread(self._late.name)
+
+    def has(self, future: FutureProxy[Any]) -> bool:
+        """Whether the engine has the call of this handle, or is to have it."""
+        return future in self._sent
 
     def refused(self, future: FutureProxy[Any]) -> bool:
         """The engine has not taken the call of this handle; False if it is none of an engine's."""

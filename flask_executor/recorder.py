@@ -62,6 +62,7 @@ class Recorder:
         self._later: dict[str, _Tracked] = {}
         self._soon = self._due = 0.0  # when _now and _later are due (all times monotonic)
         self._written = 0.0  # when it was written last
+        self._leased = 0.0  # until when there is a lease for others
         self._sleeps_until = 0.0  # when the thread wakes up by itself, if it sleeps
         self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
         self._writing: set[int] = set()  # the threads that do
@@ -89,6 +90,13 @@ class Recorder:
             if not claimed:
                 self._put_later(tracked)
             self._start()
+
+    def ensure_lease(self) -> None:
+        """Have a lease for something that is not tracked, for some seconds at least."""
+        if time.monotonic() >= self._leased:
+            held = self._store.renew(self.holder)
+            self._leased = time.monotonic() + BEAT
+            self._look_after(held=held)
 
     def tracks(self, id: str) -> bool:
         """Whether the job with this id is tracked."""
@@ -402,10 +410,14 @@ class Recorder:
     def _is_well(self, *, held: bool) -> None:
         with self._changed:
             was, self._trouble = self._trouble, None
-            if not held:  # others may have written that our jobs are lost; or the store has forgotten them
-                self._now.update(self._tracked)
+        self._look_after(held=held)
         if was is not None and was.where:
             logger.warning("The job store %s is back.", was.where)
+
+    def _look_after(self, *, held: bool) -> None:
+        if not held:  # others may have written that our jobs are lost; or the store has forgotten them
+            with self._changed:
+                self._now.update(self._tracked)
 
     def _leave(self) -> None:
         try:

@@ -31,7 +31,8 @@ import importlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -51,6 +52,7 @@ from flask_executor.exceptions import (
 from flask_executor.follower import Followed, Follower
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import describe_error, without_password
+from flask_executor.holders import BEAT, LEASE
 from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
 from flask_executor.ledger import Ledger, has_failed
 from flask_executor.letters import open_letter, pack_letter
@@ -126,6 +128,11 @@ class SharedLedger(Ledger):
             self._closed = False
             self._make_threads()
 
+    @property
+    def holder(self) -> str:
+        """This process, as it is known in the store."""
+        return self._recorder.holder
+
     # ---- jobs of this process ----
 
     def take(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
@@ -149,8 +156,7 @@ class SharedLedger(Ledger):
 
     def _claim(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
         again = call.options.again
-        holder = (_is_sent(call) and self.engine) or self._recorder.holder
-        entry = Entry(job=call.job.record(), holder=holder)
+        entry = Entry(job=call.job.record(), holder=self.holder)
         there = self.store.claim(entry, again=again)
         if there is not None and again and has_failed(self._handles.get(there.id)):
             self._recorder.flush(_PATIENCE)  # one of ours has failed just now, and the store does not know it yet
@@ -158,9 +164,10 @@ class SharedLedger(Ledger):
         return None if there is None else self.handle(there)
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
-        if self.engine is not None and _is_sent(call):  # whose worker writes it, if nobody has to find it before
+        if _is_sent(call):  # its worker writes it, if nobody has to find it before
             if call.job.key is None and self._config.track == "all":
-                self.store.take(Entry(job=call.job.record(), holder=self.engine), None)
+                self._recorder.ensure_lease()
+                self.store.take(Entry(job=call.job.record(), holder=self.holder), None)
             return
         super().add(call)
         if self._config.track == "all" and call.job.key is None:
@@ -180,10 +187,12 @@ class SharedLedger(Ledger):
                 logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
                 self._recorder.retract(future.job_id)
 
-    def adopt(self, call: Call[FutureProxy[Any]]) -> bool:
+    def adopt(self, call: Call[FutureProxy[Any]], sender: str) -> bool:
         """Have a job that an engine has given to this process; False when it was cancelled, or it is being run.
 
         An engine may give a job to somebody else when a worker has died, and twice to the same one.
+
+        :param sender: who had it before the engine.
         """
         id = call.job.id
         with self._adopting:
@@ -192,28 +201,38 @@ class SharedLedger(Ledger):
             self._adopted.add(id)
         is_ours = False
         try:
-            is_ours = self._adopt(call)
+            is_ours = self._adopt(call, sender)
         finally:
             if not is_ours:
                 self._adopted.discard(id)
         return is_ours
 
-    def _adopt(self, call: Call[FutureProxy[Any]]) -> bool:
+    def _adopt(self, call: Call[FutureProxy[Any]], sender: str) -> bool:
         job = call.job
         if call.retried:  # then the record knows which attempt this is
             known = self.store.get(job.id)
             if known is not None:
                 job.attempt, job.error = known.attempt, known.error
-        entry = Entry(job=job.record(), holder=self._recorder.holder)
-        there = self.store.take(entry, self.engine)
-        if there is not None:
-            self.store.get(job.id)  # which finds out whether it is lost
-            if self.store.take(entry, self.engine, lost=True) is not None:
+        entry = Entry(job=job.record(), holder=self.holder)
+        is_ours = any(self.store.take(entry, former) is None for former in (self.engine, sender))
+        if is_ours or self._take_from_the_dead(entry):
+            self._handles[job.id] = call.future
+            self._memory.add(job)
+            self._recorder.add(job, claimed=True)
+            return True
+        return False
+
+    def _take_from_the_dead(self, entry: Entry) -> bool:
+        """Take over a job whose process is dead; whether it is, on another machine, is known when its lease ends."""
+        deadline = time.monotonic() + LEASE + BEAT
+        while True:
+            self.store.get(entry.job.id)  # which finds out whether it is lost
+            there = self.store.take(entry, self.engine, lost=True)
+            if there is None or there.status.ended:
+                return there is None
+            if time.monotonic() > deadline or not self.store.may_be_dead(entry.job.id):
                 return False
-        self._handles[job.id] = call.future
-        self._memory.add(job)
-        self._recorder.add(job, claimed=True)
-        return True
+            time.sleep(_AGAIN)
 
     def finish(self, job: LiveJob) -> None:
         """Wait until the store knows what came of a job that has ended."""
@@ -231,8 +250,8 @@ class SharedLedger(Ledger):
         while True:
             try:
                 entry = Entry(job=job.record(), holder=self.engine or "", log=log)
-                self.store.take(entry, self._recorder.holder, lost=True)  # or somebody has it who took us for dead
-                for request in self.store.take_requests(self._recorder.holder):  # that came for it until now
+                self.store.take(entry, self.holder, lost=True)  # or somebody has it who took us for dead
+                for request in self.store.take_requests(self.holder):  # that came for it until now
                     if isinstance(request, StopRequest):  # messages follow the job
                         self._requested(request)
                 break
@@ -245,17 +264,41 @@ class SharedLedger(Ledger):
     def keep(self, job: LiveJob) -> None:
         """A job is to wait in this process before the engine gets it; it is lost if the process ends meanwhile."""
         self._kept.add(job.id)
-        self.store.write([Entry(job=job.record(), holder=self._recorder.holder)])
+        self.store.write([Entry(job=job.record(), holder=self.holder)])
         self._recorder.add(job, claimed=True)
 
-    def pass_on(self, job: LiveJob) -> bool:
-        """The engine is about to get a job that was kept; False when it was cancelled."""
-        self._recorder.release(job.id)
-        entry = Entry(job=job.record(), holder=self.engine or "")
-        # It counts as lost when the store was not there for a while, but we were.
-        there = self.store.take(entry, self._recorder.holder, lost=True)
+    def is_kept(self, id: str) -> bool:
+        """Whether a job waits in this process, and was not cancelled."""
+        return id in self._kept
+
+    @contextmanager
+    def handing_over(self, job: LiveJob) -> Iterator[None]:
+        """While the engine gets a job. Until it has it the job is ours, as nobody would have it if we died.
+
+        A worker may be quicker than what is done after that, and takes the job over from us.
+        """
+        is_kept = job.id in self._kept
+        if is_kept:
+            self._recorder.release(job.id)  # first: what it is about to write would come after the worker's
+        try:
+            yield
+        except BaseException:
+            if is_kept:
+                self._recorder.add(job, claimed=True)
+            raise
+        if is_kept or job.key is not None or self._config.track == "all":
+            self._hand_over(job.record())
+
+    def _hand_over(self, job: Job) -> None:
+        try:
+            # It counts as lost when the store was not there for a while, but we were.
+            there = self.store.take(Entry(job=job, holder=self.engine or ""), self.holder, lost=True, new=False)
+        except StoreUnavailable as error:
+            logger.info("Job %s (%s) is in the queue, and its record still here: %s", job.name, job.id, error)
+            return
         self._kept.discard(job.id)
-        return there is None
+        if there is not None and there.status is JobStatus.CANCELLED:  # meanwhile
+            self.discard(there)
 
     def refuse(self, id: str, error: Exception, name: str = "unknown") -> None:
         """A job that waits in the queue of an engine cannot be run.
@@ -275,7 +318,7 @@ class SharedLedger(Ledger):
         cancelled = replace(job, status=JobStatus.CANCELLED, ended_at=time.time())
         if job.id in self._kept:
             self._recorder.release(job.id)  # first: what it is about to write would come after this
-            if self.store.take(Entry(job=cancelled, holder=self.engine), self._recorder.holder) is not None:
+            if self.store.take(Entry(job=cancelled, holder=self.engine), self.holder) is not None:
                 return False
             self._kept.discard(job.id)
             return True
@@ -444,6 +487,7 @@ class SharedLedger(Ledger):
         self._handles = weakref.WeakValueDictionary()
         self._outcomes = {}
         self._kept, self._adopted, self._adopting = set(), set(), threading.Lock()
+        self._follower.after_fork()
         self._make_parts()
         for futures in (self.futures, self.hidden):
             futures.after_fork()

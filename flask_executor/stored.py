@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -225,6 +226,13 @@ class StoredFuture(FutureProxy[T]):
             else:
                 Future.set_exception(self, error)
         return True
+
+    def after_fork(self) -> None:
+        """In the child of a fork: those who wait are in the parent, and callbacks run there."""
+        self._condition = threading.Condition()  # the lock may be held by a thread that is not here
+        self._done_callbacks.clear()
+        self._waiters.clear()
+        self._waiting = 0
 
     @property
     def last_seen(self) -> Job:

@@ -69,7 +69,8 @@ _AT_ONCE = 500  # records that are read in one go
 
 # What changes more than one name is a script, so that it happens in one piece. In mode "claim" it answers with the
 # record that is in the way, if one is; in mode "lose" with the record that is there, if the job has ended; in modes
-# "take" and "revive" with the one that is there, if it is not what is expected: a job of "instead", or just that text.
+# "take", "pass" (which takes only what is there) and "revive" with the one that is there, if it is not what is
+# expected: a job of "instead", or just that text.
 _PUT = """
 local p, mode, id, record, ended, key, holder = unpack(ARGV, 1, 7)
 local ttl, memory, now, outcome, instead, lease, owner, names = unpack(ARGV, 8, 15)
@@ -84,10 +85,10 @@ if mode == 'claim' then
     redis.call('SET', p .. 'lease:' .. holder, '', 'PX', lease)
 elseif mode == 'lose' and redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 0 then
     return redis.call('GET', p .. 'job:' .. id)
-elseif mode == 'take' then
+elseif mode == 'take' or mode == 'pass' then
     if redis.call('SREM', p .. 'open:' .. instead, id) == 0 then
         local there = redis.call('GET', p .. 'job:' .. id)
-        if there then return there end
+        if there or mode == 'pass' then return there end
     end
 elseif mode == 'revive' then
     local there = redis.call('GET', p .. 'job:' .. id)
@@ -280,9 +281,9 @@ class RedisStore(SharedStore):
         with self.reaching():
             self._call_each(_PUT, [self._arguments("write", entry) for entry in entries])
 
-    def take(self, entry: Entry, former: str | None, *, lost: bool = False) -> Job | None:
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
         with self.reaching():
-            text = self._call(_PUT, *self._arguments("take", entry, former or ""))
+            text = self._call(_PUT, *self._arguments("take" if new else "pass", entry, former or ""))
             there = _stored(text)
             if lost and there is not None and there.job.status is JobStatus.LOST:
                 there = _stored(self._call(_PUT, *self._arguments("revive", entry, text)))

@@ -121,6 +121,11 @@ class SharedStore(JobStore):
         with self.reaching():
             return self._truth(self._read(id))
 
+    def may_be_dead(self, id: str) -> bool:
+        with self.reaching():
+            stored = self._read(id)
+        return stored is not None and not stored.job.status.ended and is_alive(stored.holder) is None
+
     def find(self, key: Hashable) -> Job | None:
         with self.reaching():
             return self._truth(self._youngest(encode_key(key)))

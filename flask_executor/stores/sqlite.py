@@ -141,9 +141,11 @@ class SQLiteStore(SharedStore):
                     self._restore(connection, entry)
                 _write_more(connection, entry)
 
-    def take(self, entry: Entry, former: str | None, *, lost: bool = False) -> Job | None:
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
         with self._writing() as connection:
             there = self._one(connection, "id = ?", entry.job.id)
+            if there is None and not new:
+                return None
             if there is None:
                 self._restore(connection, entry)
             elif self._may_take(connection, there, former, lost=lost):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,9 +19,12 @@ from typing import Any
 import pytest
 import tasks
 from flask import Flask
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
 
 from conftest import MakeExecutor, RedisServer, require, wait_until
 from flask_executor import EngineUnavailable, Executor, JobStopped, StoreUnavailable, UntrustedResult, WorkerLost
+from flask_executor.abc import PreparedCall
 from flask_executor.exceptions import ConfigError
 
 require("rq")
@@ -28,6 +32,8 @@ require("rq")
 import rq  # noqa: E402  # it may not be there
 from rq.command import send_stop_job_command  # noqa: E402
 from rq.serializers import JSONSerializer  # noqa: E402
+
+from flask_executor.backends.rq import RQBackend  # noqa: E402
 
 PLAIN = ["worker", "--serializer", "rq.serializers.JSONSerializer"]
 
@@ -48,10 +54,11 @@ def run_worker(redis_server: RedisServer, tmp_path: Path) -> Iterator[RunWorker]
     """Starts a worker: ours, or with a command of RQ's. What it writes is in the file ``log``."""
     running = []
 
-    def run(*command: str) -> subprocess.Popen[bytes]:
+    def run(*command: str, store: str = "memory") -> subprocess.Popen[bytes]:
         if not command:
             command = (sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker")
         environ = {**os.environ, "FLASK_EXECUTOR_TYPE": "rq", "FLASK_EXECUTOR_URL": redis_server.url}
+        environ["FLASK_EXECUTOR_STORE"] = store
         environ["PYTHONPATH"] = os.pathsep.join([str(Path(tasks.__file__).parent), *sys.path])
         with (tmp_path / "log").open("ab") as log:
             running.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
@@ -171,6 +178,98 @@ def test_another_process_of_the_app_finds_the_job(executor: Executor, run_worker
     run_worker()
     assert restarted.futures.result("report", timeout=30) == 3
     restarted.shutdown()
+
+
+def test_a_process_that_dies_before_the_engine_has_its_job(
+    executor: Executor, run_worker: RunWorker, app: Flask
+) -> None:
+    executor.submit_stored("first", tasks.add, 1)  # all that is made once is there
+
+    def die() -> None:
+        RQBackend.enqueue = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        executor.submit_stored("report", tasks.add, 1)
+
+    child = multiprocessing.get_context("fork").Process(target=die)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    left = executor.futures.get("report")
+    assert left is not None
+    assert left.status == "lost"
+    run_worker()
+    assert executor.options(again=True).submit_once("report", tasks.add, 2).result(30) == 2
+    assert executor.futures.result("first", timeout=30) == 1
+
+
+def test_a_worker_that_is_quicker_than_who_sends(
+    executor: Executor, run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_worker()
+    assert executor.submit(tasks.add, 1).result(30) == 1
+    enqueue = RQBackend.enqueue
+
+    def enqueue_and_dream(self: RQBackend, call: PreparedCall) -> None:
+        enqueue(self, call)
+        assert wait_until(lambda: "report" in [job.key for job in executor.jobs.list(status="succeeded")], 20)
+
+    monkeypatch.setattr(RQBackend, "enqueue", enqueue_and_dream)
+    future = executor.submit_stored("report", tasks.add, 2)
+    assert future.status == "succeeded", "nothing is written over it"
+    assert future.result(10) == 2
+
+
+def test_a_commit_while_the_engine_is_away(
+    redis_server: RedisServer, run_worker: RunWorker, make_executor: MakeExecutor, app: Flask, tmp_path: Path
+) -> None:
+    store = f"sqlite:///{tmp_path}/jobs.sqlite"
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(type="rq", url=redis_server.url, store=store)
+    with Session(create_engine("sqlite://")) as session:
+        futures = [executor.submit_after_commit(session, tasks.add, number) for number in range(3)]
+        futures.append(executor.options(key="report").submit_after_commit(session, tasks.add, 3))
+        dropped = executor.submit_after_commit(session, tasks.add, 4)
+        redis_server.stop()
+        session.commit()
+    assert {future.status for future in futures} == {"queued"}
+    assert dropped.cancel()
+    redis_server.start()
+    run_worker(store=store)
+    assert [future.result(30) for future in futures] == [0, 1, 2, 3]
+    assert dropped.cancelled()
+
+
+def test_a_commit_while_the_store_is_away(
+    redis_server: RedisServer, run_worker: RunWorker, make_executor: MakeExecutor, app: Flask, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    store = RedisServer(tmp_path / "store")
+    store.start()
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(type="rq", url=redis_server.url, store=store.url)
+    with Session(create_engine("sqlite://")) as session:
+        futures = [executor.submit_after_commit(session, tasks.add, number) for number in range(3)]
+        store.stop()
+        session.commit()
+    store.start()
+    assert wait_until(lambda: executor.health().store_reachable, 10)
+    run_worker(store=store.url)
+    assert [future.result(30) for future in futures] == [0, 1, 2]
+    executor.shutdown()
+    store.stop()
+
+
+def test_shutdown_drops_what_waits_for_the_engine(
+    redis_server: RedisServer, make_executor: MakeExecutor, tmp_path: Path, app: Flask
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(type="rq", url=redis_server.url, store=f"sqlite:///{tmp_path}/jobs.sqlite")
+    with Session(create_engine("sqlite://")) as session:
+        future = executor.options(key="report").submit_after_commit(session, tasks.add, 1)
+        redis_server.stop()
+        session.commit()
+    executor.shutdown()
+    assert future.cancelled()
+    assert "report" not in executor.futures
 
 
 def test_redis_goes_and_comes_back(

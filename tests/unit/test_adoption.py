@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,8 @@ from tasks import add
 
 from conftest import MakeExecutor, run_in_threads
 from flask_executor.abc import Entry, StopRequest
+from flask_executor.consumer import Consumer
+from flask_executor.exceptions import ExecutorShutdown, StoreUnavailable
 from flask_executor.futures import FutureProxy
 from flask_executor.holders import engine_holder, this_holder
 from flask_executor.jobs import Job, JobStatus, LiveJob
@@ -43,6 +46,10 @@ class Worker:
         context: Any = None
         return Call(future, job, add, (1,), {}, context, self.binding)
 
+    def adopt(self, queued: LiveJob, sender: str = ENGINE) -> bool:
+        """Whether it gets the job, having been given it once more."""
+        return self.ledger.adopt(self.call(queued), sender)
+
 
 @pytest.fixture
 def worker(shared_store: str, make_executor: MakeExecutor) -> Iterator[Worker]:
@@ -57,7 +64,7 @@ def worker(shared_store: str, make_executor: MakeExecutor) -> Iterator[Worker]:
 def test_a_job_that_comes_twice_is_run_once(worker: Worker) -> None:
     job = worker.queued()
     answers: list[bool] = []
-    run_in_threads(8, lambda: answers.append(worker.ledger.adopt(worker.call(job))))
+    run_in_threads(8, lambda: answers.append(worker.adopt(job)))
     assert sorted(answers) == [False] * 7 + [True]
     assert worker.ledger.is_adopted(job.id)
 
@@ -65,13 +72,13 @@ def test_a_job_that_comes_twice_is_run_once(worker: Worker) -> None:
 def test_a_job_that_comes_again_when_it_has_ended_is_not_run_again(worker: Worker) -> None:
     job = worker.queued()
     call = worker.call(job)
-    assert worker.ledger.adopt(call)
+    assert worker.ledger.adopt(call, ENGINE)
     call.job.start()
     call.job.end(JobStatus.SUCCEEDED)
     worker.ledger.ended(call.job, None)
-    assert not worker.ledger.adopt(worker.call(job)), "nor before its end is written"
+    assert not worker.adopt(job), "nor before its end is written"
     worker.ledger.finish(call.job)
-    assert not worker.ledger.adopt(worker.call(job))
+    assert not worker.adopt(job)
 
 
 def test_a_job_that_could_not_be_had_may_come_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,15 +90,15 @@ def test_a_job_that_could_not_be_had_may_come_again(worker: Worker, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(worker.ledger.store, "take", fail)
         with pytest.raises(OSError):  # noqa: PT011  # whatever it is
-            worker.ledger.adopt(worker.call(job))
+            worker.adopt(job)
     assert not worker.ledger.is_adopted(job.id)
-    assert worker.ledger.adopt(worker.call(job))
+    assert worker.adopt(job)
 
 
 def test_a_stop_while_a_worker_gives_the_job_back(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     job = worker.queued()
     call = worker.call(job)
-    assert worker.ledger.adopt(call)
+    assert worker.ledger.adopt(call, ENGINE)
     record = worker.ledger.store.get(job.id)
     assert record is not None
     handle: StoredFuture[Any] = StoredFuture(record, worker.ledger)
@@ -114,14 +121,14 @@ def test_a_job_that_is_lost_and_comes_again_is_run_by_one(worker: Worker) -> Non
     store.leave(dead)
     take, other = store.take, this_holder()
 
-    def take_after_another(entry: Entry, former: str | None, *, lost: bool = False) -> Job | None:
+    def take_after_another(entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
         if lost:
             assert take(replace(entry, holder=other), former, lost=True) is None
         return take(entry, former, lost=lost)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "take", take_after_another)
-        assert not worker.ledger.adopt(worker.call(job))
+        assert not worker.adopt(job)
     assert not worker.ledger.is_adopted(job.id)
 
 
@@ -133,7 +140,69 @@ def test_a_job_that_is_lost_and_was_started_anew_is_not_run(worker: Worker) -> N
     assert found.status == "lost"
     anew = LiveJob("render", "report")
     assert store.claim(Entry(job=anew.record(), holder=ENGINE), again=True) is None
-    assert not worker.ledger.adopt(worker.call(job))
+    assert not worker.adopt(job)
     held = store.held("report")
     assert held is not None
     assert held.id == anew.id
+
+
+def test_what_its_sender_still_has_is_taken_from_him(worker: Worker) -> None:
+    sender = this_holder()
+    job = LiveJob("render", "report")
+    worker.ids.append(job.id)
+    store = worker.ledger.store
+    assert store.claim(Entry(job=job.record(), holder=sender)) is None
+    assert not worker.adopt(job, "somebody.1.2.else")
+    assert worker.adopt(job, sender)
+    assert store.take(Entry(job=job.record(), holder=ENGINE), sender, lost=True, new=False) is not None, "too late"
+    assert worker.ledger.is_adopted(job.id)
+
+
+def test_a_process_on_another_machine_is_dead_when_its_lease_ends(worker: Worker) -> None:
+    job, store = worker.queued(), worker.ledger.store
+    elsewhere = "elsewhere.1.2.abc"
+    store.renew(elsewhere)
+    job.start()
+    assert store.take(Entry(job=job.record(), holder=elsewhere), ENGINE) is None
+    assert store.may_be_dead(job.id)
+    answers: list[bool] = []
+    asks = threading.Thread(target=lambda: answers.append(worker.adopt(job)))
+    asks.start()
+    asks.join(1)
+    assert not answers, "it waits"
+    store.leave(elsewhere)
+    asks.join(20)
+    assert answers == [True]
+
+
+def test_a_process_on_this_machine_is_alive_or_not(worker: Worker) -> None:
+    job, store = worker.queued(), worker.ledger.store
+    job.start()
+    assert store.take(Entry(job=job.record(), holder=this_holder()), ENGINE) is None
+    assert not store.may_be_dead(job.id)
+    assert not worker.adopt(job)
+
+
+def test_an_answer_that_was_lost(worker: Worker, make_executor: MakeExecutor) -> None:
+    """The store has taken down that the job is this process's, which does not know it."""
+    job, store = worker.queued(), worker.ledger.store
+    consumer = Consumer(worker.binding, worker.ledger)
+    call = worker.call(job)
+    take, asked = store.take, list[str]()
+
+    def take_and_say_nothing(entry: Entry, former: str | None, **how: bool) -> Job | None:
+        answer = take(entry, former, **how)
+        asked.append(entry.job.id)
+        if len(asked) == 1:
+            raise StoreUnavailable(store.where, "the line is cut")
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "take", take_and_say_nothing)
+        assert consumer._adopt(call, ENGINE)
+    assert len(asked) == 2
+    assert worker.binding.unfinished.get(call.future) is call
+    consumer.close(wait=True)
+    with pytest.raises(ExecutorShutdown):
+        consumer._adopt(call, ENGINE)
+    worker.binding.unfinished.discard(call.future)

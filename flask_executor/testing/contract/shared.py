@@ -322,6 +322,8 @@ class SharedStoreContract:
         job = LiveJob("render", "report")
         queued = job.record()
         job.start()
+        assert store.take(Entry(job=job.record(), holder=HERE), "engine.0..rq", new=False) is None
+        assert store.get(job.id) is None, "only if it is there"
         assert store.take(Entry(job=job.record(), holder=HERE), "engine.0..rq") is None
         assert store.get(job.id) == job.record()
         assert store.take(Entry(job=queued, holder="engine.0..rq"), None) == job.record(), "too late"
