@@ -733,6 +733,8 @@ class Binding(JobChannel):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
+        if self.producer is not None and wait and not cancel_futures:
+            self.producer.check_workers()
         self._close(wait=wait, cancel_futures=cancel_futures)
         if self.producer is not None and cancel_futures:
             self.producer.cancel_all()

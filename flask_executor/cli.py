@@ -174,7 +174,9 @@ def worker(processes: int, burst: bool) -> None:
     _, binding = _chosen()
     if binding.consumer is None:
         key = binding.config.key("EXECUTOR_TYPE")
-        raise click.ClickException(f"Jobs are run by the web app itself: set {key} to 'rq' to have workers run them.")
+        raise click.ClickException(
+            f"Jobs are run by the web app itself: set {key} to 'rq', 'celery' or 'dask' to have workers run them."
+        )
     many = "1 process" if processes == 1 else f"{processes} processes"
     click.echo(f"{many} for jobs from {binding.backend.engine}, queue {binding.config.queue!r}. Ctrl-C to end.")
     try:

@@ -154,6 +154,22 @@ class Producer:
             time.sleep(_MOMENT)
         return True
 
+    def check_workers(self) -> None:
+        """Say so if there are jobs to wait for, and nobody who would run them."""
+        if all(_has_ended(future) for future in list(self._sent)):
+            return
+        try:
+            if self._host.backend.workers:
+                return
+            why = "no worker looks at the queue"
+        except EngineUnavailable as error:
+            why = str(error)
+        logger.warning(
+            "shutdown() waits for jobs, and %s. Start one with 'flask executor worker'; or let the jobs go on without "
+            "this process: shutdown(wait=False).",
+            why,
+        )
+
     def cancel_all(self) -> None:
         """Cancel what has not started."""
         for future in list(self._sent):

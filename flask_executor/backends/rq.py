@@ -52,7 +52,6 @@ T = TypeVar("T")
 
 _URL = "redis://localhost:6379/0"
 _PATIENCE = 2.0  # seconds that Redis may take to answer those who submit
-_SLACK = 60  # seconds beyond its own limits after which RQ ends a job
 _REMEMBERED = 600  # seconds for which RQ shows a job that has ended; what came of it is in our store
 _FOREVER = 10**9  # how often RQ lets a job run again: it is our options that count
 _AGAIN = 3  # how often RQ delivers a job again that no worker could begin with
@@ -101,11 +100,10 @@ class RQBackend(Backend):
         if self._shutdown:
             raise ExecutorShutdown("cannot schedule new futures after shutdown")
         queue = self._queues[1 - (call.priority > 0) + (call.priority < 0)]
-        limit = call.timeout
         job = queue.create_job(
             _RUN,
             (self._address, call.job.id, base64.b64encode(call.packed).decode()),
-            timeout=-1 if limit is None else math.ceil(limit + self._options.exit_grace + _SLACK),
+            timeout=-1,  # ours ends a job, wherever it is; RQ's would end what sees to that
             result_ttl=_REMEMBERED,
             failure_ttl=_REMEMBERED,
             description=call.job.name,

@@ -272,6 +272,22 @@ def test_shutdown_drops_what_waits_for_the_engine(
     assert "report" not in executor.futures
 
 
+def test_shutdown_says_what_it_waits_for(
+    executor: Executor, app: Flask, run_worker: RunWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor.shutdown()
+    assert not caplog.records, "there is nothing to wait for"
+    executor.init_app(app)
+    future = executor.submit_stored("report", tasks.add, 1)
+    waits = threading.Thread(target=executor.shutdown)
+    waits.start()
+    assert wait_until(lambda: "no worker looks at the queue. Start one with 'flask executor worker'" in caplog.text)
+    run_worker()
+    waits.join(30)
+    assert not waits.is_alive()
+    assert future.result(0) == 1
+
+
 def test_redis_goes_and_comes_back(
     executor: Executor, redis_server: RedisServer, run_worker: RunWorker, tmp_path: Path
 ) -> None:
