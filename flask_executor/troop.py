@@ -15,6 +15,7 @@ from typing import Any
 from flask_executor.logs import logger
 
 _PAUSE = 1.0  # seconds after which one that died is started again
+_LOOK = 0.1  # seconds between two looks whether one has ended
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -66,8 +67,11 @@ class _Troop:
     def watch(self) -> None:
         """Wait until all have ended, and replace those that die."""
         while self._pids:
-            pid, status = os.wait()
-            if pid not in self._pids:  # somebody else's
+            # Not one long wait: Python does not notice a signal that comes in the instant before that begins.
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                time.sleep(_LOOK)
+            if pid not in self._pids:  # nobody, or somebody else's
                 continue
             self._pids.discard(pid)
             code = os.waitstatus_to_exitcode(status)

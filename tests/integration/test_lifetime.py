@@ -30,6 +30,11 @@ app.config.update({config!r})
 executor = Executor(app)
 
 
+def wait_for_a_signal():
+    while True:  # in short steps: Python does not notice one that comes in the instant before it begins to sleep
+        time.sleep(0.05)
+
+
 def main():
     executor.submit(tasks.add, 1).result(20)
 {body}
@@ -97,7 +102,7 @@ executor.submit(tasks.spin, str(here / "spins"))
 executor.submit(tasks.start_a_program, str(here / "program"))
 executor.submit(tasks.add, 1).result(20)                    # and one is idle
 (here / "ready").touch()
-time.sleep(60)
+wait_for_a_signal()
 """,
         type="process",
         max_workers=3,
@@ -114,7 +119,9 @@ time.sleep(60)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do that")
 def test_a_worker_in_a_call_that_holds_the_interpreter_ends_too(tmp_path: Path) -> None:
     script = Script(
-        tmp_path, 'executor.submit(tasks.hold_the_interpreter, str(here / "holds"))\ntime.sleep(60)', type="process"
+        tmp_path,
+        'executor.submit(tasks.hold_the_interpreter, str(here / "holds"))\nwait_for_a_signal()',
+        type="process",
     )
     script.wait_for("holds")
     time.sleep(0.2)  # until it is inside
@@ -232,7 +239,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 executor.submit(tasks.sleep, 0.5)
 executor.submit(tasks.append, str(here / "written"), "done")
 (here / "ready").touch()
-time.sleep(60)
+wait_for_a_signal()
 """,
         type="process",
         max_workers=1,
@@ -279,13 +286,13 @@ executor.service(Nothing).start()
 child = os.fork()
 if not child:
     (here / "forked").touch()
-    time.sleep(60)
+    wait_for_a_signal()
 while not (here / "forked").exists():
     time.sleep(0.01)
 os.kill(child, signal.SIGTERM)
 (here / "child").write_text(str(os.waitpid(child, 0)[1]))
 (here / "ready").touch()
-time.sleep(60)
+wait_for_a_signal()
 """
     for name, code in (("default", 0), ("handler", 7)):
         here = tmp_path / name
