@@ -32,6 +32,7 @@ from flask_executor.exceptions import (
     EngineUnavailable,
     ExecutorShutdown,
     KeyExists,
+    MissingExtra,
     QueueFull,
     StoreUnavailable,
     Unsupported,
@@ -853,6 +854,8 @@ def _backend_class(config: Config) -> type[Backend]:
     try:
         backend_class = import_string(config.type)
     except ImportStringError as error:
+        if isinstance(error.exception, MissingExtra):
+            raise error.exception from error
         raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, f"importable ({error.exception})") from error
     if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
         raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, "a subclass of flask_executor.abc.Backend")

@@ -40,6 +40,7 @@ from flask_executor.exceptions import EngineUnavailable, ExecutorError
 from flask_executor.executor import Executor
 from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus
+from flask_executor.producer import sealer_of
 from flask_executor.records import decode_key, encode_key
 from flask_executor.sharing import SharedLedger
 
@@ -177,6 +178,7 @@ def worker(processes: int, burst: bool) -> None:
         raise click.ClickException(
             f"Jobs are run by the web app itself: set {key} to 'rq', 'celery' or 'dask' to have workers run them."
         )
+    sealer_of(binding.app)  # without a key it would take jobs from the queue and could not even say what is wrong
     many = "1 process" if processes == 1 else f"{processes} processes"
     click.echo(f"{many} for jobs from {binding.backend.engine}, queue {binding.config.queue!r}. Ctrl-C to end.")
     try:

@@ -158,6 +158,7 @@ class Consumer:
         try:
             freight = unpack_freight(id, data, sealer_of(self._host.app))
         except (NotPicklable, UntrustedResult) as error:
+            logger.error("Job %s is refused: %s", id, error)  # what engines make of it is their own
             self.ledger.refuse(id, error)
             raise
         options = freight.options

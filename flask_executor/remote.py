@@ -12,7 +12,9 @@ from flask_executor.apps import find_import_string, import_app
 from flask_executor.context import current_app_or_none
 from flask_executor.exceptions import ConfigError
 from flask_executor.jobs import JobStatus
+from flask_executor.logs import logger
 
+_ELSEWHERE = 2.0  # seconds until a job may come back that is not for this worker
 _CONSUMERS = "flask_executor_consumers"  # in app.extensions: what runs calls, by the executor's name
 
 #: Import string of an app or None, the app's name, the name of the executor there.
@@ -36,12 +38,17 @@ def run(address: Address, id: str, data: bytes) -> float | None:
     :param address: where the app is; in a worker that has it loaded already only the names count.
     :param id: of the job.
     :param data: the call, packed and signed.
-    :return: None; in how many seconds the engine is to run it again.
-    :raises ConfigError: when there is no such app or executor here.
+    :return: None; in how many seconds the engine is to run it again, also when there is no such app or executor here:
+        perhaps another worker has it.
     :raises UntrustedResult: when the call was not signed with the app's secret key, or packed by another version.
     :raises NotPicklable: when it cannot be rebuilt here.
     """
-    return _consumer(address).run(id, data)
+    try:
+        consumer = _consumer(address)
+    except ConfigError as error:
+        logger.warning("Job %s goes back into the queue, as it is not for this worker. %s", id, error)
+        return _ELSEWHERE
+    return consumer.run(id, data)
 
 
 def is_lost(address: Address, id: str) -> bool:
@@ -49,7 +56,10 @@ def is_lost(address: Address, id: str) -> bool:
 
     :raises StoreUnavailable: when nobody can tell.
     """
-    job = _consumer(address).ledger.records.get(id)
+    try:
+        job = _consumer(address).ledger.records.get(id)
+    except ConfigError:  # it is for another worker
+        return False
     return job is not None and job.status is JobStatus.LOST
 
 
@@ -102,6 +112,12 @@ def _consumer(address: Address) -> Consumes:
             f"worker has no app {app_name!r} loaded",
         )
     app = _imported(import_string)
+    if app.name != app_name:
+        raise ConfigError(
+            "EXECUTOR_APP",
+            import_string,
+            f"where the app {app_name!r} is: here it is {app.name!r}. Give each app its own EXECUTOR_QUEUE",
+        )
     if name not in app.extensions.get(_CONSUMERS, ()):
         raise ConfigError("EXECUTOR_APP", import_string, f"an app that has an executor {name!r} for an engine")
     return _registered(app, name)

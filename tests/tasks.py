@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from flask import Flask, current_app, g, request
 
-from flask_executor import current_job
+from flask_executor import Executor, current_job
 from flask_executor.testing.jobs import (
     about_itself,
     add,
@@ -76,6 +76,20 @@ __all__ = [
     "until_stopped",
     "wait_for",
 ]
+
+
+def create_office() -> Flask:
+    app = Flask("office")
+    app.secret_key = "not a secret in a test"
+    app.config.from_prefixed_env()
+    Executor(app)
+    return app
+
+
+def create_app_without_a_key() -> Flask:
+    app = create_app()
+    app.secret_key = None
+    return app
 
 
 class TwoArgumentsError(Exception):

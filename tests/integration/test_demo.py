@@ -110,3 +110,13 @@ def test_the_demo(demo: Demo) -> None:
     assert status == 200
     assert "executor-dashboard" in page
     assert demo.ask("/jobs/health")[0] == 200
+
+
+@pytest.mark.parametrize("demo", ["rq", "celery"], indirect=True)
+def test_the_demo_ends_while_a_job_runs_that_takes_a_minute(demo: Demo) -> None:
+    demo.ask("/stock")
+    listed = demo.ask("/jobs/?name=Stocktaking")[1]["jobs"]
+    assert wait_until(lambda: demo.ask(listed[0]["links"]["self"])[1]["status"] == "running", 20)
+    begin = time.monotonic()
+    demo.close()
+    assert time.monotonic() - begin < 40, "it did not wait for the job"

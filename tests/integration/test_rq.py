@@ -484,6 +484,17 @@ def test_without_a_secret_key_nothing_is_sent(make_executor: MakeExecutor, redis
         executor.submit(tasks.add, 1)
 
 
+def test_a_worker_without_a_secret_key_takes_no_jobs(executor: Executor, run_worker: RunWorker, tmp_path: Path) -> None:
+    future = executor.submit_stored("report", tasks.add, 1)
+    flask = [sys.executable, "-m", "flask", "--app", "tasks:create_app_without_a_key()", "executor", "worker"]
+    assert run_worker(*flask).wait(30) == 1
+    said = (tmp_path / "log").read_text()
+    assert "SECRET_KEY is None; it must be set" in said
+    assert "Traceback" not in said
+    run_worker()
+    assert future.result(30) == 1
+
+
 def test_what_cannot_travel_is_refused(executor: Executor) -> None:
     with pytest.raises(TypeError, match="Argument 1 of job print"):
         executor.submit(print, threading.Lock())

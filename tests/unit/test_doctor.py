@@ -279,6 +279,37 @@ def test_jobs_that_worker_processes_cannot_import(monkeypatch: pytest.MonkeyPatc
     assert "tasks.length" in finding.found
 
 
+def test_an_engine_with_workers(make_executor: MakeExecutor, examine: Examine) -> None:
+    require("rq")
+    make_executor(type="rq")
+    assert (only(examine(), "workers").level, only(examine(), "workers").found[:14]) == ("ok", "2 workers look")
+
+
+def test_an_engine_without_workers(make_executor: MakeExecutor, examine: Examine, redis_url: str) -> None:
+    require("rq")
+    make_executor(type="rq", url=redis_url, queue="nobody-looks-there")
+    finding = only(examine(), "workers")
+    assert finding.level == "warning"
+    assert "'nobody-looks-there'" in finding.found
+    assert "flask executor worker" in finding.advice
+
+
+def test_an_engine_that_does_not_answer(make_executor: MakeExecutor, examine: Examine) -> None:
+    require("rq")
+    make_executor(type="rq", url="redis://127.0.0.1:1/0")
+    finding = only(examine(), "workers")
+    assert (finding.level, "EXECUTOR_URL" in finding.advice) == ("problem", True)
+
+
+def test_a_cluster_of_each_process(app: Flask, make_executor: MakeExecutor, examine: Examine) -> None:
+    require("distributed")
+    app.secret_key = None
+    make_executor(type="dask", url=None)
+    assert only(examine(), "workers").level == "ok"
+    finding = only(examine(), "SECRET_KEY")
+    assert (finding.level, "submit() refuses" in finding.found) == ("problem", True)
+
+
 # ---- the server ----
 
 
