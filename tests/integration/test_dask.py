@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,15 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import tasks
 from flask import Flask
 from tasks import add, append, compute_with_dask, fail_until, pid, submit_and_wait, wait_for
 
-from conftest import DaskScheduler, MakeExecutor, require, wait_until, worker_command
+from conftest import DaskScheduler, MakeExecutor, freeze, require, wait_until, worker_command
 from flask_executor import ConfigError, EngineUnavailable, Executor, ExecutorError, cli
 
 require("distributed")
@@ -68,9 +72,57 @@ class TestClusterOfItsOwn:
         assert cluster.submit(submit_and_wait).result(60) == 3
         assert cluster.workers == 2
 
+    def test_what_is_submitted_while_it_starts_is_run_before_it_ends(self, cluster: Executor) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            submitted = pool.submit(cluster.submit, add, 1, 2)
+            assert wait_until(multiprocessing.active_children), "its first worker starts"
+            cluster.shutdown()
+            assert submitted.result(60).result(10) == 3
+
+    def test_one_that_cannot_start_leaves_nothing_behind(self, cluster: Executor) -> None:
+        import dask
+        import psutil
+
+        with dask.config.set({"distributed.worker.preload": ["nowhere_to_be_found"]}):
+            with pytest.raises(EngineUnavailable, match="this machine"):
+                cluster.submit(add, 1, 2)
+            assert wait_until(lambda: not multiprocessing.active_children())
+            listening = [line for line in psutil.Process().net_connections("tcp") if line.status == "LISTEN"]
+            assert not listening, "its scheduler has ended"
+        assert cluster.submit(add, 1, 2).result(60) == 3
+
+    def test_a_child_of_a_fork_leaves_it_alone(self, tmp_path: Path) -> None:
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        config = {"TYPE": "dask", "STORE": f"sqlite:///{tmp_path}/jobs.sqlite", "APP": "tasks:create_app()"}
+        environ |= {f"FLASK_EXECUTOR_{key}": value for key, value in config.items()}
+        command = [sys.executable, "-c", _PARENT_AND_CHILD]
+        done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert (done.stdout, done.stderr) == ("child: 2, exit code 0\nparent: the same workers\n", "")
+
     def test_without_a_store_it_is_sqlite(self, make_executor: MakeExecutor, app: Flask) -> None:
         make_executor(type="dask", url=None).jobs.list()
         assert Path(app.instance_path, "executor.sqlite").exists()
+
+
+_PARENT_AND_CHILD = """
+import os, sys
+from multiprocessing import active_children
+from tasks import add, create_app
+app = create_app()
+executor = app.extensions["executor"]
+executor.submit(add, 1).result(60)
+workers = [process.pid for process in active_children()]
+child = os.fork()
+if child == 0:
+    print("child:", executor.submit(add, 2).result(30), end=", ", flush=True)
+    executor.shutdown()
+    sys.exit()
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print("exit code", code)
+executor.submit(add, 3).result(60)
+print("parent:", "the same workers" if [process.pid for process in active_children()] == workers else "others")
+executor.shutdown()
+"""
 
 
 def test_a_scheduler_needs_a_store_that_all_share(make_executor: MakeExecutor) -> None:
@@ -148,6 +200,70 @@ def test_a_scheduler_that_goes_and_comes_back(
         assert sorted((tmp_path / "file").read_text()) == ["a", "b"]
         assert wait_until(lambda: executor.health().accepting)
         assert executor.submit(add, 1).result(10) == 1
+
+
+def test_what_was_not_accepted_is_not_run(
+    make_executor: MakeExecutor, app: Flask, scheduler: DaskScheduler, config: dict[str, str]
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(**config)
+    assert executor.health().accepting
+    freeze(scheduler.pid)
+    try:
+        with pytest.raises(EngineUnavailable, match="no answer"):
+            executor.submit(add, 1)
+    finally:
+        os.kill(scheduler.pid, signal.SIGCONT)
+    executor.submit(add, 2)  # which comes after what was sent before
+    assert executor._self.waiting == 1
+
+
+def test_nobody_hears_of_a_connection_that_nobody_waits_for(
+    make_executor: MakeExecutor, scheduler: DaskScheduler, config: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler.kill()
+    executor = make_executor(**config)
+    for _ in range(2):
+        assert executor.health().accepting is False
+        assert wait_until(lambda: "a moment ago" not in _why_not(executor), 10)
+    executor.shutdown()
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+def _why_not(executor: Executor) -> str:
+    with pytest.raises(EngineUnavailable) as caught:
+        executor.workers  # noqa: B018
+    return str(caught.value)
+
+
+def test_a_line_that_cannot_begin_is_begun_anew(
+    executor: Executor, dask_workers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncio.events.new_event_loop", _refuse)
+        with pytest.raises(EngineUnavailable, match="Too many open files"):
+            executor.submit(add, 1)
+    assert executor.submit(add, 1).result(10) == 1
+
+
+def _refuse() -> NoReturn:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_worker_that_has_ended_ignores_signals() -> None:
+    from flask_executor.backends.dask.worker import Signals
+
+    async def work() -> Signals:
+        return Signals()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        asyncio.run(work())
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 _LONG = 5.0  # seconds after which a client gives up to connect again
