@@ -38,17 +38,18 @@ def run(address: Address, id: str, data: bytes) -> float | None:
     :param address: where the app is; in a worker that has it loaded already only the names count.
     :param id: of the job.
     :param data: the call, packed and signed.
-    :return: None; in how many seconds the engine is to run it again, also when there is no such app or executor here:
-        perhaps another worker has it.
+    :return: None; in how many seconds the engine is to run it again.
+    :raises ConfigError: when there is no such app or executor here; see :func:`leave_to_others`.
     :raises UntrustedResult: when the call was not signed with the app's secret key, or packed by another version.
     :raises NotPicklable: when it cannot be rebuilt here.
     """
-    try:
-        consumer = _consumer(address)
-    except ConfigError as error:
-        logger.warning("Job %s goes back into the queue, as it is not for this worker. %s", id, error)
-        return _ELSEWHERE
-    return consumer.run(id, data)
+    return _consumer(address).run(id, data)
+
+
+def leave_to_others(id: str, error: ConfigError) -> float:
+    """A job is not for this worker, and perhaps for another: in how many seconds the engine is to give it to one."""
+    logger.warning("Job %s goes back into the queue, as it is not for this worker. %s", id, error)
+    return _ELSEWHERE
 
 
 def is_lost(address: Address, id: str) -> bool:

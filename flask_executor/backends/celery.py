@@ -32,7 +32,7 @@ from typing import Any, ParamSpec, TypeVar
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorShutdown, MissingExtra
 from flask_executor.forks import after_fork_in_child
-from flask_executor.remote import Address, address_of
+from flask_executor.remote import Address, address_of, leave_to_others
 from flask_executor.remote import run as run_sent
 
 try:
@@ -288,7 +288,11 @@ def _leave_logging_alone(**_: object) -> None:
 def run(task: Any, address: Address, id: str, data: str) -> None:
     """What Celery runs."""
     import_string, app_name, name = address
-    again = run_sent((import_string, app_name, name), id, base64.b64decode(data))
+    again: float | None
+    try:
+        again = run_sent((import_string, app_name, name), id, base64.b64decode(data))
+    except ConfigError as error:
+        again = leave_to_others(id, error)
     if again is not None:
         try:
             task.retry(countdown=again, argsrepr=task.request.get("argsrepr"))

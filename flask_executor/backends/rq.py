@@ -23,6 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import (
+    ConfigError,
     EngineUnavailable,
     ExecutorShutdown,
     MissingExtra,
@@ -34,7 +35,7 @@ from flask_executor.exceptions import (
 from flask_executor.helpers import without_password
 from flask_executor.jobs import Job
 from flask_executor.logs import logger
-from flask_executor.remote import Address, address_of, is_lost, refuse
+from flask_executor.remote import Address, address_of, is_lost, leave_to_others, refuse
 from flask_executor.remote import run as run_sent
 from flask_executor.troop import run_processes
 
@@ -178,10 +179,12 @@ def run(address: Address, id: str, data: str) -> rq.Retry | None:
     try:
         if job is not None and job.retries_left is not None and job.retries_left < _AGAIN and is_lost(there, id):
             raise WorkerLost(f"Job {job.description} is lost: it had begun when its worker died.")
-        again = run_sent(there, id, base64.b64decode(data))
+        again: float | None = run_sent(there, id, base64.b64decode(data))
     except StoreUnavailable as error:
         logger.warning("Job %s has to wait: %s", id, error)
         again = _PAUSE
+    except ConfigError as error:
+        again = leave_to_others(id, error)
     except (NotPicklable, UntrustedResult, WorkerLost):
         if job is not None:
             job.retries_left = 0  # it would be the same again
