@@ -423,8 +423,8 @@ class JobStore(JobRecords):
         """
 
     @abc.abstractmethod
-    def may_be_dead(self, id: str) -> bool:
-        """Whether only time tells if the process that has a job is dead, as it is on another machine."""
+    def holder(self, id: str) -> str | None:
+        """Who has a job that has not ended."""
 
     @abc.abstractmethod
     def held(self, key: Hashable) -> Job | None:

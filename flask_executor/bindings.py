@@ -261,7 +261,7 @@ class Binding(JobChannel):
                 self.producer.keep(call)
         except BaseException as error:
             self._refuse(call.future, error)
-        held = Held(call, self._start_held, self._drop)
+        held = Held(call, self._start_held, self._drop, self.ledger.later)
         self._held.add(held)
         return held
 
@@ -278,21 +278,24 @@ class Binding(JobChannel):
         except EngineUnavailable as error:  # but the job was accepted, and has to start when the engine is back
             if not again:
                 logger.warning("Job %s (%s) was to start after a commit, and waits: %s", *_called(call), error)
-            self._waiting.add(call, error, _AGAIN, lambda: self._start_aside(call))
+            error.__traceback__ = None  # which has the transaction
+            self._waiting.add(call, error, _AGAIN, lambda: self._later(lambda: self._start_held(call, again=True)))
         except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
             logger.exception("Job %s (%s) was to start after a commit, and cannot.", *_called(call))
             self._drop(call)
 
-    def _start_aside(self, call: Call[FutureProxy[Any]]) -> None:
-        if self.producer is not None:
-            self.producer.aside(lambda: self._start_held(call, again=True))
+    def _later(self, fn: Callable[[], object]) -> None:
+        self.ledger.later(fn)
 
     def _drop(self, call: PreparedCall) -> None:
-        """Cancel a job that was to start later; its key is free."""
+        """Cancel a job that was to start later; its key is free, when the store is there."""
         try:
             if call.future.cancel():
                 self.make_way(call.job.id)
-        except Exception:  # the store is not available, say
+        except StoreUnavailable as error:
+            logger.info("Job %s (%s) is cancelled when the store is back: %s", *_called(call), error)
+            self._waiting.add(call, error, _AGAIN, lambda: self._later(lambda: self._drop(call)))
+        except Exception:
             logger.exception("Job %s (%s) could not be cancelled.", *_called(call))
 
     def submit_once(
@@ -734,11 +737,9 @@ class Binding(JobChannel):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
-        if self.producer is not None and wait and not cancel_futures:
+        if self.producer is not None and wait and not cancel_futures and not self._closed:
             self.producer.check_workers()
         self._close(wait=wait, cancel_futures=cancel_futures)
-        if self.producer is not None and cancel_futures:
-            self.producer.cancel_all()
         if wait:
             self.wait(None)
         self.services.close(wait=wait)  # after the jobs, which may use them
@@ -749,19 +750,19 @@ class Binding(JobChannel):
             self._closed = True
             backend = self._backend
         for call, error in self._waiting.clear():
-            if self.producer is not None:  # it waits for the engine
+            if self.producer is not None or call.future.cancelled():  # it waits for the engine, or the store
                 self._drop(call)
             elif call.job.attempt > 1 or not call.future.cancel():
                 call.give_up(error)
-        if self.producer is not None:
-            self.producer.close(wait=wait)
         if self.consumer is not None:
             self.consumer.close(wait=wait)
         for held in list(self._held):
-            if not Future.done(held.future):
+            if held.waits and not Future.done(held.future):
                 left = _names([held.future])
                 logger.warning("The executor is shut down, and %s does not wait for a commit any more.", left)
             held.drop()
+        if self.producer is not None and cancel_futures:
+            self.producer.cancel_all()
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
@@ -843,7 +844,7 @@ def _called(call: PreparedCall) -> tuple[str, str]:
 
 def _names(futures: Sequence[FutureProxy[Any]]) -> str:
     """Some jobs in words: ``3 jobs (render, render, mail)``."""
-    names = [future.record().name for future in futures[:5]] + ["..."] * (len(futures) > 5)
+    names = [future.name for future in futures[:5]] + ["..."] * (len(futures) > 5)
     return f"{len(futures)} {'job' if len(futures) == 1 else 'jobs'} ({', '.join(names)})"
 
 

@@ -130,7 +130,7 @@ class Consumer:
 
         :raises ExecutorShutdown: when this process ends.
         """
-        while not self._closed:
+        while not (self._closed or remote.ending.is_set() or call.future.done()):
             self._host.unfinished.add(call, None)  # first: once it is ours it may get messages
             is_ours = False
             try:

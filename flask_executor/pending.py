@@ -92,6 +92,7 @@ class Held:
     :param call: the call.
     :param start: starts it. Never raises.
     :param drop: takes it back. Never raises.
+    :param later: calls what it is given where that holds up nobody.
     """
 
     def __init__(
@@ -99,11 +100,18 @@ class Held:
         call: Call[FutureProxy[Any]],
         start: Callable[[Call[FutureProxy[Any]]], object],
         drop: Callable[[Call[FutureProxy[Any]]], object],
+        later: Callable[[Callable[[], object]], object],
     ) -> None:
         self.future = call.future
         self._call: Call[FutureProxy[Any]] | None = call
         self._start = start
         self._drop = drop
+        self._later = later
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody has said yet."""
+        return self._call is not None
 
     def start(self) -> None:
         """Have it run, unless it was cancelled."""
@@ -125,7 +133,7 @@ class Held:
     def __del__(self) -> None:
         call = self.forget()
         if call is not None:  # this may be in the middle of anything, so with any lock held
-            timer.after(0.0, partial(self._drop, call))
+            timer.after(0.0, partial(self._later, partial(self._drop, call)))
 
 
 class Waiting:

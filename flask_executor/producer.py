@@ -21,7 +21,6 @@ from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
 from flask_executor.logs import logger
 from flask_executor.runner import Call
 from flask_executor.seals import CALL, Sealer
-from flask_executor.serial import SerialThread
 from flask_executor.sharing import SharedLedger, secret_keys, weakly
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from flask_executor.config import Config
 
+_PAUSE = 0.8  # seconds for which an engine that was away is not asked again; less than until they are tried again
 _MOMENT = 0.002  # seconds between two looks whether callbacks have run
 
 
@@ -62,7 +62,8 @@ class Producer:
     def after_fork(self) -> None:
         """In the child of a fork: the jobs are the parent's."""
         self._sent: weakref.WeakSet[Any] = weakref.WeakSet()  # handles of jobs that the engine has, or is to have
-        self._late = SerialThread("flask-executor-late")  # asks engines that may take long to say that they are away
+        self._away = 0.0  # until when the engine is taken to be away (monotonic)
+        self._trouble: EngineUnavailable | None = None
 
     def prepare(
         self,
@@ -94,28 +95,31 @@ class Producer:
 
     def keep(self, call: Call[FutureProxy[Any]]) -> None:
         """The call is to wait in this process for a while."""
-        self._sent.discard(call.future)
         self._ledger.keep(call.job)
+        self._sent.discard(call.future)
 
     def send_kept(self, call: Call[FutureProxy[Any]]) -> None:
-        """Have the engine take a call that was kept, unless it was cancelled."""
-        if self._ledger.is_kept(call.job.id):
-            self._sent.add(call.future)
+        """Have the engine take a call that was kept, unless it was cancelled.
+
+        :raises EngineUnavailable: also without a look, for a while: a commit must not wait again and again.
+        """
+        if not self._ledger.is_kept(call.job.id):
+            return
+        was = self._trouble
+        if was is not None and time.monotonic() < self._away:
+            raise EngineUnavailable(was.what, was.url, was.key, was.why)
+        self._sent.add(call.future)
+        try:
             self.send(call)
+        except EngineUnavailable as error:
+            self._sent.discard(call.future)
+            self._trouble, self._away = error.with_traceback(None), time.monotonic() + _PAUSE
+            raise
 
     def send(self, call: Call[FutureProxy[Any]]) -> None:
         """Have the engine take a call."""
         with self._ledger.handing_over(call.job):
             self._host.backend.enqueue(call)
-
-    def aside(self, fn: Callable[[], object]) -> None:
-        """Have something done that may have to wait for the engine."""
-        self._late.run(fn)
-
-    def close(self, *, wait: bool) -> None:
-        """End the thread when it has done what it was given."""
-        self._late.close(wait=wait)
-        self._late = SerialThread(self._late.name)
 
     def has(self, future: FutureProxy[Any]) -> bool:
         """Whether the engine has the call of this handle, or is to have it."""
@@ -161,14 +165,10 @@ class Producer:
         try:
             if self._host.backend.workers:
                 return
-            why = "no worker looks at the queue"
+            why = "No worker looks at the queue; start one with 'flask executor worker'."
         except EngineUnavailable as error:
-            why = str(error)
-        logger.warning(
-            "shutdown() waits for jobs, and %s. Start one with 'flask executor worker'; or let the jobs go on without "
-            "this process: shutdown(wait=False).",
-            why,
-        )
+            why = f"{error}."
+        logger.warning("shutdown() waits for jobs. %s With shutdown(wait=False) they go on without this process.", why)
 
     def cancel_all(self) -> None:
         """Cancel what has not started."""

@@ -35,10 +35,11 @@ _MOST, _MOST_BYTES = 200, 32 << 20  # jobs and bytes that are written in one go
 class _Tracked:
     """A job, and what of it is written."""
 
-    __slots__ = ("ended", "job", "last", "outcome", "running")
+    __slots__ = ("ended", "is_kept", "job", "last", "outcome", "running")
 
-    def __init__(self, job: LiveJob) -> None:
+    def __init__(self, job: LiveJob, *, is_kept: bool) -> None:
         self.job = job
+        self.is_kept = is_kept  # written only if it is still this process's
         self.ended = False  # whether it is known what came of it; its status may have changed a moment before
         self.outcome: bytes | None = None  # to be written
         self.last: LogLine | None = None  # written last
@@ -76,12 +77,13 @@ class Recorder:
 
     # ---- any thread ----
 
-    def add(self, job: LiveJob, *, claimed: bool) -> None:
+    def add(self, job: LiveJob, *, claimed: bool, kept: bool = False) -> None:
         """Track a job until it has ended.
 
         :param claimed: whether its record is in the store already.
+        :param kept: whether an engine is to have it, and perhaps has it already.
         """
-        tracked = _Tracked(job)
+        tracked = _Tracked(job, is_kept=kept)
         with self._changed:
             if not self._tracked:
                 self._look = time.monotonic() + _LOOK
@@ -176,6 +178,7 @@ class Recorder:
                 self._put_back([tracked], error)
         while self.tracks(id):
             self.flush(None)
+            time.sleep(_MOMENT)
 
     def give_up(self, timeout: float) -> None:
         """The process ends: what has not ended by now is lost; have that written, if it takes no longer than this."""
@@ -348,14 +351,10 @@ class Recorder:
 
     def _write(self, taken: list[_Tracked]) -> None:
         pairs = [(tracked, self._entry(tracked)) for tracked in taken if self._is_settled(tracked)]
-        if pairs:
-            try:
-                self._store.write([entry for _, entry in pairs])
-            except StoreUnavailable:
-                raise
-            except Exception:  # something in one of them that the store does not take
-                for _, entry in pairs:
-                    self._write_alone(entry)
+        for tracked, entry in pairs:
+            if tracked.is_kept:
+                self._store.take(entry, self.holder, lost=True, new=False)
+        self._write_all([entry for tracked, entry in pairs if not tracked.is_kept])
         with self._changed:
             self._writing.discard(threading.get_ident())
             for tracked, entry in pairs:
@@ -364,6 +363,16 @@ class Recorder:
                     self._tracked.pop(entry.job.id, None)
             if not self._now and not self._later:
                 self._changed.notify_all()
+
+    def _write_all(self, entries: list[Entry]) -> None:
+        if entries:
+            try:
+                self._store.write(entries)
+            except StoreUnavailable:
+                raise
+            except Exception:  # something in one of them that the store does not take
+                for entry in entries:
+                    self._write_alone(entry)
 
     def _write_alone(self, entry: Entry) -> None:
         try:

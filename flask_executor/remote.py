@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Protocol
 
 from flask import Flask
@@ -19,6 +20,9 @@ _CONSUMERS = "flask_executor_consumers"  # in app.extensions: what runs calls, b
 
 #: Import string of an app or None, the app's name, the name of the executor there.
 Address = tuple[str | None, str, str]
+
+#: Set when this process was told to end, and is to begin with no more jobs.
+ending = threading.Event()
 
 #: The app of this process, if it is a worker of one; see :meth:`flask_executor.abc.Backend.work`.
 serving: Flask | None = None

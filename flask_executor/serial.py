@@ -16,7 +16,7 @@ class SerialThread:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self._name = name
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._lock = threading.RLock()  # a finalizer may come here in the middle
         self._thread: threading.Thread | None = None
@@ -33,7 +33,7 @@ class SerialThread:
         _call(fn)
 
     def _start(self) -> bool:
-        thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
         try:
             thread.start()
         except RuntimeError:  # Python 3.12 refuses when the interpreter ends

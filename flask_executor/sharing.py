@@ -34,6 +34,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -52,7 +53,7 @@ from flask_executor.exceptions import (
 from flask_executor.follower import Followed, Follower
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import describe_error, without_password
-from flask_executor.holders import BEAT, LEASE
+from flask_executor.holders import BEAT, LEASE, is_alive
 from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
 from flask_executor.ledger import Ledger, has_failed
 from flask_executor.letters import open_letter, pack_letter
@@ -65,6 +66,7 @@ from flask_executor.seals import MESSAGE, OUTCOME, Sealer
 from flask_executor.serial import SerialThread
 from flask_executor.stored import SharedFutures, StoredFuture, error_of
 from flask_executor.stores.memory import MemoryStore
+from flask_executor.timer import timer
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -75,6 +77,7 @@ P = ParamSpec("P")
 
 _PATIENCE = 5.0  # seconds to wait until something is written
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
+_MOMENT = 0.02  # seconds between two looks
 
 
 class SharedLedger(Ledger):
@@ -114,11 +117,15 @@ class SharedLedger(Ledger):
         self._make_threads()
 
     def _make_threads(self) -> None:
-        """Three, as callbacks may take long, also those of a job that is cancelled, and so may what is unpickled."""
+        """Callbacks may take long, also those of a job that is cancelled; so may what is unpickled, and an engine or a
+        store that is asked again.
+        """
         self._callbacks = SerialThread("flask-executor-shared")
         self._requests = SerialThread("flask-executor-requests")
         self._mail = SerialThread("flask-executor-mail")
-        self._parts[:] = [self._follower, self._callbacks, self._requests, self._mail, self._recorder]
+        self._late = SerialThread("flask-executor-late")
+        threads = (self._callbacks, self._requests, self._mail, self._late)
+        self._parts[:] = [self._follower, *threads, self._recorder]
 
     def reconfigure(self, config: Config) -> None:
         if config.store != self._config.store:
@@ -209,6 +216,8 @@ class SharedLedger(Ledger):
 
     def _adopt(self, call: Call[FutureProxy[Any]], sender: str) -> bool:
         job = call.job
+        if self.store.expired(job.id):  # it had ended, or was cancelled, and nobody knows any more
+            return False
         if call.retried:  # then the record knows which attempt this is
             known = self.store.get(job.id)
             if known is not None:
@@ -219,6 +228,8 @@ class SharedLedger(Ledger):
             self._handles[job.id] = call.future
             self._memory.add(job)
             self._recorder.add(job, claimed=True)
+            if job.status.ended:  # it was stopped while the store was asked
+                self._recorder.ended(job, None)
             return True
         return False
 
@@ -227,10 +238,11 @@ class SharedLedger(Ledger):
         deadline = time.monotonic() + LEASE + BEAT
         while True:
             self.store.get(entry.job.id)  # which finds out whether it is lost
-            there = self.store.take(entry, self.engine, lost=True)
+            there = self.store.take(entry, self.holder, lost=True)
             if there is None or there.status.ended:
                 return there is None
-            if time.monotonic() > deadline or not self.store.may_be_dead(entry.job.id):
+            holder = self.store.holder(entry.job.id)
+            if holder is None or is_alive(holder) is not None or time.monotonic() > deadline:
                 return False
             time.sleep(_AGAIN)
 
@@ -263,9 +275,9 @@ class SharedLedger(Ledger):
 
     def keep(self, job: LiveJob) -> None:
         """A job is to wait in this process before the engine gets it; it is lost if the process ends meanwhile."""
-        self._kept.add(job.id)
         self.store.write([Entry(job=job.record(), holder=self.holder)])
-        self._recorder.add(job, claimed=True)
+        self._kept.add(job.id)
+        self._recorder.add(job, claimed=True, kept=True)
 
     def is_kept(self, id: str) -> bool:
         """Whether a job waits in this process, and was not cancelled."""
@@ -283,48 +295,58 @@ class SharedLedger(Ledger):
         try:
             yield
         except BaseException:
-            if is_kept:
-                self._recorder.add(job, claimed=True)
+            if job.id in self._kept:  # it was not cancelled meanwhile
+                self._recorder.add(job, claimed=True, kept=True)
             raise
         if is_kept or job.key is not None or self._config.track == "all":
             self._hand_over(job.record())
 
     def _hand_over(self, job: Job) -> None:
+        entry = Entry(job=job, holder=self.engine or "")
         try:
-            # It counts as lost when the store was not there for a while, but we were.
-            there = self.store.take(Entry(job=job, holder=self.engine or ""), self.holder, lost=True, new=False)
+            there = self.store.take(entry, self.holder, new=False)
+            if there is not None and there.status is JobStatus.LOST and there.started_at is None:
+                # The store was not there for a while, but we were.
+                there = self.store.take(entry, self.holder, lost=True, new=False)
         except StoreUnavailable as error:
             logger.info("Job %s (%s) is in the queue, and its record still here: %s", job.name, job.id, error)
+            timer.after(_AGAIN, partial(weakly(self._hand_over_later), job))
             return
         self._kept.discard(job.id)
         if there is not None and there.status is JobStatus.CANCELLED:  # meanwhile
             self.discard(there)
+
+    def _hand_over_later(self, job: Job) -> None:
+        self.later(lambda: self._hand_over(job))
 
     def refuse(self, id: str, error: Exception, name: str = "unknown") -> None:
         """A job that waits in the queue of an engine cannot be run.
 
         :param name: what it is called, for one that has no record yet.
         """
-        job = self.store.get(id) or LiveJob(name, None, None, id=id).record()
-        if job.status is not JobStatus.QUEUED or self.engine is None:
-            return
-        failed = replace(job, status=JobStatus.FAILED, error=describe_error(error), ended_at=time.time())
-        outcome = self._seal().seal(id, Kind.ERROR, self._packed_error(error))
-        self.store.take(Entry(job=failed, holder=self.engine, outcome=outcome), self.engine)
+        deadline = time.monotonic() + LEASE
+        while True:
+            job = self.store.get(id) or LiveJob(name, None, None, id=id).record()
+            if job.status is not JobStatus.QUEUED or self.engine is None:
+                return
+            failed = replace(job, status=JobStatus.FAILED, error=describe_error(error), ended_at=time.time())
+            outcome = self._seal().seal(id, Kind.ERROR, self._packed_error(error))
+            there = self.store.take(Entry(job=failed, holder=self.engine, outcome=outcome), self.engine)
+            if there is None or time.monotonic() > deadline:
+                return
+            time.sleep(_MOMENT)  # its sender is about to hand it over
 
     def cancel_queued(self, job: Job) -> bool:
         if self.engine is None or job.status is not JobStatus.QUEUED:
             return False
-        cancelled = replace(job, status=JobStatus.CANCELLED, ended_at=time.time())
-        if job.id in self._kept:
-            self._recorder.release(job.id)  # first: what it is about to write would come after this
-            if self.store.take(Entry(job=cancelled, holder=self.engine), self.holder) is not None:
+        cancelled = Entry(job=replace(job, status=JobStatus.CANCELLED, ended_at=time.time()), holder=self.engine)
+        if self.store.take(cancelled, self.engine) is not None:
+            runs_here = job.id in self._adopted or (self._recorder.tracks(job.id) and job.id not in self._kept)
+            if runs_here or self.store.take(cancelled, self.holder) is not None:
                 return False
             self._kept.discard(job.id)
-            return True
-        if self.store.take(Entry(job=cancelled, holder=self.engine), self.engine) is not None:
-            return False
-        self.discard(cancelled)
+            self._recorder.forget(job.id)
+        self.discard(cancelled.job)
         return True
 
     def _is_written(self, job: Job) -> bool:
@@ -441,6 +463,9 @@ class SharedLedger(Ledger):
         """Run code of the user's where it holds up nobody."""
         self._callbacks.run(fn)
 
+    def later(self, fn: Callable[[], object]) -> None:
+        self._late.run(fn)
+
     def _trusted(self, what: str, id: str) -> Sealer:
         """What checks that it is ours what the store has of a job.
 
@@ -503,7 +528,7 @@ class SharedLedger(Ledger):
         self._closed = True
         self._recorder.close(wait=wait)
         self._follower.close(wait=wait)
-        for thread in (self._requests, self._mail, self._callbacks):
+        for thread in (self._requests, self._mail, self._late, self._callbacks):
             thread.close(wait=wait)
 
 

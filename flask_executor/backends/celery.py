@@ -30,8 +30,15 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorShutdown, MissingExtra
+from flask_executor.exceptions import (
+    ConfigError,
+    EngineUnavailable,
+    ExecutorShutdown,
+    MissingExtra,
+    StoreUnavailable,
+)
 from flask_executor.forks import after_fork_in_child
+from flask_executor.logs import logger
 from flask_executor.remote import Address, address_of, leave_to_others
 from flask_executor.remote import run as run_sent
 
@@ -55,6 +62,7 @@ T = TypeVar("T")
 TASK = "flask_executor.run"
 
 _PATIENCE = 1.5  # seconds that the broker may take to answer those who submit
+_PAUSE = 1.0  # seconds until a job comes again when it is the store that was not there
 _ASK = 1.0  # seconds that workers may take to say that they are there
 _KNOWN = 5.0  # seconds for which the answer is good
 _LOOK = 0.25  # seconds after which a worker that is to end when the queue is empty looks at it again
@@ -291,6 +299,9 @@ def run(task: Any, address: Address, id: str, data: str) -> None:
     again: float | None
     try:
         again = run_sent((import_string, app_name, name), id, base64.b64decode(data))
+    except StoreUnavailable as error:
+        logger.warning("Job %s has to wait: %s", id, error)
+        again = _PAUSE
     except ConfigError as error:
         again = leave_to_others(id, error)
     if again is not None:

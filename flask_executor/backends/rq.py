@@ -35,7 +35,7 @@ from flask_executor.exceptions import (
 from flask_executor.helpers import without_password
 from flask_executor.jobs import Job
 from flask_executor.logs import logger
-from flask_executor.remote import Address, address_of, is_lost, leave_to_others, refuse
+from flask_executor.remote import Address, address_of, ending, is_lost, leave_to_others, refuse
 from flask_executor.remote import run as run_sent
 from flask_executor.troop import run_processes
 
@@ -304,6 +304,10 @@ class _Worker(rq.SimpleWorker):
                 if self._runs is not None:
                     with suppress(redis.RedisError, OSError):  # the next one may get through
                         self.maintain_heartbeats(*self._runs)
+
+    def request_stop(self, *signal: Any) -> None:
+        ending.set()
+        super().request_stop(*signal)  # type: ignore[no-untyped-call]
 
     def kill_horse(self, *_: Any) -> None:
         """RQ's command to stop a job."""

@@ -121,10 +121,10 @@ class SharedStore(JobStore):
         with self.reaching():
             return self._truth(self._read(id))
 
-    def may_be_dead(self, id: str) -> bool:
+    def holder(self, id: str) -> str | None:
         with self.reaching():
             stored = self._read(id)
-        return stored is not None and not stored.job.status.ended and is_alive(stored.holder) is None
+        return None if stored is None or stored.job.status.ended else stored.holder
 
     def find(self, key: Hashable) -> Job | None:
         with self.reaching():

@@ -17,7 +17,7 @@ from flask import Flask
 from tasks import add, append, fail_until
 
 from conftest import MakeExecutor, RedisServer, require, wait_until
-from flask_executor import ConfigError, EngineUnavailable, Executor, JobStopped, WorkerLost
+from flask_executor import ConfigError, EngineUnavailable, Executor, JobStopped, StoreUnavailable, WorkerLost
 
 require("celery")
 
@@ -307,3 +307,18 @@ def test_nothing_is_left_after_shutdown(workers: Workers, make_executor: MakeExe
 
 def sockets() -> int:
     return sum(link.is_socket() for link in Path("/proc/self/fd").iterdir())
+
+
+def test_a_job_comes_again_when_its_worker_had_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Exception | None] = [StoreUnavailable("redis://away", "no answer"), None]
+
+    def run_sent(*_: object) -> None:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    from flask_executor.backends.celery import run
+
+    monkeypatch.setattr("flask_executor.backends.celery.run_sent", run_sent)
+    assert run.apply(args=(("shop:app", "shop", "executor"), "id", "")).state == "SUCCESS"
+    assert not answers

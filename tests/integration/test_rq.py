@@ -281,11 +281,71 @@ def test_shutdown_says_what_it_waits_for(
     future = executor.submit_stored("report", tasks.add, 1)
     waits = threading.Thread(target=executor.shutdown)
     waits.start()
-    assert wait_until(lambda: "no worker looks at the queue. Start one with 'flask executor worker'" in caplog.text)
+    assert wait_until(lambda: "No worker looks at the queue; start one with 'flask executor worker'" in caplog.text)
     run_worker()
     waits.join(30)
     assert not waits.is_alive()
     assert future.result(0) == 1
+
+
+def test_a_rollback_while_redis_is_away(executor: Executor, redis_server: RedisServer) -> None:
+    with Session(create_engine("sqlite://")) as session:
+        future = executor.options(key="report").submit_after_commit(session, tasks.add, 1)
+        redis_server.stop()
+        session.rollback()
+    redis_server.start()
+    assert wait_until(lambda: executor.health().store_reachable, 10)
+    assert wait_until(lambda: "report" not in executor.futures, 10)
+    assert future.cancelled()
+
+
+def test_shutdown_while_redis_is_away(executor: Executor, redis_server: RedisServer) -> None:
+    with Session(create_engine("sqlite://")) as session:
+        committed = executor.options(key="report").submit_after_commit(session, tasks.add, 1)
+        redis_server.stop()
+        session.commit()
+        waits = executor.submit_after_commit
+        with pytest.raises(StoreUnavailable):
+            waits(session, tasks.add, 1)
+    executor.shutdown()
+    redis_server.start()
+    assert wait_until(lambda: executor.health().store_reachable, 10)
+    assert wait_until(committed.cancelled, 10)
+    assert wait_until(lambda: "report" not in executor.futures, 10)
+
+
+def test_a_commit_does_not_wait_for_the_engine_again_and_again(
+    redis_server: RedisServer, make_executor: MakeExecutor, tmp_path: Path, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    executor = make_executor(type="rq", url=redis_server.url, store=f"sqlite:///{tmp_path}/jobs.sqlite")
+    asked: list[str] = []
+
+    def enqueue(self: RQBackend, call: PreparedCall) -> None:
+        asked.append(threading.current_thread().name)
+        raise EngineUnavailable("Redis", redis_server.url, "EXECUTOR_URL", "no answer")
+
+    with Session(create_engine("sqlite://")) as session:
+        futures = [executor.submit_after_commit(session, tasks.add, number) for number in range(10)]
+        with monkeypatch.context() as patch:
+            patch.setattr(RQBackend, "enqueue", enqueue)
+            session.commit()
+            assert asked == ["MainThread"]
+            assert wait_until(lambda: len(asked) > 1)
+            assert set(asked[1:]) == {"flask-executor-late"}
+    assert wait_until(lambda: executor._queues[1].count == 10, 10)
+    assert {future.status for future in futures} == {"queued"}
+
+
+def test_a_job_that_cannot_be_kept_leaves_its_key(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor.submit(tasks.add, 1)
+    with Session(create_engine("sqlite://")) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr("flask_executor.recorder.Recorder.add", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                executor.options(key="report").submit_after_commit(session, tasks.add, 1)
+        assert "report" not in executor.futures
+        assert executor.options(key="report").submit_after_commit(session, tasks.add, 1).status == "queued"
 
 
 def test_redis_goes_and_comes_back(
