@@ -40,18 +40,19 @@ from flask_executor.exceptions import (
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
-from flask_executor.helpers import callable_name, is_one_of_many
+from flask_executor.helpers import callable_name, is_one_of_many, weakly
 from flask_executor.holders import engine_holder
 from flask_executor.inherited import forking, origin
 from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
+from flask_executor.opening import open_ledger
 from flask_executor.pending import Held, Unfinished, Waiting
 from flask_executor.producer import Producer, oldest_wait
 from flask_executor.remote import register
 from flask_executor.runner import Call, Chunk
 from flask_executor.serial import callbacks_of_this_thread
-from flask_executor.sharing import SharedLedger, open_ledger, weakly
+from flask_executor.sharing import SharedLedger
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.streams import Places
 

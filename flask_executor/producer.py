@@ -17,11 +17,12 @@ from flask_executor.abc import Backend, Health, JobChannel
 from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, ResultExpired, StoreUnavailable
 from flask_executor.freight import pack_freight
 from flask_executor.futures import FutureProxy
+from flask_executor.helpers import weakly
 from flask_executor.jobs import Job, JobOptions, JobStatus, LiveJob
 from flask_executor.logs import logger
 from flask_executor.runner import Call
-from flask_executor.seals import CALL, Sealer
-from flask_executor.sharing import SharedLedger, secret_keys, weakly
+from flask_executor.seals import CALL, Sealer, secret_keys
+from flask_executor.sharing import SharedLedger
 
 if TYPE_CHECKING:
     from flask import Flask

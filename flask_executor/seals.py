@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from itsdangerous import Signer
 
 from flask_executor.exceptions import UntrustedResult
 from flask_executor.messages import Kind
+
+if TYPE_CHECKING:
+    from flask import Flask
 
 #: What is sealed: what came of a job, the call that it is, or a message to it. One does not pass for another.
 OUTCOME, CALL, MESSAGE = "outcome", "call", "message"
@@ -67,3 +71,9 @@ class Sealer:
 
 def _bound(id: str, mark: bytes, payload: bytes) -> bytes:
     return b"%s:%s:%s" % (id.encode(), mark, payload)
+
+
+def secret_keys(app: Flask | None) -> list[str | bytes]:
+    """The app's secret keys, the current one last."""
+    config = {} if app is None else app.config
+    return [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]

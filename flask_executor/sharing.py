@@ -27,20 +27,17 @@ where only we can write.
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
-from flask_executor import plugins
-from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoredMessage, StoreOptions
-from flask_executor.config import STORES, Config
+from flask_executor.abc import Entry, JobChannel, JobStore, StopRequest, StoredMessage
+from flask_executor.config import Config
 from flask_executor.control import RunningJob
 from flask_executor.exceptions import (
     ConfigError,
@@ -52,28 +49,26 @@ from flask_executor.exceptions import (
 )
 from flask_executor.follower import Followed, Follower
 from flask_executor.futures import FutureCollection, FutureProxy
-from flask_executor.helpers import describe_error, without_password
+from flask_executor.helpers import describe_error, weakly
 from flask_executor.holders import BEAT, LEASE, is_alive
-from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
+from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob
 from flask_executor.ledger import Ledger, has_failed
 from flask_executor.letters import open_letter, pack_letter
 from flask_executor.logs import logger
+from flask_executor.merged import SharedRecords
 from flask_executor.messages import Kind
 from flask_executor.recorder import Recorder
 from flask_executor.records import encode_key, is_ours
 from flask_executor.runner import pack_error, pickled, unpack_error, unpack_result
-from flask_executor.seals import MESSAGE, OUTCOME, Sealer
+from flask_executor.seals import MESSAGE, OUTCOME, Sealer, secret_keys
 from flask_executor.serial import SerialThread
 from flask_executor.stored import SharedFutures, StoredFuture, error_of
-from flask_executor.stores.memory import MemoryStore
 from flask_executor.timer import timer
 
 if TYPE_CHECKING:
     from flask import Flask
 
     from flask_executor.runner import Call
-
-P = ParamSpec("P")
 
 _PATIENCE = 5.0  # seconds to wait until something is written
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
@@ -532,67 +527,6 @@ class SharedLedger(Ledger):
             thread.close(wait=wait)
 
 
-class SharedRecords(JobRecords):
-    """The records of the jobs of this process, in its memory, and of all others that are in the store.
-
-    :param is_written: whether the store can be asked about a job of this process. It may have purged the record since.
-    """
-
-    def __init__(self, memory: MemoryStore, store: JobStore, is_written: Callable[[Job], bool]) -> None:
-        self._memory = memory
-        self._store = store
-        self._is_written = is_written
-
-    def get(self, id: str) -> Job | None:
-        here = self._memory.get(id)
-        if here is not None and not self._is_written(here):
-            return here
-        try:
-            return self._store.get(id)
-        except StoreUnavailable:
-            if here is None:
-                raise
-            return here
-
-    def find(self, key: Hashable) -> Job | None:
-        try:
-            stored = self._store.find(key)
-        except StoreUnavailable:
-            here = self._memory.find(key)
-            if here is None:
-                raise
-            return here
-        return None if stored is None else self._fresh(stored)
-
-    def _fresh(self, stored: Job) -> Job:
-        """A record of the store, or what this process knows better."""
-        here = self._memory.get(stored.id)
-        if here is None:
-            return stored
-        # Its end may have been written since the record was read.
-        return stored if self._is_written(here) and stored.status.ended else here
-
-    def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
-        here = None if id is None else self._memory.get(id)
-        if here is not None and not self._is_written(here):
-            return False
-        return self._store.expired(id, key=key) or (key is None and self._memory.expired(id))
-
-    def log(self, id: str) -> Sequence[LogLine]:
-        here = self._memory.get(id)
-        return self._store.log(id) if here is None or self._is_written(here) else self._memory.log(id)
-
-    def _list(self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None) -> Sequence[Job]:
-        known = self._memory.list(status=status, name=name, owner=owner, limit=limit)
-        here = [job for job in known if not self._is_written(job)]
-        stored = self._store.list(status=status, name=name, owner=owner, limit=limit)
-        # What memory knows better, and has not listed, does not match any more.
-        found = {job.id: job for job in stored if self._fresh(job) is job}
-        found.update((job.id, job) for job in here)  # one may be written between the two
-        jobs = sorted(found.values(), key=lambda job: job.queued_at, reverse=True)
-        return jobs if limit is None else jobs[:limit]
-
-
 def _is_sent(call: Call[FutureProxy[Any]]) -> bool:
     """Whether an engine is to have the job, and not this process."""
     return isinstance(call.future, StoredFuture)
@@ -602,82 +536,9 @@ def _nothing(job: Job) -> None:
     """There is no engine."""
 
 
-def weakly(method: Callable[P, None]) -> Callable[P, None]:
-    """A method, without keeping its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*args, **kwargs)
-
-    return call
-
-
 def _dispose(parts: Sequence[Any]) -> None:
     """The app is gone."""
     *others, recorder = parts
     for part in others:
         part.close(wait=False)
     recorder.dispose()
-
-
-def open_ledger(
-    config: Config, app: Flask, channel: JobChannel, engine: str | None = None, beside: str | None = None
-) -> Ledger:
-    """What an executor with this configuration writes to.
-
-    :param engine: whose workers run its jobs, where it is not this process.
-    :param beside: the store for them, if none was chosen; None if there is none.
-    :raises ConfigError: for a store that cannot be used.
-    :raises MissingExtra: for one whose library is not installed.
-    """
-    url = config.store
-    if url == "memory" and engine is not None:
-        url = _store_beside(config, beside)
-    if url == "memory":
-        return Ledger(config)
-    if url == "sqlite":
-        url = f"sqlite:///{config.prefix.lower()}executor.sqlite"
-    scheme, _, place = url.partition("://")
-    if scheme == "sqlite":
-        url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
-    store_class = store_class_of(url, config.key("EXECUTOR_STORE"))
-    space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
-    options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
-    try:
-        store = store_class(options)
-    except (TypeError, ValueError):  # its text may have the password in it
-        allowed = "a url that can be used, such as 'sqlite:///jobs.sqlite' or 'redis://user:password@host:6379/0'"
-        raise ConfigError(config.key("EXECUTOR_STORE"), without_password(config.store), allowed) from None
-    return SharedLedger(config, store, weakref.ref(app), channel)
-
-
-def store_class_of(url: str, key: str = "EXECUTOR_STORE") -> type[JobStore]:
-    """The class of the shared store that has such a url: this package's, or that of another which is installed.
-
-    :param key: where in ``app.config`` the url stands.
-    :raises ConfigError: when there is none, or it cannot be used.
-    :raises MissingExtra: when the library is not installed that it needs.
-    """
-    scheme = url.partition("://")[0]
-    if scheme not in STORES:
-        value = without_password(url)
-        return plugins.load_plugin(plugins.STORES, scheme, JobStore, key, value)  # type: ignore[type-abstract]
-    module, _, name = STORES[scheme].partition(":")
-    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
-    return store_class
-
-
-def _store_beside(config: Config, url: str | None) -> str:
-    """The store for jobs of an engine, where none was chosen."""
-    if url is None or url.partition("://")[0] not in STORES:
-        key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"
-        raise ConfigError(key, config.store, f"{allowed}: {config.key('EXECUTOR_TYPE')} has them run elsewhere")
-    return url
-
-
-def secret_keys(app: Flask | None) -> list[str | bytes]:
-    """The app's secret keys, the current one last."""
-    config = {} if app is None else app.config
-    return [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]

@@ -17,7 +17,7 @@ from flask_executor.abc import MOST_MESSAGES, Entry, JobStore, StopRequest, Stor
 from flask_executor.exceptions import QueueFull
 from flask_executor.holders import engine_holder, this_holder
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LiveJob, LogLine
-from flask_executor.sharing import store_class_of
+from flask_executor.opening import store_class_of
 from flask_executor.testing.contract.fixtures import run_in_threads, wait_until
 
 MakeStore = Callable[..., JobStore]
