@@ -95,7 +95,8 @@ class TestClusterOfItsOwn:
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
         config = {"TYPE": "dask", "STORE": f"sqlite:///{tmp_path}/jobs.sqlite", "APP": "tasks:create_app()"}
         environ |= {f"FLASK_EXECUTOR_{key}": value for key, value in config.items()}
-        command = [sys.executable, "-c", _PARENT_AND_CHILD]
+        quiet = ["-W", "ignore:This process:DeprecationWarning"]  # of forks with threads, as servers do them
+        command = [sys.executable, *quiet, "-c", _PARENT_AND_CHILD]
         done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=100)
         assert (done.stdout, done.stderr) == ("child: 2, exit code 0\nparent: the same workers\n", "")
 
