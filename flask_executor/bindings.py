@@ -280,13 +280,12 @@ class Binding(JobChannel):
             if not again:
                 logger.warning("Job %s (%s) was to start after a commit, and waits: %s", *_called(call), error)
             error.__traceback__ = None  # which has the transaction
-            self._waiting.add(call, error, _AGAIN, lambda: self._later(lambda: self._start_held(call, again=True)))
+            self._waiting.add(
+                call, error, _AGAIN, lambda: self.ledger.later(lambda: self._start_held(call, again=True))
+            )
         except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
             logger.exception("Job %s (%s) was to start after a commit, and cannot.", *_called(call))
             self._drop(call)
-
-    def _later(self, fn: Callable[[], object]) -> None:
-        self.ledger.later(fn)
 
     def _drop(self, call: PreparedCall) -> None:
         """Cancel a job that was to start later; its key is free, when the store is there."""
@@ -295,7 +294,7 @@ class Binding(JobChannel):
                 self.make_way(call.job.id)
         except StoreUnavailable as error:
             logger.info("Job %s (%s) is cancelled when the store is back: %s", *_called(call), error)
-            self._waiting.add(call, error, _AGAIN, lambda: self._later(lambda: self._drop(call)))
+            self._waiting.add(call, error, _AGAIN, lambda: self.ledger.later(lambda: self._drop(call)))
         except Exception:
             logger.exception("Job %s (%s) could not be cancelled.", *_called(call))
 

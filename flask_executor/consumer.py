@@ -99,8 +99,8 @@ class Consumer:
     def run(self, id: str, data: bytes) -> float | None:
         """Run a call that was sent to this worker; see :func:`flask_executor.remote.run`."""
         call, sender = self._unpack(id, data)
-        leave_in_order(self._host)
         try:
+            leave_in_order(self._host)
             workers = self._workers()
             if not self._adopt(call, sender):
                 return None
