@@ -329,10 +329,15 @@ def test_a_commit_does_not_wait_for_the_engine_again_and_again(
         futures = [executor.submit_after_commit(session, tasks.add, number) for number in range(10)]
         with monkeypatch.context() as patch:
             patch.setattr(RQBackend, "enqueue", enqueue)
+            patch.setattr("flask_executor.producer._PAUSE", 60)  # however long the commit takes here
             session.commit()
             assert asked == ["MainThread"]
+            producer = executor._binding()[1].producer
+            assert producer is not None
+            producer._away = 0.0
             assert wait_until(lambda: len(asked) > 1)
             assert set(asked[1:]) == {"flask-executor-late"}
+    producer._away = 0.0
     assert wait_until(lambda: executor._queues[1].count == 10, 10)
     assert {future.status for future in futures} == {"queued"}
 
