@@ -191,7 +191,7 @@ def test_a_scheduler_that_goes_and_comes_back(
     begin = time.monotonic()
     with pytest.raises(EngineUnavailable, match="Dask's scheduler at tcp"):
         executor.submit(add, 1)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 10, "and not as long as Dask waits by itself"
     assert executor.health().accepting is False
     time.sleep(_LONG)  # until its client gives up
     scheduler.start()
