@@ -524,11 +524,9 @@ def test_several_processes_end_in_order(executor: Executor, run_worker: RunWorke
     futures = [executor.submit_stored(n, tasks.wait_for, path) for n in range(2)]
     assert wait_until(lambda: all(future.running() for future in futures), 30)
     parent.terminate()
-    for _ in range(3):
-        time.sleep(1.5)  # RQ takes the next one for another only if that much has passed since it saw the first
-        parent.terminate()
-        if wait_until(lambda: all(future.done() for future in futures), 15):
-            break
+    time.sleep(3)  # RQ takes a second one for another only if a second has passed since it saw the first
+    parent.terminate()
+    assert wait_until(lambda: all(future.done() for future in futures), 40)
     assert {str(future.status) for future in futures} == {"stopped"}
     assert parent.wait(20) == 0
 
