@@ -4,6 +4,7 @@ from flask_executor.control import checkpoint, current_job, track
 from flask_executor.exceptions import (
     AppNotFound,
     ConfigError,
+    EngineUnavailable,
     ExecutorError,
     ExecutorShutdown,
     JobExit,
@@ -17,6 +18,7 @@ from flask_executor.exceptions import (
     ResultExpired,
     ResultTooLarge,
     StoreUnavailable,
+    Unsupported,
     UntrustedResult,
     WorkerLost,
 )
@@ -30,6 +32,7 @@ from flask_executor.signals import job_failed, job_finished, job_queued, job_sta
 __all__ = [
     "AppNotFound",
     "ConfigError",
+    "EngineUnavailable",
     "Executor",
     "ExecutorError",
     "ExecutorJob",
@@ -52,6 +55,7 @@ __all__ = [
     "ResultTooLarge",
     "Service",
     "StoreUnavailable",
+    "Unsupported",
     "UntrustedResult",
     "WorkerLost",
     "checkpoint",

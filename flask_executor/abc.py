@@ -1,6 +1,6 @@
 """The ports: what a backend, a store and a channel promise to the rest of the package.
 
-The contract of each stands in its docstrings; ``tests/contract`` holds every adapter to it.
+The contract of each stands in its docstrings; :mod:`flask_executor.testing.contract` holds every adapter to it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flask_executor.exceptions import Unsupported
 from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
 from flask_executor.services import ServiceStatus
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from flask import Flask
 
     from flask_executor.control import RunningJob
+
+
+def _unbound(fn: Callable[..., Any], *_: object) -> concurrent.futures.Future[Any]:
+    raise RuntimeError("this backend runs jobs of an app, and was made without one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +49,18 @@ class BackendOptions:
     initializers: Sequence[Callable[[], object]] = ()
     #: Seconds that a worker process which is to end may take for it.
     exit_grace: float = 5.0
+    #: The executor's name.
+    executor_name: str = ""
+    #: Starts a job without contexts, for backends that run jobs only.
+    start: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], concurrent.futures.Future[Any]] = _unbound
+    #: Where the engine is; None for its own default.
+    url: str | None = None
+    #: The name of the queue there.
+    queue: str = "default"
+    #: Seconds that a process which ends gives its jobs.
+    shutdown_timeout: float = 30.0
+    #: Marks a job that no worker has begun as failed, given its id, the error and its name: the engine has given it up.
+    refuse: Callable[[str, Exception, str], object] = lambda *_: None
 
 
 class PreparedCall(Protocol):
@@ -64,6 +81,18 @@ class PreparedCall(Protocol):
     @property
     def priority(self) -> int:
         """Higher ones are to start first."""
+
+    @property
+    def delay(self) -> float:
+        """Seconds before which it is not to start."""
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that it may run."""
+
+    @property
+    def grace(self) -> float | None:
+        """Seconds between a request to leave and force; None for the executor's."""
 
     @property
     def retried(self) -> bool:
@@ -125,6 +154,14 @@ class Backend(concurrent.futures.Executor):
     chunks: bool = False
     #: Whether a running job can be ended for certain, whatever it does.
     supports_kill: bool = False
+    #: Whether jobs of a higher priority start first.
+    supports_priority: bool = True
+    #: For an engine: whether it can start a job later. Others need not, as jobs then wait in this process.
+    supports_delay: bool = True
+    #: What the engine is called whose workers run jobs without this process. They write down what becomes of them, in a
+    #: store that all share, and a handle finds it there. Calls are packed when they come. None for a backend whose jobs
+    #: are this process's.
+    engine: str | None = None
 
     @abc.abstractmethod
     def enqueue(self, call: PreparedCall) -> None:
@@ -134,6 +171,14 @@ class Backend(concurrent.futures.Executor):
 
         :raises ExecutorShutdown: after :meth:`shutdown`; the call was not accepted.
         :raises NotPicklable: for a call that cannot be sent to where the workers are; it was not accepted.
+        """
+
+    def pack(self, call: PreparedCall) -> None:
+        """A call will perhaps be enqueued later: what is to be sent of it must be as it is now.
+
+        Whoever sends calls can put it into ``call.packed``, and use that in :meth:`enqueue`.
+
+        :raises NotPicklable: for a call that cannot be sent.
         """
 
     def withdraw(self, call: PreparedCall) -> bool:
@@ -169,6 +214,40 @@ class Backend(concurrent.futures.Executor):
     def lagging(self) -> bool:
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
+
+    @classmethod
+    def store_beside(cls, options: BackendOptions) -> str | None:
+        """``EXECUTOR_STORE`` for the jobs of an engine where none was chosen; None where the app has to choose one.
+
+        :raises ConfigError: when the app does not even say where the engine is.
+        """
+        return options.url
+
+    def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
+        """Be a worker of the engine, in the main thread, until a signal says to end.
+
+        Calls that were sent are run with :func:`flask_executor.remote.run`.
+
+        :param stop: stops a job, given its id, for engines that can be told to.
+        :param processes: how many workers, at one job each.
+        :param burst: whether to end when the queue is empty.
+        """
+        raise NotImplementedError
+
+    def discard(self, job: Job) -> None:
+        """A job was cancelled that the engine has: take it off the queue, if it can. Whoever gets it drops it anyway.
+
+        :raises EngineUnavailable: when the engine cannot be reached.
+        """
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait in the queue of the engine, of whichever process.
+
+        :raises Unsupported: for an engine that does not tell.
+        :raises EngineUnavailable: when it cannot be reached.
+        """
+        raise Unsupported(f"{type(self).__name__} cannot tell how many jobs wait, so that their number has no limit")
 
     def crew(self) -> Sequence[WorkerState]:
         """The worker processes that are alive; none where jobs run in threads of this one."""
@@ -276,12 +355,31 @@ class StopRequest:
     only_queued: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredMessage:
+    """A message that somebody has left for a job that another process has."""
+
+    #: The id of the job.
+    id: str
+    #: Which of the messages of this job it is, as the store has it.
+    number: str
+    #: What was sent.
+    data: bytes
+
+
+#: Most messages that wait for one job in a store.
+MOST_MESSAGES = 1000
+
+
 class JobStore(JobRecords):
     """Records that all processes of an app see. Safe to call from any thread; may wait, a few seconds at most.
 
     A process that has jobs is a *holder*, and has a lease that it renews. Whoever reads the record of a job that has
     not ended, and finds that its holder is dead, writes down that the job is ``lost``. What a holder writes about its
     own job is true, also after that.
+
+    A message to a job waits here for the holder, also for one who takes the job over later. If nobody ever receives it,
+    it leaves with the record.
 
     A key belongs to one job at a time: from :meth:`claim` until :meth:`release`, or until its record leaves.
 
@@ -313,6 +411,22 @@ class JobStore(JobRecords):
         has not ended and nobody else has the key."""
 
     @abc.abstractmethod
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
+        """Take a job over from the holder who has it, and write this of it, all or nothing; of many one gets it.
+
+        Done again by the same holder it is a success, which changes nothing: the first answer may have been lost.
+
+        :param former: who has it; None to write it only if there is no record.
+        :param lost: whether to take it also when it is lost, whoever had it, unless another job has its key by now.
+        :param new: whether to write what is not there too: the record has left, or was not written yet.
+        :return: None; its record, when it has ended, or somebody else has it.
+        """
+
+    @abc.abstractmethod
+    def holder(self, id: str) -> str | None:
+        """Who has a job that has not ended."""
+
+    @abc.abstractmethod
     def held(self, key: Hashable) -> Job | None:
         """The job that has this key."""
 
@@ -340,16 +454,37 @@ class JobStore(JobRecords):
         """Have records leave whose jobs have ended before then (seconds since the epoch); how many did."""
 
     @abc.abstractmethod
+    def find_lost(self) -> None:
+        """Find the jobs that are lost, and write it down. Quick while there are none."""
+
+    @abc.abstractmethod
     def sweep(self) -> None:
-        """Find the jobs that are lost, and have the records leave whose time has come."""
+        """As :meth:`find_lost`, and have the records leave whose time has come."""
 
     @abc.abstractmethod
     def ask_to_stop(self, request: StopRequest) -> None:
-        """Leave a request for the holder of a job."""
+        """Leave a request for the holder of a job, whoever that is when he takes it."""
 
     @abc.abstractmethod
-    def take_requests(self, holder: str) -> Sequence[StopRequest]:
-        """The requests for the jobs of this holder; each is given once."""
+    def send(self, id: str, data: bytes) -> bool:
+        """Leave a message for the holder of a job; False when there is no such job (any more), or it has ended.
+
+        Done again, it is another message.
+
+        :raises QueueFull: when :data:`MOST_MESSAGES` wait for this job.
+        """
+
+    @abc.abstractmethod
+    def take_requests(self, holder: str) -> Sequence[StopRequest | StoredMessage]:
+        """What others want of the jobs of this holder that have not ended. Quick while there is nothing.
+
+        A request to stop is given once. A message is given until it was :meth:`received`; those of a job in the order
+        in which they were sent, some at a time.
+        """
+
+    @abc.abstractmethod
+    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+        """Jobs of this holder have these messages, which are to leave the store."""
 
     @abc.abstractmethod
     def renew(self, holder: str) -> bool:
@@ -393,8 +528,11 @@ class Watch(abc.ABC):
         """Watch these jobs from now on: what is read after this and changes later ends the next :meth:`wait`."""
 
     @abc.abstractmethod
-    def wait(self, timeout: float) -> None:
-        """Wait until one of the jobs may have changed, or :meth:`wake` is called; at most so many seconds."""
+    def wait(self, timeout: float) -> Collection[str] | None:
+        """Wait until one of the jobs may have changed, or :meth:`wake` is called; at most so many seconds.
+
+        :return: the ids of jobs that may have ended, others among them; None for all.
+        """
 
     @abc.abstractmethod
     def wake(self) -> None:

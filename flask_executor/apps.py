@@ -24,6 +24,24 @@ def find_import_string(app: Flask) -> str | None:
     return os.environ.get("FLASK_APP")
 
 
+def import_string_of(app: Flask | None, app_import: str | None, config_key: str, who: str) -> str:
+    """Where workers import the app from.
+
+    :param app_import: what the app's config says.
+    :param config_key: what the app's config calls this setting.
+    :param who: these workers, for a message.
+    :raises ConfigError: when it cannot be told.
+    """
+    found = app_import or (None if app is None else find_import_string(app))
+    if found is None:
+        name = "" if app is None else f" {app.name!r}"
+        allowed = (
+            f"the import string of the app or its factory ('shop:create_app()'): {who} import it, and app{name} is"
+        )
+        raise ConfigError(config_key, None, f"{allowed} not in a module")
+    return found
+
+
 def import_app(import_string: str, config_key: str) -> Flask:
     """The app that ``import_string`` leads to, in the way of ``flask --app``.
 

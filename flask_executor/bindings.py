@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import ImportStringError, import_string
 
+from flask_executor import plugins
 from flask_executor.abc import Backend, BackendOptions, Health, JobChannel, JobRecords, PreparedCall, WorkerState
+from flask_executor.consumer import Consumer
 from flask_executor.context import (
     IN_PLACE,
     NO_CONTEXT,
@@ -25,19 +27,32 @@ from flask_executor.context import (
 )
 from flask_executor.control import RunningJob, running_job
 from flask_executor.documents import describe_job
-from flask_executor.exceptions import ConfigError, ExecutorShutdown, KeyExists, QueueFull, StoreUnavailable
+from flask_executor.exceptions import (
+    ConfigError,
+    EngineUnavailable,
+    ExecutorShutdown,
+    KeyExists,
+    MissingExtra,
+    QueueFull,
+    StoreUnavailable,
+    Unsupported,
+)
 from flask_executor.exits import leave_in_order
 from flask_executor.fleet import Services
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
-from flask_executor.helpers import callable_name, is_one_of_many
+from flask_executor.helpers import callable_name, is_one_of_many, weakly
+from flask_executor.holders import engine_holder
 from flask_executor.inherited import forking, origin
 from flask_executor.jobs import Job, JobMessage, JobOptions, JobStatus, LiveJob
 from flask_executor.ledger import Ledger
 from flask_executor.logs import know_jobs, log_failure, logger
-from flask_executor.pending import Retries, Unfinished
+from flask_executor.opening import open_ledger
+from flask_executor.pending import Held, Unfinished, Waiting
+from flask_executor.producer import Producer, oldest_wait
+from flask_executor.remote import register
 from flask_executor.runner import Call, Chunk
 from flask_executor.serial import callbacks_of_this_thread
-from flask_executor.sharing import open_ledger
+from flask_executor.sharing import SharedLedger
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.streams import Places
 
@@ -46,6 +61,8 @@ if TYPE_CHECKING:
     from flask import Flask
 
     from flask_executor.config import Config
+
+_AGAIN = 1.0  # seconds until it is looked again whether an engine is back
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -67,9 +84,10 @@ class Binding(JobChannel):
         default_callbacks: Sequence[Callback],
         initializers: Sequence[Callable[[], object]],
     ) -> None:
-        self.ledger: Ledger = open_ledger(config, app, self)
-        self.unfinished = Unfinished()
+        self._backend_class = _backend_class(config)
         self.name: str = executor.name
+        self._open(config, app)
+        self.unfinished = Unfinished()
         self._executor = executor
         self._app = weakref.ref(app)
         self._default_callbacks = default_callbacks
@@ -77,11 +95,25 @@ class Binding(JobChannel):
         self._lock = threading.RLock()
         self._key_lock = threading.RLock()  # who has it may wait for the store
         self._warned = False
-        self._retries = Retries()
+        self._waiting = Waiting()
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
         self.initializers = initializers
         self.services = self._make_services()
         self._set_config(config)
         know_jobs(running_job)
+
+    def _open(self, config: Config, app: Flask) -> None:
+        """Open the store; and for an engine, both ends of it."""
+        engine = self._backend_class.engine
+        beside = self._backend_class.store_beside(config.backend_options(weakref.ref(app)))
+        self.ledger: Ledger = open_ledger(config, app, self, engine, beside)
+        self.producer: Producer | None = None
+        self.consumer: Consumer | None = None
+        if isinstance(self.ledger, SharedLedger) and engine is not None:
+            self.ledger.engine = engine_holder(engine)
+            self.producer = Producer(self, self.ledger)
+            self.consumer = Consumer(self, self.ledger)
+            register(app, self.name, self.consumer)
 
     def _set_config(self, config: Config) -> None:
         self._backend_class = _backend_class(config)
@@ -103,10 +135,26 @@ class Binding(JobChannel):
         with self._lock:
             if self._closed:
                 self.services = self._make_services()
+            former = self._change_engine(config)
             self._set_config(config)
             backend, self._backend = self._backend, None
         if backend is not None:
             backend.shutdown(wait=False)
+        if former is not None:
+            former.close(wait=False)
+
+    def _change_engine(self, config: Config) -> Ledger | None:
+        """Where jobs are recorded depends on whose they are, an engine's or ours; the former ledger, if it changes."""
+        app, backend_class = self.app, _backend_class(config)
+        if backend_class.engine == self._backend_class.engine or app is None:
+            return None
+        left = self.waiting_for()
+        if left:
+            allowed = f"what it was until {_names(left)} have ended: call shutdown()"
+            raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, allowed)
+        former, self._backend_class = self.ledger, backend_class
+        self._open(config, app)
+        return former
 
     @property
     def backend(self) -> Backend:
@@ -118,7 +166,10 @@ class Binding(JobChannel):
                 if backend is None:
                     leave_in_order(self)
                     self._warn_of_late_settings()
-                    backend = self._backend_class(self.config.backend_options(self._app, self.initializers))
+                    options = self.config.backend_options(self._app, self.initializers)
+                    if isinstance(self.ledger, SharedLedger):
+                        options = replace(options, refuse=weakly(self.ledger.refuse))
+                    backend = self._backend_class(replace(options, start=_starter(self)))
                     if self._closed:
                         backend.shutdown()
                     self._backend = backend
@@ -146,9 +197,10 @@ class Binding(JobChannel):
             logger.exception("The services cannot be started.")
 
     def _make_services(self) -> Services:
-        return Services(self, self._service_options, self._executor.services, self._executor.handlers)
+        return Services(self, self.worker_options, self._executor.services, self._executor.handlers)
 
-    def _service_options(self) -> BackendOptions:
+    def worker_options(self) -> BackendOptions:
+        """What worker processes are made from."""
         return self.config.backend_options(self._app, self.initializers)
 
     @property
@@ -182,12 +234,69 @@ class Binding(JobChannel):
         :raises QueueFull: if too many jobs wait.
         :raises ExecutorShutdown: after :meth:`shutdown`.
         """
+        return self._start(self._accept(context, options, fn, args, kwargs))
+
+    def _accept(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Call[FutureProxy[Any]]:
         if options.key is None:
-            return self._start(self._prepare(context, options, fn, args, kwargs, self._limit()))
+            return self._prepare(context, options, fn, args, kwargs, self._limit())
         _, call = self._take_key(options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit()))
         if call is None:
             raise KeyExists(options.key)
-        return self._start(call)
+        return call
+
+    def hold(
+        self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Held:
+        """Accept a job as :meth:`submit` does, for somebody else to start or to drop.
+
+        Whatever can be wrong with it is raised now; when it is started nobody could do anything about it.
+        """
+        call = self._accept(context, options, fn, args, kwargs)
+        try:
+            self.unfinished.hold(call.future)
+            self.backend.pack(call)
+            self._announce(call)
+            if self.producer is not None:
+                self.producer.keep(call)
+        except BaseException as error:
+            self._refuse(call.future, error)
+        held = Held(call, self._start_held, self._drop, self.ledger.later)
+        self._held.add(held)
+        return held
+
+    def _start_held(self, call: Call[FutureProxy[Any]], *, again: bool = False) -> None:
+        if Future.done(call.future):  # cancelled meanwhile
+            return
+        self.unfinished.release(call.future)
+        try:
+            call.backend = self.backend
+            if self.producer is None:
+                call.backend.enqueue(call)
+            else:
+                self.producer.send_kept(call)
+        except EngineUnavailable as error:  # but the job was accepted, and has to start when the engine is back
+            if not again:
+                logger.warning("Job %s (%s) was to start after a commit, and waits: %s", *_called(call), error)
+            error.__traceback__ = None  # which has the transaction
+            self._waiting.add(
+                call, error, _AGAIN, lambda: self.ledger.later(lambda: self._start_held(call, again=True))
+            )
+        except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
+            logger.exception("Job %s (%s) was to start after a commit, and cannot.", *_called(call))
+            self._drop(call)
+
+    def _drop(self, call: PreparedCall) -> None:
+        """Cancel a job that was to start later; its key is free, when the store is there."""
+        try:
+            if call.future.cancel():
+                self.make_way(call.job.id)
+        except StoreUnavailable as error:
+            logger.info("Job %s (%s) is cancelled when the store is back: %s", *_called(call), error)
+            self._waiting.add(call, error, _AGAIN, lambda: self.ledger.later(lambda: self._drop(call)))
+        except Exception:
+            logger.exception("Job %s (%s) could not be cancelled.", *_called(call))
 
     def submit_once(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -303,39 +412,79 @@ class Binding(JobChannel):
                 options = replace(options, timeout=self.config.timeout)
         elif options.timeout == math.inf:
             options = replace(options, timeout=None)
+        if not apart:
+            self._check_supported(options)
         job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
         if options.meta is not None:
             job.meta = dict(options.meta)
+        if self.producer is not None and not apart and context is not IN_PLACE:
+            return self.producer.prepare(job, fn, args, kwargs, context, options)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
         if not self.unfinished.add(call, limit, apart=apart):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
 
+    def _check_supported(self, options: JobOptions) -> None:
+        backend = self._backend_class
+        for asked, supported, what in (
+            (options.priority, backend.supports_priority, "give jobs a priority"),
+            (options.delay, backend.supports_delay, "start jobs later"),
+        ):
+            if asked and not supported:
+                key = self.config.key("EXECUTOR_TYPE")
+                raise Unsupported(f"{backend.__name__} ({key}) cannot {what}: leave that out, or choose another type")
+
+    def waiting_for(self) -> list[FutureProxy[Any]]:
+        """The handles of this process whose jobs have not ended, oldest first."""
+        sent = [] if self.producer is None else self.producer.unfinished()
+        return [*self.unfinished.all(), *sent]
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until there is none left, at most so many seconds; whether that is so."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self.unfinished.wait(timeout):
+            return False
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return self.producer is None or self.producer.wait(left)
+
     def _limit(self) -> int | None:
         pending = self.config.max_pending
-        if pending is None or self.backend.capacity is None:
+        if pending is None or self.producer is not None or self.backend.capacity is None:
             return None
         return self.backend.capacity + pending
 
     def _start(self, call: Call[FutureProxy[Any]], backend: Backend | None = None) -> FutureProxy[Any]:
         future = call.future
         try:
-            self.ledger.add(call)
-            if self._own_callbacks or self._default_callbacks:
-                for callback in (*self._own_callbacks, *self._default_callbacks):
-                    future.add_done_callback(callback)
-            if job_queued.receivers:
-                self._send(job_queued, call.job.record())
+            self._announce(call)
             call.backend = backend or self.backend
-            call.backend.enqueue(call)
+            if call.delay and call.backend.engine is None and call.backend.capacity is not None:
+                self._start_later(call)
+            elif self.producer is not None and self.producer.has(future):
+                self.producer.send(call)
+            else:
+                call.backend.enqueue(call)
         except BaseException as error:
             self._refuse(future, error)
         return future
 
+    def _start_later(self, call: Call[FutureProxy[Any]]) -> None:
+        error = ExecutorShutdown(f"job {call.job.name} has not started: its process has ended before its time came")
+        self._waiting.add(call, error, call.delay, lambda: self._run_again(call, error))
+
+    def _announce(self, call: Call[FutureProxy[Any]]) -> None:
+        self.ledger.add(call)
+        if self._own_callbacks or self._default_callbacks:
+            for callback in (*self._own_callbacks, *self._default_callbacks):
+                call.future.add_done_callback(callback)
+        if job_queued.receivers:
+            self._send(job_queued, call.job.record())
+
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
         """A call was not accepted. Somebody may have found it by key meanwhile: end it, do not just drop it."""
-        if not future.cancel():
+        refused = self.producer is not None and self.producer.refused(future)
+        if not refused and not future.cancel():
             # It has run, or a worker has got it all the same: a pool that could not start one more thread.
             if isinstance(error, Exception):
                 return
@@ -413,6 +562,11 @@ class Binding(JobChannel):
 
     # ---- the channel ----
 
+    @property
+    def channel(self) -> JobChannel:
+        """What calls report to."""
+        return self
+
     def started(self, job: LiveJob) -> None:
         self.ledger.stepped(job)
         if job_started.receivers:
@@ -455,7 +609,7 @@ class Binding(JobChannel):
 
     def withdraw(self, future: Future[Any]) -> bool:
         call = self.unfinished.get(future)
-        if call is None or self._retries.discard(call):
+        if call is None or self._waiting.discard(call):
             return True
         return call.backend is None or call.backend.withdraw(call)
 
@@ -466,7 +620,7 @@ class Binding(JobChannel):
                 return True
             attempt = call.job.attempt
             if self._ask_to_leave(call, attempt, JobStatus.STOPPED):
-                self._force_after(self.config.stop_grace if grace is None else grace, call, attempt)
+                self._force_after(self._grace(call) if grace is None else grace, call, attempt)
                 return True
         return False
 
@@ -479,7 +633,10 @@ class Binding(JobChannel):
 
     def out_of_time(self, call: PreparedCall, attempt: int) -> None:
         if self._ask_to_leave(call, attempt, JobStatus.TIMED_OUT):
-            self._force_after(self.config.stop_grace, call, attempt)
+            self._force_after(self._grace(call), call, attempt)
+
+    def _grace(self, call: PreparedCall) -> float:
+        return self.config.stop_grace if call.grace is None else call.grace
 
     def _ask_to_leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> bool:
         """Ask a running job to leave; False when this attempt does not run any more."""
@@ -503,14 +660,16 @@ class Binding(JobChannel):
     def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
         if call.future.done():  # cancelled in the instant in which it was queued again
             return
+        if self.consumer is not None and self.consumer.postpone(call, delay):
+            return
         self.ledger.stepped(call.job)
         if self._closed:
             call.give_up(error)
         elif self._backend is None or self._backend.capacity is None:
             self._run_again(call, error)
         else:
-            self._retries.add(call, error, delay, lambda: self._run_again(call, error))
-            if self._closed and self._retries.discard(call):  # since it was asked above
+            self._waiting.add(call, error, delay, lambda: self._run_again(call, error))
+            if self._closed and self._waiting.discard(call):  # since it was asked above
                 call.give_up(error)
 
     def _run_again(self, call: PreparedCall, error: BaseException) -> None:
@@ -528,7 +687,7 @@ class Binding(JobChannel):
 
     def _aside(self, fn: Callable[[], object]) -> None:
         backend, callbacks = self._backend, callbacks_of_this_thread()
-        if callbacks is not None:
+        if callbacks is not None:  # as in the threads that look after worker processes
             callbacks.run(fn)
         elif backend is not None:
             backend.aside(fn)
@@ -557,15 +716,16 @@ class Binding(JobChannel):
         """How it is doing now."""
         jobs = [future.record() for future in self.unfinished.all()]
         waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
-        return Health(
-            workers=self._backend.workers if self._backend else 0,
+        health = Health(
+            workers=self._backend.workers if self._backend and self.producer is None else 0,
             busy=sum(job.status == JobStatus.RUNNING for job in jobs),
             waiting=len(waiting),
-            oldest_wait=max((time.time() - job.queued_at for job in waiting), default=0.0),
+            oldest_wait=oldest_wait(waiting),
             store_reachable=self._store_is_reachable(),
             accepting=not self._closed,
             services=self.services.statuses(),
         )
+        return health if self.producer is None else self.producer.health(health)
 
     def _store_is_reachable(self) -> bool:
         try:
@@ -577,7 +737,11 @@ class Binding(JobChannel):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more jobs, and let those that were accepted end."""
+        if self.producer is not None and wait and not cancel_futures and not self._closed:
+            self.producer.check_workers()
         self._close(wait=wait, cancel_futures=cancel_futures)
+        if wait:
+            self.wait(None)
         self.services.close(wait=wait)  # after the jobs, which may use them
         self.ledger.close(wait=wait)
 
@@ -585,8 +749,20 @@ class Binding(JobChannel):
         with self._lock:
             self._closed = True
             backend = self._backend
-        for call, error in self._retries.clear():
-            call.give_up(error)
+        for call, error in self._waiting.clear():
+            if self.producer is not None or call.future.cancelled():  # it waits for the engine, or the store
+                self._drop(call)
+            elif call.job.attempt > 1 or not call.future.cancel():
+                call.give_up(error)
+        if self.consumer is not None:
+            self.consumer.close(wait=wait)
+        for held in list(self._held):
+            if held.waits and not Future.done(held.future):
+                left = _names([held.future])
+                logger.warning("The executor is shut down, and %s does not wait for a commit any more.", left)
+            held.drop()
+        if self.producer is not None and cancel_futures:
+            self.producer.cancel_all()
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
@@ -600,6 +776,8 @@ class Binding(JobChannel):
                 self._cut_off()
         if self._backend is not None:
             self._backend.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
+        if self.consumer is not None:
+            self.consumer.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
         self.services.leave(max(deadline, time.monotonic() + self.config.stop_grace))
         self.ledger.give_up(self.config.stop_grace)
         self.ledger.close(wait=False)
@@ -627,8 +805,15 @@ class Binding(JobChannel):
     def after_fork(self) -> None:
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""
         self._lock = threading.RLock()
-        self._retries = Retries()
+        self._waiting = Waiting()
+        for held in list(self._held):  # the parent's
+            held.forget()
+        self._held.clear()
         self._backend = None
+        if self.producer is not None:
+            self.producer.after_fork()
+        if self.consumer is not None:
+            self.consumer.after_fork()
         self.services.after_fork()
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
             self.unfinished = Unfinished()
@@ -640,16 +825,38 @@ class Binding(JobChannel):
             self.ledger.abandoned(future.abandon())
 
 
+def _starter(binding: Binding) -> Callable[[Callable[..., Any], Args, Kwargs], FutureProxy[Any]]:
+    """What starts a job without contexts; without keeping the app alive, which takes its backend along."""
+    reference = weakref.ref(binding)
+
+    def start(fn: Callable[..., Any], args: Args, kwargs: Kwargs) -> FutureProxy[Any]:
+        alive = reference()
+        if alive is None:
+            raise RuntimeError("the app of this backend is gone")
+        return alive.submit(NO_CONTEXT, JobOptions(), fn, args, kwargs)  # type: ignore[arg-type]
+
+    return start
+
+
+def _called(call: PreparedCall) -> tuple[str, str]:
+    return call.job.name, call.job.id
+
+
 def _names(futures: Sequence[FutureProxy[Any]]) -> str:
     """Some jobs in words: ``3 jobs (render, render, mail)``."""
-    names = [future.record().name for future in futures[:5]] + ["..."] * (len(futures) > 5)
+    names = [future.name for future in futures[:5]] + ["..."] * (len(futures) > 5)
     return f"{len(futures)} {'job' if len(futures) == 1 else 'jobs'} ({', '.join(names)})"
 
 
 def _backend_class(config: Config) -> type[Backend]:
+    if ":" not in config.type:
+        key = config.key("EXECUTOR_TYPE")
+        return plugins.load_plugin(plugins.BACKENDS, config.type, Backend, key, config.type)  # type: ignore[type-abstract]
     try:
         backend_class = import_string(config.type)
     except ImportStringError as error:
+        if isinstance(error.exception, MissingExtra):
+            raise error.exception from error
         raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, f"importable ({error.exception})") from error
     if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
         raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, "a subclass of flask_executor.abc.Backend")

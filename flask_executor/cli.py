@@ -20,7 +20,6 @@ import click
 from flask import current_app
 from flask.cli import AppGroup, NoAppException
 
-from flask_executor.abc import StopRequest
 from flask_executor.bindings import Binding
 from flask_executor.console import (
     called,
@@ -37,10 +36,11 @@ from flask_executor.console import (
     terminal_size,
 )
 from flask_executor.doctor import examine
-from flask_executor.exceptions import ExecutorError
+from flask_executor.exceptions import EngineUnavailable, ExecutorError
 from flask_executor.executor import Executor
 from flask_executor.helpers import safe_repr
 from flask_executor.jobs import Job, JobStatus
+from flask_executor.producer import sealer_of
 from flask_executor.records import decode_key, encode_key
 from flask_executor.sharing import SharedLedger
 
@@ -135,7 +135,7 @@ def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_
     job = _find(binding, ledger, text)
     had_ended = job.status.ended
     if not had_ended:
-        ledger.store.ask_to_stop(StopRequest(id=job.id, grace=grace))
+        ledger.handle(job).stop(grace)
         seconds = binding.config.stop_grace if grace is None else grace
         if wait:
             job = _follow(binding, ledger, job, min(seconds, _MOST_GRACE) + _PATIENCE)
@@ -165,6 +165,26 @@ def services(as_json: bool) -> None:
     for line in () if as_json else service_table(found):
         click.echo(line)
     sys.exit(0 if all(service.ready == service.workers for service in found) else 1)
+
+
+@group.command()
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many run jobs.")
+@click.option("--burst", is_flag=True, help="End when the queue is empty.")
+def worker(processes: int, burst: bool) -> None:
+    """Run jobs that web apps have sent to a queue, until Ctrl-C or SIGTERM."""
+    _, binding = _chosen()
+    if binding.consumer is None:
+        key = binding.config.key("EXECUTOR_TYPE")
+        raise click.ClickException(
+            f"Jobs are run by the web app itself: set {key} to 'rq', 'celery' or 'dask' to have workers run them."
+        )
+    sealer_of(binding.app)  # without a key it would take jobs from the queue and could not even say what is wrong
+    many = "1 process" if processes == 1 else f"{processes} processes"
+    click.echo(f"{many} for jobs from {binding.backend.engine}, queue {binding.config.queue!r}. Ctrl-C to end.")
+    try:
+        binding.consumer.serve(processes=processes, burst=burst)
+    except EngineUnavailable as error:
+        raise click.ClickException(str(error)) from error
 
 
 @group.command()

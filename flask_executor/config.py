@@ -6,10 +6,11 @@ import difflib
 import math
 import multiprocessing
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from flask_executor import plugins
 from flask_executor.abc import BackendOptions
 from flask_executor.exceptions import ConfigError
 from flask_executor.helpers import without_password
@@ -25,6 +26,9 @@ BACKENDS = {
     "thread": "flask_executor.backends.thread:ThreadBackend",
     "process": "flask_executor.backends.process:ProcessBackend",
     "immediate": "flask_executor.backends.immediate:ImmediateBackend",
+    "rq": "flask_executor.backends.rq:RQBackend",
+    "celery": "flask_executor.backends.celery:CeleryBackend",
+    "dask": "flask_executor.backends.dask:DaskBackend",
 }
 #: What the url in ``EXECUTOR_STORE`` may begin with, and where the stores are.
 STORES = {
@@ -48,9 +52,10 @@ def _type(value: object) -> str:
         name = value.strip()
         if name in BACKENDS:
             return BACKENDS[name]
-        if _IMPORT_STRING.match(name):
+        if _IMPORT_STRING.match(name) or name in plugins.plugin_names(plugins.BACKENDS):
             return name
-    raise _RefusedError(f"{_one_of(BACKENDS)}, or 'package.module:Class' for a backend of your own")
+    names = dict.fromkeys([*BACKENDS, *plugins.plugin_names(plugins.BACKENDS)])
+    raise _RefusedError(f"{_one_of(names)}, or 'package.module:Class' for a backend of your own")
 
 
 def _store(value: object) -> str:
@@ -59,7 +64,10 @@ def _store(value: object) -> str:
         scheme, _, place = text.partition("://")
         if text in ("memory", "sqlite") or (scheme in STORES and place.strip("/")):
             return text
-    raise _RefusedError("'memory', 'sqlite' (a file in the instance folder), 'sqlite:///path' or 'redis://host:6379/0'")
+        if "://" in text and scheme not in STORES and scheme in plugins.plugin_names(plugins.STORES):
+            return text
+    places = ["sqlite:///path", "redis://host:6379/0", *(f"{name}://" for name in plugins.plugin_names(plugins.STORES))]
+    raise _RefusedError(f"'memory', 'sqlite' (a file in the instance folder), {_one_of(places, ' or')}")
 
 
 def _track(value: object) -> str:
@@ -168,8 +176,21 @@ def _text_or_none(value: object) -> str | None:
     raise _RefusedError("a string such as 'shop:app' or 'shop:create_app()', or None")
 
 
-def _one_of(names: Mapping[str, str]) -> str:
-    return ", ".join(map(repr, names))
+def _engine_url(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    raise _RefusedError("a url such as 'redis://host:6379/0' or 'tcp://host:8786', or None")
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise _RefusedError("a name")
+
+
+def _one_of(names: Iterable[str], last: str = ",") -> str:
+    *others, final = map(repr, names)
+    return f"{', '.join(others)}{last} {final}"
 
 
 def _key(name: str, default: object, coerce: Callable[[object], Any]) -> Any:
@@ -186,7 +207,9 @@ class Config:
 
     #: The executor's name, in capitals and with an underscore, or the empty string.
     prefix: str
-    #: Import string of the backend's class.
+    #: The executor's name.
+    name: str = ""
+    #: Import string of the backend's class, or the name of another package's.
     type: str = _key("EXECUTOR_TYPE", "thread", _type)
     #: Most jobs at a time; None for the standard library's choice.
     max_workers: int | None = _key("EXECUTOR_MAX_WORKERS", None, _count_or_none)
@@ -223,6 +246,11 @@ class Config:
     #: Most records of ended jobs that are kept.
     store_max_records: int = _key("EXECUTOR_STORE_MAX_RECORDS", 10_000, _count)
 
+    #: Where the broker or scheduler of an engine is.
+    url: str | None = _key("EXECUTOR_URL", None, _engine_url)
+    #: The name of the queue there.
+    queue: str = _key("EXECUTOR_QUEUE", "default", _name)
+
     #: Url of an image on the page that waits, or None.
     waiting_image: str | None = _key("EXECUTOR_WAITING_IMAGE", None, _url_or_none)
     #: Whether type and message of a job's exception are shown on pages and told over HTTP.
@@ -248,7 +276,7 @@ class Config:
                 parsed[entry.name] = entry.metadata["coerce"](value)
             except _RefusedError as refused:
                 raise ConfigError(key, without_password(value), str(refused)) from None
-        return cls(prefix=prefix, **parsed)
+        return cls(prefix=prefix, name=executor_name, **parsed)
 
     def changed(self, values: Mapping[str, Any]) -> list[str]:
         """The keys that say something else in ``app.config`` than when it was read."""
@@ -286,6 +314,10 @@ class Config:
             max_tasks_per_child=self.max_tasks_per_child,
             initializers=initializers,
             exit_grace=self.stop_grace,
+            executor_name=self.name,
+            url=self.url,
+            queue=self.queue,
+            shutdown_timeout=self.shutdown_timeout,
         )
 
 

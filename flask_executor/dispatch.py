@@ -125,15 +125,15 @@ class Dispatcher:
             self._left.append(task)
             self._wake_up()
 
-    def deliver(self, message: Told, *, retried: bool = False) -> None:
+    def deliver(self, message: Told, *, expected: bool = False) -> None:
         """Send a message to a job; it is kept until that begins.
 
-        :param retried: whether it is kept also if the job is not here, as its next attempt may be.
+        :param expected: whether it is kept also if the job is not here, as it, or its next attempt, may come.
         """
         with self._lock:
             task = self._tasks.get(message.id)
             if task is None:
-                if retried:
+                if expected:
                     self._early.setdefault(message.id, []).append(message)
                     if len(self._early) > _MOST_MAIL:  # of jobs that came no more
                         del self._early[next(iter(self._early))]

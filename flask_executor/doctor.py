@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flask_executor.apps import find_import_string
-from flask_executor.exceptions import StoreUnavailable
+from flask_executor.exceptions import EngineUnavailable, StoreUnavailable
 from flask_executor.executor import Executor, ExecutorJob
 from flask_executor.helpers import describe_error
 from flask_executor.holders import this_holder
@@ -32,7 +32,7 @@ from flask_executor.sharing import SharedLedger
 if TYPE_CHECKING:
     from flask import Flask
 
-    from flask_executor.abc import JobStore
+    from flask_executor.abc import Backend, JobStore
     from flask_executor.bindings import Binding
     from flask_executor.config import Config
 
@@ -77,9 +77,11 @@ def examine(app: Flask, executor: Executor, binding: Binding) -> list[Finding]:
     config, server = binding.config, read_server(os.environ, Path.cwd())
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     findings = [*check_type(config)]
+    if binding.producer is not None:
+        findings += check_engine(config, binding.backend)
     if isinstance(binding.ledger, SharedLedger):
         findings += check_store(config, binding.ledger.store)
-        findings += check_secret_key(config, app.config.get("SECRET_KEY"))
+        findings += check_secret_key(config, app.config.get("SECRET_KEY"), signs_jobs=binding.producer is not None)
     else:
         findings += check_memory(config, server)
     if binding.remote:
@@ -230,12 +232,18 @@ def check_records(config: Config, ended: int) -> Iterator[Finding]:
         yield Finding(level="warning", check="records", found=found, advice=advice)
 
 
-def check_secret_key(config: Config, secret_key: Any) -> Iterator[Finding]:
-    """What signs the results in the store: whoever can forge one runs code in the app."""
+def check_secret_key(config: Config, secret_key: Any, *, signs_jobs: bool = False) -> Iterator[Finding]:
+    """What signs the results in the store: whoever can forge one runs code in the app.
+
+    :param signs_jobs: whether calls are signed, too, on their way to an engine.
+    """
     advice = """Make one with: python -c "import secrets; print(secrets.token_hex())"; the same for all processes."""
     length = len(secret_key or "")
     text = secret_key.decode(errors="replace") if isinstance(secret_key, bytes) else str(secret_key or "")
-    if not length and config.store.startswith("sqlite"):
+    if not length and signs_jobs:
+        found = "There is no SECRET_KEY: jobs are signed with it on their way, and submit() refuses to go without."
+        yield Finding(level="problem", check="SECRET_KEY", found=found, advice=advice)
+    elif not length and config.store.startswith("sqlite"):
         found = "There is no SECRET_KEY: results in the store are not signed, and only its file mode protects them."
         yield Finding(level="warning", check="SECRET_KEY", found=found, advice=advice)
     elif not length:
@@ -260,6 +268,28 @@ def check_type(config: Config) -> Iterator[Finding]:
         yield Finding(level="warning", check="type", found=found, advice=f"Outside of tests set {key} to 'thread'.")
     else:
         yield Finding(level="ok", check="type", found=f"Jobs run on {name}.")
+
+
+def check_engine(config: Config, engine: Backend) -> Iterator[Finding]:
+    """Whether the engine that carries jobs to workers answers, and has workers."""
+    if engine.engine == "dask" and config.url is None:
+        found = "Each process that submits jobs starts workers of its own for them."
+        yield Finding(level="ok", check="workers", found=found)
+        return
+    try:
+        workers = engine.workers
+    except EngineUnavailable as error:
+        advice = f"Mend that, or change {config.key('EXECUTOR_URL')}; until then submit() raises this error."
+        yield Finding(level="problem", check="workers", found=str(error), advice=advice)
+        return
+    if workers:
+        found = f"{workers} {'worker looks' if workers == 1 else 'workers look'} at queue {config.queue!r}."
+        yield Finding(level="ok", check="workers", found=found)
+    else:
+        found = f"No worker looks at queue {config.queue!r} of {engine.engine}: jobs stay queued until one does."
+        same = f"{config.key('EXECUTOR_URL')} and {config.key('EXECUTOR_QUEUE')}"
+        advice = f"Start some with 'flask executor worker'; if some run, compare {same}."
+        yield Finding(level="warning", check="workers", found=found, advice=advice)
 
 
 def start_method(config: Config) -> str:

@@ -79,18 +79,22 @@ class KeyExists(ExecutorError, ValueError):
 
 
 class QueueFull(ExecutorError):
-    """So many jobs are waiting that another one was refused.
+    """So many jobs are waiting that another one was refused; or so many messages for a job.
 
     :param key: the config key that sets the bound.
     :param limit: the bound, in waiting jobs.
+    :param text: what to say instead, where no jobs wait.
     """
 
-    def __init__(self, key: str, limit: int) -> None:
-        super().__init__(key, limit)
+    def __init__(self, key: str, limit: int, text: str | None = None) -> None:
+        super().__init__(key, limit, text)
         self.key = key
         self.limit = limit
+        self.text = text
 
     def __str__(self) -> str:
+        if self.text is not None:
+            return self.text
         return (
             f"As many jobs wait as {self.key} allows ({self.limit}); this one was not accepted. "
             "Try again later (in a view: answer 503 with Retry-After), or raise the limit."
@@ -175,6 +179,27 @@ class StoreUnavailable(ExecutorError, ConnectionError):
 
     def __str__(self) -> str:
         return f"The job store {self.where} is not available: {self.why}"
+
+
+class Unsupported(ExecutorError, NotImplementedError):
+    """The backend cannot do what was asked for."""
+
+
+class EngineUnavailable(ExecutorError, ConnectionError):
+    """The broker or scheduler that jobs are sent to cannot be reached; the job was not accepted.
+
+    :param what: what is there: Redis, a broker, a scheduler.
+    :param url: where.
+    :param key: the config key that says where.
+    :param why: what is wrong.
+    """
+
+    def __init__(self, what: str, url: str, key: str, why: str) -> None:
+        super().__init__(what, url, key, why)
+        self.what, self.url, self.key, self.why = what, url, key, why
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.url} ({self.key}) cannot be reached: {self.why}"
 
 
 class RemoteTraceback(ExecutorError):

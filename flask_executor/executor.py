@@ -6,6 +6,7 @@ import concurrent.futures
 import functools
 import gc
 import inspect
+import math
 import re
 import time
 import weakref
@@ -18,6 +19,7 @@ from flask import Flask, request_started
 
 from flask_executor.abc import Health, JobRecords
 from flask_executor.bindings import Binding
+from flask_executor.commits import commits_of
 from flask_executor.config import Config
 from flask_executor.context import CapturedContext, current_app_or_none
 from flask_executor.exceptions import AppNotFound, NotPicklable
@@ -34,6 +36,7 @@ from flask_executor.services import Service, ServiceDefinition
 from flask_executor.waiting import require_request, result_or_answer, starts_anew, store_at_hand
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
     from typing_extensions import Unpack
 
 __all__ = ["Executor", "ExecutorJob", "ExecutorWithOptions", "propagate_exceptions_callback"]
@@ -167,6 +170,54 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         return self._submit(replace(self._defaults, key=_checked_key(key)), fn, args, kwargs, once=True)
 
+    def submit_later(self, /, seconds: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+        """As :meth:`submit`, with a job that does not start before ``seconds`` have passed; it is queued until then.
+
+        With type ``rq``, ``celery`` or ``dask`` it waits there, and does not need this process. With ``thread`` and
+        ``process`` it waits in the memory of this process, and is cancelled when that ends. With ``immediate`` it does
+        not wait.
+
+        :raises ValueError: for a number of seconds that cannot be used.
+        """
+        return self._submit(_delayed(self._defaults, seconds), fn, args, kwargs)
+
+    def submit_after_commit(
+        self, /, session: Session | scoped_session[Any], fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> FutureProxy[T]:
+        """As :meth:`submit`, but the job starts when a session of SQLAlchemy has committed, and not if it rolls back.
+
+        .. code-block:: python
+
+            @app.post("/orders")
+            def order():
+                order = Order(**request.form)
+                db.session.add(order)
+                db.session.flush()      # gives it its id
+                executor.submit_after_commit(db.session, send_receipt, order.id)
+                db.session.commit()     # starts the job
+                return "thanks", 201
+
+        It starts at the end of the outermost transaction that the session is in, or else begins now, so that it finds
+        in the database what was committed; several start in the order of these calls. When that transaction is rolled
+        back, or the savepoint in which this was called, or the session is closed or thrown away, the job is cancelled
+        and its key is free.
+
+        All but the start happens now: the contexts are captured, a place in the queue and the key are taken, and what
+        goes to a worker process is pickled. So what can be refused is refused while it can still be rolled back, and
+        ``commit()`` raises nothing on account of a job. What goes wrong there all the same, with a broker that cannot
+        be reached, say, is logged, and the job is cancelled.
+
+        :param session: a :class:`sqlalchemy.orm.Session`, or a ``scoped_session`` such as ``db.session`` of
+            Flask-SQLAlchemy.
+        :return: the handle of the job, ``queued`` until then. To wait for it before the commit is to wait for ever;
+            :meth:`wait` and :func:`~flask_executor.testing.drain` do not.
+        :raises TypeError: for what is no session.
+        :raises RuntimeError: for a session that begins no transactions by itself, and is in none.
+        :raises MissingExtra: without SQLAlchemy.
+        :raises NotPicklable: for a job that cannot be sent to a worker process.
+        """
+        return self._submit_after_commit(self._defaults, session, fn, args, kwargs)
+
     def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of the job under this key, started now if there is none; in a view.
 
@@ -266,7 +317,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     ) -> Callable[[Callable[P, T]], ExecutorJob[P, T]]: ...
 
     def job(self, fn: Any = None, /, **options: Any) -> Any:
-        """Decorator: give a function ``submit``, ``submit_stored``, ``submit_once``, ``map`` and ``options``.
+        """Decorator: give a function ``submit`` and its relatives, ``map`` and ``options``.
 
         It stays an ordinary function otherwise. Works before and after :meth:`init_app`.
 
@@ -432,7 +483,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
     def unfinished(self) -> list[FutureProxy[Any]]:
         """The handles of all jobs in this process that have not ended, of all apps."""
-        return [*chain.from_iterable(binding.unfinished.all() for _, binding in self._bound())]
+        return [*chain.from_iterable(binding.waiting_for() for _, binding in self._bound())]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no job is left in this process, its callbacks included, of all apps, and the store knows it.
@@ -442,7 +493,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         for _, binding in self._bound():
-            if not binding.unfinished.wait(None if deadline is None else deadline - time.monotonic()):
+            if not binding.wait(None if deadline is None else deadline - time.monotonic()):
                 return False
             if not binding.ledger.flush(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return False
@@ -467,7 +518,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     # ---- the work ----
 
     def _bound(self) -> list[tuple[Flask, Binding]]:
-        return [(app, app.extensions[_BINDINGS][self]) for app in list(self._apps)]
+        found = [(app, self._bound_to(app)) for app in list(self._apps)]
+        return [(app, binding) for app, binding in found if binding is not None]
 
     def _bound_to(self, app: Flask) -> Binding | None:
         binding: Binding | None = app.extensions.get(_BINDINGS, {}).get(self)
@@ -523,6 +575,16 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         context = CapturedContext(app, binding.config.push_app_context)
         submit = binding.submit_once if once else binding.submit
         return submit(context, options, fn, args, kwargs)
+
+    def _submit_after_commit(
+        self, options: JobOptions, session: Any, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> FutureProxy[Any]:
+        _check_callable(fn)
+        app, binding = self._binding()
+        commits = commits_of(session)
+        held = binding.hold(CapturedContext(app, binding.config.push_app_context), options, fn, args, kwargs)
+        commits.add(held)
+        return held.future
 
     def _options_of(self, fn: Callable[..., Any]) -> JobOptions:
         """The options that a function brings along."""
@@ -581,6 +643,16 @@ class ExecutorWithOptions:
         """As :meth:`Executor.submit_once`."""
         return self._executor._submit(self._with_key(key), fn, args, kwargs, once=True)
 
+    def submit_later(self, /, seconds: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+        """As :meth:`Executor.submit_later`; with a key as :meth:`Executor.submit_stored`."""
+        return self._executor._submit(_delayed(self._options, seconds), fn, args, kwargs)
+
+    def submit_after_commit(
+        self, /, session: Session | scoped_session[Any], fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> FutureProxy[T]:
+        """As :meth:`Executor.submit_after_commit`."""
+        return self._executor._submit_after_commit(self._options, session, fn, args, kwargs)
+
     def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As :meth:`Executor.result_or_202`."""
         return self._executor._result_or_202(self._with_key(key), fn, args, kwargs)  # type: ignore[no-any-return]
@@ -634,6 +706,16 @@ class ExecutorJob(Generic[P, T]):
     def submit_once(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`Executor.submit_once`."""
         return self._submitter.submit_once(key, self._submitted, *args, **kwargs)
+
+    def submit_later(self, /, seconds: float, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
+        """As :meth:`Executor.submit_later`."""
+        return self._submitter.submit_later(seconds, self._submitted, *args, **kwargs)
+
+    def submit_after_commit(
+        self, /, session: Session | scoped_session[Any], *args: P.args, **kwargs: P.kwargs
+    ) -> FutureProxy[T]:
+        """As :meth:`Executor.submit_after_commit`."""
+        return self._submitter.submit_after_commit(session, self._submitted, *args, **kwargs)
 
     def result_or_202(self, /, key: Hashable, *args: P.args, **kwargs: P.kwargs) -> T:
         """As :meth:`Executor.result_or_202`."""
@@ -696,6 +778,12 @@ def _options(
             raise ValueError(f"{', '.join(retry)} without retries: say how often the job may be run again, at most")
         given["retry"] = Retry(**retry) if base.retry is None else replace(base.retry, **retry)
     return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def _delayed(options: JobOptions, seconds: float) -> JobOptions:
+    if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
+        raise ValueError(f"seconds is {seconds!r}; it must be a number, 0 or more: submit_later(60, fn, ...)")
+    return replace(options, delay=float(seconds))
 
 
 def _results(futures: list[FutureProxy[T]], deadline: float | None) -> Iterator[T]:

@@ -125,8 +125,9 @@ class FutureProxy(Future[T]):
         :param type: any name.
         :param body: anything; where jobs run in other processes, what can be pickled.
         :return: False when the job has ended. One that is ending may not receive it.
-        :raises NotPicklable: for a body that cannot be sent to a worker process.
-        :raises RuntimeError: when another process has submitted the job: what reaches it is :meth:`stop` alone.
+        :raises NotPicklable: for a body that cannot be sent to another process.
+        :raises QueueFull: when another process has the job, and 1000 messages wait for that process in the store.
+        :raises StoreUnavailable: when another process has the job; whether it gets the message is not known then.
         """
         return self._channel.deliver(self, JobMessage(type, body))
 
@@ -463,15 +464,16 @@ class FutureCollection(Generic[F]):
         return future
 
     def _put(self, future_key: Hashable, future: F, *, keep: bool = False) -> None:
+        # Whether they are done is for their own state to say: others would have to be asked for.
         self._held[future] += 1
         futures, most = (self._kept, self._max_kept) if keep else (self._futures, self.max_length)
         futures[future_key] = future
         while most is not None and len(futures) > most:
             oldest = next(iter(futures))
-            key = next((key for key, future in futures.items() if future.done()), oldest)
+            key = next((key for key, future in futures.items() if Future.done(future)), oldest)
             future = futures.pop(key)
             self._release(future)
-            if not future.done():
+            if not Future.done(future):
                 self._left_unfinished[key] = future
 
     def _release(self, future: F) -> None:

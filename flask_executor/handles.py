@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -70,6 +71,21 @@ class Task:
         self.told: tuple[int, JobStatus] | None = None
 
 
+@contextlib.contextmanager
+def _even_of_a_daemon() -> Iterator[None]:
+    """Workers of Celery and Dask are daemons, which multiprocessing lets have no children as these would outlive them.
+
+    Ours end when their parent does.
+    """
+    config: dict[str, Any] = getattr(multiprocessing.current_process(), "_config", {})
+    daemon = config.pop("daemon", None)
+    try:
+        yield
+    finally:
+        if daemon is not None:
+            config["daemon"] = daemon
+
+
 class WorkerHandle:
     """A worker process, seen from outside, with the parent's ends of its lines."""
 
@@ -89,7 +105,8 @@ class WorkerHandle:
         )
         forking.worker = there[2]
         try:
-            self.process.start()
+            with _even_of_a_daemon():
+                self.process.start()
         except BaseException:
             self._close_lines()
             raise

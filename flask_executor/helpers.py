@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 from flask import has_request_context, request
+
+P = ParamSpec("P")
 
 _LONGEST = 5000  # characters of the description of an error
 
@@ -81,3 +85,15 @@ class InstanceProxy:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}({self._self!r})>"
+
+
+def weakly(method: Callable[P, None]) -> Callable[P, None]:
+    """A method, without keeping its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*args, **kwargs)
+
+    return call

@@ -17,6 +17,7 @@ from flask_executor.jobs import new_id
 
 #: Seconds that a holder counts as alive after it was heard of last, and after how many it lets itself be heard.
 LEASE, BEAT = 12.0, 4.0
+_ENGINE = "engine"
 
 
 def this_holder() -> str:
@@ -25,9 +26,16 @@ def this_holder() -> str:
     return f"{_machine()}.{pid}.{_own_start(pid)}.{new_id()[:8]}"
 
 
+def engine_holder(name: str) -> str:
+    """What has the jobs that wait in the queue of an engine, and is always there."""
+    return f"{_ENGINE}.0..{name}"
+
+
 def is_alive(holder: str) -> bool | None:
     """Whether the process of a holder is there; None when that cannot be told from here, and its lease has to tell."""
     machine, pid, start, _ = holder.split(".")
+    if machine == _ENGINE:
+        return True
     if machine != _machine():
         return None
     if int(pid) == os.getpid():

@@ -69,10 +69,14 @@ class JobOptions:
     owner: str | None = None
     #: Seconds that it may run.
     timeout: float | None = None
+    #: Seconds between a request to leave and force.
+    grace: float | None = None
     #: Whether and when it is run again after an error.
     retry: Retry | None = None
     #: Higher ones start first; those alike in the order of submission.
     priority: int = 0
+    #: Seconds before which it does not start.
+    delay: float = 0.0
     #: What is known of it beforehand, by name.
     meta: Mapping[str, Any] | None = None
     #: Whether its handle is held for as long as its record, however many there are.

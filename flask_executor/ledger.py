@@ -109,6 +109,10 @@ class Ledger:
         """Have written what is new; whether that was done within so many seconds."""
         return True
 
+    def later(self, fn: Callable[[], object]) -> None:
+        """Have something done that may have to wait for a store or an engine, where it holds up nobody."""
+        fn()
+
     def check(self) -> None:
         """Raise what is wrong with the store.
 

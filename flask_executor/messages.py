@@ -128,3 +128,4 @@ class Kind(enum.IntEnum):
     MESSAGE = 3  # a message, pickled
     BEGUN = 4  # nothing: a call that was relayed to a worker has begun
     GIVEN = 5  # nothing: it is given to a worker, and may begin at any time
+    CALL = 6  # a call, pickled

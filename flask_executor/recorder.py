@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from flask_executor.abc import Entry, JobStore, StopRequest
+from flask_executor.abc import Entry, JobStore, StopRequest, StoredMessage
 from flask_executor.control import RunningJob
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.helpers import describe_error
@@ -26,18 +26,20 @@ from flask_executor.logs import logger
 _INTERVAL = 0.1  # seconds between two writes of a job's progress
 _BRIEF = 0.01  # seconds for which the start of a job is not written: many have ended by then
 _TOGETHER = 0.004  # seconds for which the end of a job is not written: others may end, and one write does for all
-_LOOK = 0.2  # seconds between two looks for requests to stop
+_LOOK = 0.2  # seconds between two looks for requests to stop, and messages
 _AGAIN = 0.5  # seconds until a store that was not available is tried again
+_MOMENT = 0.002  # seconds between two looks whether a write has ended
 _MOST, _MOST_BYTES = 200, 32 << 20  # jobs and bytes that are written in one go
 
 
 class _Tracked:
     """A job, and what of it is written."""
 
-    __slots__ = ("ended", "job", "last", "outcome", "running")
+    __slots__ = ("ended", "is_kept", "job", "last", "outcome", "running")
 
-    def __init__(self, job: LiveJob) -> None:
+    def __init__(self, job: LiveJob, *, is_kept: bool) -> None:
         self.job = job
+        self.is_kept = is_kept  # written only if it is still this process's
         self.ended = False  # whether it is known what came of it; its status may have changed a moment before
         self.outcome: bytes | None = None  # to be written
         self.last: LogLine | None = None  # written last
@@ -47,10 +49,10 @@ class _Tracked:
 class Recorder:
     """The thread and what it has to do.
 
-    :param requested: called, in the thread, with requests for jobs of this process; must be quick.
+    :param requested: called, in the thread, with what others want of jobs of this process; must be quick.
     """
 
-    def __init__(self, store: JobStore, requested: Callable[[StopRequest], None]) -> None:
+    def __init__(self, store: JobStore, requested: Callable[[StopRequest | StoredMessage], None]) -> None:
         #: This process, as it is known in the store.
         self.holder = this_holder()
         self._store = store
@@ -61,11 +63,13 @@ class Recorder:
         self._later: dict[str, _Tracked] = {}
         self._soon = self._due = 0.0  # when _now and _later are due (all times monotonic)
         self._written = 0.0  # when it was written last
+        self._leased = 0.0  # until when there is a lease for others
         self._sleeps_until = 0.0  # when the thread wakes up by itself, if it sleeps
         self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
-        self._writing = False
+        self._writing: set[int] = set()  # the threads that do
         self._trouble: StoreUnavailable | None = None
         self._retracted: set[str] = set()
+        self._received: list[StoredMessage] = []  # handed on, and perhaps still in the store; the thread's
         self._closing = False
         self._disposed = False  # whether nobody will use the store any more
         self._cut_off = False  # whether what has not ended never will
@@ -73,12 +77,13 @@ class Recorder:
 
     # ---- any thread ----
 
-    def add(self, job: LiveJob, *, claimed: bool) -> None:
+    def add(self, job: LiveJob, *, claimed: bool, kept: bool = False) -> None:
         """Track a job until it has ended.
 
         :param claimed: whether its record is in the store already.
+        :param kept: whether an engine is to have it, and perhaps has it already.
         """
-        tracked = _Tracked(job)
+        tracked = _Tracked(job, is_kept=kept)
         with self._changed:
             if not self._tracked:
                 self._look = time.monotonic() + _LOOK
@@ -87,6 +92,13 @@ class Recorder:
             if not claimed:
                 self._put_later(tracked)
             self._start()
+
+    def ensure_lease(self) -> None:
+        """Have a lease for something that is not tracked, for some seconds at least."""
+        if time.monotonic() >= self._leased:
+            held = self._store.renew(self.holder)
+            self._leased = time.monotonic() + BEAT
+            self._look_after(held=held)
 
     def tracks(self, id: str) -> bool:
         """Whether the job with this id is tracked."""
@@ -125,6 +137,15 @@ class Recorder:
             for where in (self._tracked, self._now, self._later):
                 where.pop(id, None)
 
+    def release(self, id: str) -> list[LogLine]:
+        """Somebody else has the job from now on: write no more of it; the lines of its log that are not written."""
+        with self._changed:
+            while self._writing:  # perhaps this one
+                self._changed.wait(_MOMENT)
+            tracked = self._tracked.get(id)
+            self.forget(id)
+            return [] if tracked is None else tracked.job.log_after(tracked.last)
+
     def retract(self, id: str) -> None:
         """It is not known whether the store has taken this job, which was not accepted: have it removed."""
         with self._changed:
@@ -141,6 +162,23 @@ class Recorder:
             self._soon = 0.0
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not (self._now or self._later or self._writing), timeout)
+
+    def finish(self, id: str) -> None:
+        """Have the end of a job written, by the thread that calls this, which cannot go on before."""
+        with self._changed:
+            while self._writing:  # perhaps how the job stood before, which must not come after its end
+                self._changed.wait(_MOMENT)
+            tracked = self._now.pop(id, None)
+            if tracked is not None:
+                self._writing.add(threading.get_ident())
+        if tracked is not None:
+            try:
+                self._write([tracked])
+            except StoreUnavailable as error:  # the other thread goes on with it
+                self._put_back([tracked], error)
+        while self.tracks(id):
+            self.flush(None)
+            time.sleep(_MOMENT)
 
     def give_up(self, timeout: float) -> None:
         """The process ends: what has not ended by now is lost; have that written, if it takes no longer than this."""
@@ -222,7 +260,8 @@ class Recorder:
                 break
             taken.append(tracked)
             del self._now[tracked.job.id]
-        self._writing = bool(taken)
+        if taken:
+            self._writing.add(threading.get_ident())
         return taken
 
     # ---- the thread ----
@@ -285,31 +324,55 @@ class Recorder:
             self._retracted.discard(id)
         if now >= self._look:
             self._look = now + _LOOK
-            for request in self._store.take_requests(self.holder):
-                self._requested(request)
+            self._look_for_requests()
         if beats:
             self._beat = now + BEAT
             self._is_well(held=held)
             self._store.sweep()
 
+    def _look_for_requests(self) -> None:
+        """Hand on what others want; messages of jobs that are not tracked yet stay where they are."""
+        self._confirm()  # first, if that has failed: what is in the store then was not handed on
+        for request in self._store.take_requests(self.holder):
+            if isinstance(request, StopRequest):
+                self._requested(request)
+            elif self.tracks(request.id):
+                self._received.append(request)
+                self._requested(request)
+        if self._received:
+            self._look = 0.0  # there may be more
+            self._confirm()
+
+    def _confirm(self) -> None:
+        """Have messages leave the store that were handed on."""
+        if self._received:
+            self._store.received(self.holder, self._received)
+            self._received = []
+
     def _write(self, taken: list[_Tracked]) -> None:
         pairs = [(tracked, self._entry(tracked)) for tracked in taken if self._is_settled(tracked)]
-        if pairs:
-            try:
-                self._store.write([entry for _, entry in pairs])
-            except StoreUnavailable:
-                raise
-            except Exception:  # something in one of them that the store does not take
-                for _, entry in pairs:
-                    self._write_alone(entry)
+        for tracked, entry in pairs:
+            if tracked.is_kept:
+                self._store.take(entry, self.holder, lost=True, new=False)
+        self._write_all([entry for tracked, entry in pairs if not tracked.is_kept])
         with self._changed:
-            self._writing = False
+            self._writing.discard(threading.get_ident())
             for tracked, entry in pairs:
                 tracked.last = entry.log[-1] if entry.log else tracked.last
                 if entry.job.status.ended and entry.job.id not in self._now:
                     self._tracked.pop(entry.job.id, None)
             if not self._now and not self._later:
                 self._changed.notify_all()
+
+    def _write_all(self, entries: list[Entry]) -> None:
+        if entries:
+            try:
+                self._store.write(entries)
+            except StoreUnavailable:
+                raise
+            except Exception:  # something in one of them that the store does not take
+                for entry in entries:
+                    self._write_alone(entry)
 
     def _write_alone(self, entry: Entry) -> None:
         try:
@@ -344,7 +407,7 @@ class Recorder:
 
     def _put_back(self, taken: list[_Tracked], error: StoreUnavailable) -> None:
         with self._changed:
-            self._writing = False
+            self._writing.discard(threading.get_ident())
             for tracked in taken:
                 if tracked.job.id in self._tracked:
                     self._now.setdefault(tracked.job.id, tracked)
@@ -356,10 +419,14 @@ class Recorder:
     def _is_well(self, *, held: bool) -> None:
         with self._changed:
             was, self._trouble = self._trouble, None
-            if not held:  # others may have written that our jobs are lost; or the store has forgotten them
-                self._now.update(self._tracked)
+        self._look_after(held=held)
         if was is not None and was.where:
             logger.warning("The job store %s is back.", was.where)
+
+    def _look_after(self, *, held: bool) -> None:
+        if not held:  # others may have written that our jobs are lost; or the store has forgotten them
+            with self._changed:
+                self._now.update(self._tracked)
 
     def _leave(self) -> None:
         try:

@@ -94,7 +94,7 @@ def decode_meta(text: str | None) -> MappingProxyType[str, Any]:
 
 
 def encode_job(job: Job, **more: Any) -> str:
-    """A record as JSON, and what else belongs to it."""
+    """A record as JSON, and what else belongs to it, at its end."""
     fields = {name: getattr(job, name) for name in job.__dataclass_fields__}
     fields["key"] = None if job.key is None else encode_key(job.key)
     fields["meta"] = encode_meta(job)

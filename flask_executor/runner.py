@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import copyreg
 import functools
+import io
 import pickle
 import threading
 import traceback
@@ -109,6 +111,21 @@ class Call(Generic[F]):
     def priority(self) -> int:
         """Higher ones are to start first."""
         return self.options.priority
+
+    @property
+    def delay(self) -> float:
+        """Seconds before which it is not to start."""
+        return self.options.delay
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that it may run."""
+        return self.options.timeout
+
+    @property
+    def grace(self) -> float | None:
+        """Seconds between a request to leave and force; None for the executor's."""
+        return self.options.grace
 
     @property
     def retried(self) -> bool:
@@ -292,6 +309,9 @@ class PlainCall:
     """A call without contexts, for those who use a backend as the plain executor that it is."""
 
     priority = 0
+    delay = 0.0
+    timeout: float | None = None
+    grace: float | None = None
     retried = False
     backend: Backend | None = None
 
@@ -507,11 +527,27 @@ def unpack_result(payload: bytes, name: str) -> Any:
         ) from error
 
 
+class _ErrorPickler(pickle.Pickler):
+    """Pickles errors without what led to them.
+
+    tblib, which Dask brings, adds that to all errors of the process: it may be what cannot be pickled.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, BaseException):
+            reduce = copyreg.dispatch_table.get(type(value))
+            if getattr(reduce, "__module__", "").startswith("tblib"):
+                return value.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
+
 def pack_error(error: BaseException) -> bytes:
     """An error as bytes, with its traceback as text."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
-        data = pickle.dumps(error, pickle.HIGHEST_PROTOCOL)
+        file = io.BytesIO()
+        _ErrorPickler(file, pickle.HIGHEST_PROTOCOL).dump(error)
+        data = file.getvalue()
         pickle.loads(data)  # many pickle but cannot be rebuilt: those whose __init__ wants more than their args
     except BaseException:  # whatever the error's own __reduce__ or __init__ raises
         says = f"a job's error could not be sent back from its worker process; it was: {describe_error(error)}"

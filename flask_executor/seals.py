@@ -1,16 +1,21 @@
-"""What came of a job, as bytes that a store can keep: signed, as whoever can write there could make us run code."""
+"""What belongs to a job as bytes that a store can keep: signed, as whoever can write there could make us run code."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from itsdangerous import Signer
 
 from flask_executor.exceptions import UntrustedResult
 from flask_executor.messages import Kind
 
-_SALT = "flask-executor.outcome"
+if TYPE_CHECKING:
+    from flask import Flask
+
+#: What is sealed: what came of a job, the call that it is, or a message to it. One does not pass for another.
+OUTCOME, CALL, MESSAGE = "outcome", "call", "message"
 _SIGNED, _UNSIGNED = b"S", b"U"
 _SIGNATURE = 43  # bytes, of SHA-256 in base 64 without padding
 
@@ -24,11 +29,13 @@ class Sealer:
 
     :param keys: the app's secret keys, the current one last; none for an app that has no key and a store that nobody
         else can write to.
+    :param what: is sealed: OUTCOME, CALL or MESSAGE.
     """
 
-    def __init__(self, keys: Sequence[str | bytes]) -> None:
+    def __init__(self, keys: Sequence[str | bytes], what: str = OUTCOME) -> None:
         secret = [key.encode() if isinstance(key, str) else key for key in keys]
-        self._signer = Signer(secret, salt=_SALT, digest_method=hashlib.sha256) if secret else None
+        self._signer = Signer(secret, salt=f"flask-executor.{what}", digest_method=hashlib.sha256) if secret else None
+        self._what = what
 
     @property
     def signs(self) -> bool:
@@ -56,7 +63,7 @@ class Sealer:
             good = signed == _SIGNED and self._signer.verify_signature(_bound(id, mark, payload), sealed[2:begin])
         if not good:
             raise UntrustedResult(
-                f"What the store has as the result of job {id} was not signed with this app's SECRET_KEY, and is not "
+                f"What is there as the {self._what} of job {id} was not signed with this app's SECRET_KEY, and is not "
                 "unpickled. All processes of an app need the same key; a former one goes into SECRET_KEY_FALLBACKS."
             )
         return Kind(int(mark)), payload
@@ -64,3 +71,9 @@ class Sealer:
 
 def _bound(id: str, mark: bytes, payload: bytes) -> bytes:
     return b"%s:%s:%s" % (id.encode(), mark, payload)
+
+
+def secret_keys(app: Flask | None) -> list[str | bytes]:
+    """The app's secret keys, the current one last."""
+    config = {} if app is None else app.config
+    return [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]

@@ -7,15 +7,17 @@
  │ submit: claim() ──────────────────────────┼──>│ keys  │<──┼─ futures.get(key): held() ──> StoredFuture, │
  │ worker: stepped, reports, returned, ended │   │       │   │    which reads record and outcome when asked│
  │   └──> Recorder (thread): write(), renew()┼──>│ jobs  │<──┼─ jobs.get(), find(), list()                 │
- │        take_requests() <──────────────────┼───│       │<──┼─ stop(), cancel(): ask_to_stop()            │
- │   └──> requests (thread): stops the job   │   │       │───┼> Follower (thread): watch(), settles        │
+ │        take_requests() <──────────────────┼───│       │<──┼─ stop(), cancel(), send(): ask_to_stop(),   │
+ │   ├──> requests (thread): stops the job   │   │       │   │    send()                                   │
+ │   └──> mail (thread): gives it messages   │   │       │───┼> Follower (thread): watch(), settles        │
  └───────────────────────────────────────────┘   └───────┘   │    handles that somebody waits for          │
                                                              │    └──> callbacks (thread): the user's code │
                                                              └─────────────────────────────────────────────┘
 
 **Who owns what.** A record is written by the process that has the job, but for two changes that any process may make:
 ``lost``, when that process is dead, and leaving, when its time has come. A key changes hands in the store only, in one
-step. A handle is settled once, from memory where the job runs, from the store elsewhere.
+step. A handle is settled once, from memory where the job runs, from the store elsewhere. A message belongs to the store
+until the process that has the job has handed it on.
 
 **Invariants.** A job does not start before its key is claimed. Its end is written together with what came of it, so
 who sees the one finds the other. No job waits for the store: only the claim does, before it, and its process writes the
@@ -25,30 +27,43 @@ where only we can write.
 
 from __future__ import annotations
 
-import importlib
+import threading
+import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flask_executor.abc import Entry, JobChannel, JobRecords, JobStore, StopRequest, StoreOptions
-from flask_executor.config import STORES, Config
+from flask_executor.abc import Entry, JobChannel, JobStore, StopRequest, StoredMessage
+from flask_executor.config import Config
 from flask_executor.control import RunningJob
-from flask_executor.exceptions import ConfigError, NotPicklable, ResultTooLarge, StoreUnavailable, UntrustedResult
+from flask_executor.exceptions import (
+    ConfigError,
+    ExecutorError,
+    NotPicklable,
+    ResultTooLarge,
+    StoreUnavailable,
+    UntrustedResult,
+)
 from flask_executor.follower import Followed, Follower
 from flask_executor.futures import FutureCollection, FutureProxy
-from flask_executor.helpers import describe_error, without_password
-from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.helpers import describe_error, weakly
+from flask_executor.holders import BEAT, LEASE, is_alive
+from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob
 from flask_executor.ledger import Ledger, has_failed
+from flask_executor.letters import open_letter, pack_letter
 from flask_executor.logs import logger
+from flask_executor.merged import SharedRecords
 from flask_executor.messages import Kind
 from flask_executor.recorder import Recorder
 from flask_executor.records import encode_key, is_ours
 from flask_executor.runner import pack_error, pickled, unpack_error, unpack_result
-from flask_executor.seals import Sealer
+from flask_executor.seals import MESSAGE, OUTCOME, Sealer, secret_keys
 from flask_executor.serial import SerialThread
 from flask_executor.stored import SharedFutures, StoredFuture, error_of
-from flask_executor.stores.memory import MemoryStore
+from flask_executor.timer import timer
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -56,6 +71,8 @@ if TYPE_CHECKING:
     from flask_executor.runner import Call
 
 _PATIENCE = 5.0  # seconds to wait until something is written
+_AGAIN = 0.5  # seconds until a store that was not available is tried again
+_MOMENT = 0.02  # seconds between two looks
 
 
 class SharedLedger(Ledger):
@@ -69,12 +86,17 @@ class SharedLedger(Ledger):
     def __init__(self, config: Config, store: JobStore, app: weakref.ref[Flask], channel: JobChannel) -> None:
         super().__init__(config)
         self.store = store
+        self.engine: str | None = None  # who has the jobs of this process, if not the process
+        self.discard: Callable[[Job], None] = _nothing  # takes what was cancelled off the queue of the engine
         self._app = app
         self._channel = weakref.ref(channel)
         self._closed = False
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
-        self._sealer: Sealer | None = None
+        self._sealers: dict[str, Sealer] = {}  # by what they seal
         self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
+        self._kept: set[str] = set()  # ids of jobs that wait here for the engine to get them
+        self._adopted: set[str] = set()  # ids of jobs of this process that an engine has sent
+        self._adopting = threading.Lock()
         self._parts: list[Any] = []
         self._make_parts()
         self.records = SharedRecords(self._memory, store, self._is_written)
@@ -85,11 +107,20 @@ class SharedLedger(Ledger):
 
     def _make_parts(self) -> None:
         """What has threads."""
-        self._callbacks = SerialThread("flask-executor-shared")
-        self._requests = SerialThread("flask-executor-requests")  # of its own: callbacks may take long
         self._follower = Follower(self.store)
-        self._recorder = Recorder(self.store, _weakly(self._requested))
-        self._parts[:] = [self._follower, self._callbacks, self._requests, self._recorder]
+        self._recorder = Recorder(self.store, weakly(self._requested))
+        self._make_threads()
+
+    def _make_threads(self) -> None:
+        """Callbacks may take long, also those of a job that is cancelled; so may what is unpickled, and an engine or a
+        store that is asked again.
+        """
+        self._callbacks = SerialThread("flask-executor-shared")
+        self._requests = SerialThread("flask-executor-requests")
+        self._mail = SerialThread("flask-executor-mail")
+        self._late = SerialThread("flask-executor-late")
+        threads = (self._callbacks, self._requests, self._mail, self._late)
+        self._parts[:] = [self._follower, *threads, self._recorder]
 
     def reconfigure(self, config: Config) -> None:
         if config.store != self._config.store:
@@ -97,9 +128,12 @@ class SharedLedger(Ledger):
         super().reconfigure(config)
         if self._closed:  # and there are to be jobs again
             self._closed = False
-            self._callbacks = SerialThread("flask-executor-shared")
-            self._requests = SerialThread("flask-executor-requests")
-            self._parts[1:3] = [self._callbacks, self._requests]
+            self._make_threads()
+
+    @property
+    def holder(self) -> str:
+        """This process, as it is known in the store."""
+        return self._recorder.holder
 
     # ---- jobs of this process ----
 
@@ -112,17 +146,19 @@ class SharedLedger(Ledger):
         encode_key(job.key)  # or it could not be stored
         self._handles[job.id] = call.future  # first: who finds the record may ask for it to be stopped
         try:
-            there = self._claim(job, again=call.options.again)
+            there = self._claim(call)
             if there is None:
-                self._recorder.add(job, claimed=True)
+                if not _is_sent(call):
+                    self._recorder.add(job, claimed=True)
                 futures.hold(job.key, call.future)
         except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
             self._recorder.retract(job.id)
             raise
         return there
 
-    def _claim(self, job: LiveJob, *, again: bool) -> FutureProxy[Any] | None:
-        entry = Entry(job=job.record(), holder=self._recorder.holder)
+    def _claim(self, call: Call[FutureProxy[Any]]) -> FutureProxy[Any] | None:
+        again = call.options.again
+        entry = Entry(job=call.job.record(), holder=self.holder)
         there = self.store.claim(entry, again=again)
         if there is not None and again and has_failed(self._handles.get(there.id)):
             self._recorder.flush(_PATIENCE)  # one of ours has failed just now, and the store does not know it yet
@@ -130,6 +166,11 @@ class SharedLedger(Ledger):
         return None if there is None else self.handle(there)
 
     def add(self, call: Call[FutureProxy[Any]]) -> None:
+        if _is_sent(call):  # its worker writes it, if nobody has to find it before
+            if call.job.key is None and self._config.track == "all":
+                self._recorder.ensure_lease()
+                self.store.take(Entry(job=call.job.record(), holder=self.holder), None)
+            return
         super().add(call)
         if self._config.track == "all" and call.job.key is None:
             self._seal()
@@ -141,10 +182,167 @@ class SharedLedger(Ledger):
         self._memory.remove(future.job_id)
         if future.key is not None:
             FutureCollection.pop(self.under(future.key), future.key)
+        if future.key is not None or self._config.track == "all":
             try:
                 self.store.remove(future.job_id)
             except StoreUnavailable as error:
                 logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
+                self._recorder.retract(future.job_id)
+
+    def adopt(self, call: Call[FutureProxy[Any]], sender: str) -> bool:
+        """Have a job that an engine has given to this process; False when it was cancelled, or it is being run.
+
+        An engine may give a job to somebody else when a worker has died, and twice to the same one.
+
+        :param sender: who had it before the engine.
+        """
+        id = call.job.id
+        with self._adopting:
+            if id in self._adopted or self._recorder.tracks(id):  # the store would give it to us once more
+                return False
+            self._adopted.add(id)
+        is_ours = False
+        try:
+            is_ours = self._adopt(call, sender)
+        finally:
+            if not is_ours:
+                self._adopted.discard(id)
+        return is_ours
+
+    def _adopt(self, call: Call[FutureProxy[Any]], sender: str) -> bool:
+        job = call.job
+        if self.store.expired(job.id):  # it had ended, or was cancelled, and nobody knows any more
+            return False
+        if call.retried:  # then the record knows which attempt this is
+            known = self.store.get(job.id)
+            if known is not None:
+                job.attempt, job.error = known.attempt, known.error
+        entry = Entry(job=job.record(), holder=self.holder)
+        is_ours = any(self.store.take(entry, former) is None for former in (self.engine, sender))
+        if is_ours or self._take_from_the_dead(entry):
+            self._handles[job.id] = call.future
+            self._memory.add(job)
+            self._recorder.add(job, claimed=True)
+            if job.status.ended:  # it was stopped while the store was asked
+                self._recorder.ended(job, None)
+            return True
+        return False
+
+    def _take_from_the_dead(self, entry: Entry) -> bool:
+        """Take over a job whose process is dead; whether it is, on another machine, is known when its lease ends."""
+        deadline = time.monotonic() + LEASE + BEAT
+        while True:
+            self.store.get(entry.job.id)  # which finds out whether it is lost
+            there = self.store.take(entry, self.holder, lost=True)
+            if there is None or there.status.ended:
+                return there is None
+            holder = self.store.holder(entry.job.id)
+            if holder is None or is_alive(holder) is not None or time.monotonic() > deadline:
+                return False
+            time.sleep(_AGAIN)
+
+    def finish(self, job: LiveJob) -> None:
+        """Wait until the store knows what came of a job that has ended."""
+        self._recorder.finish(job.id)
+        self._memory.remove(job.id)  # a worker lives long, and the store has it all
+
+    def is_adopted(self, id: str) -> bool:
+        """Whether this process has a job from an engine."""
+        return id in self._adopted
+
+    def hand_back(self, job: LiveJob) -> None:
+        """Have a job belong to the engine again, which waits until the store has that."""
+        self._handles.pop(job.id, None)
+        log = self._recorder.release(job.id)
+        while True:
+            try:
+                entry = Entry(job=job.record(), holder=self.engine or "", log=log)
+                self.store.take(entry, self.holder, lost=True)  # or somebody has it who took us for dead
+                for request in self.store.take_requests(self.holder):  # that came for it until now
+                    if isinstance(request, StopRequest):  # messages follow the job
+                        self._requested(request)
+                break
+            except StoreUnavailable as error:
+                logger.warning("Job %s is to be tried again, and has to wait: %s", job.id, error)
+                time.sleep(_AGAIN)
+        self._adopted.discard(job.id)
+        self._memory.remove(job.id)
+
+    def keep(self, job: LiveJob) -> None:
+        """A job is to wait in this process before the engine gets it; it is lost if the process ends meanwhile."""
+        self.store.write([Entry(job=job.record(), holder=self.holder)])
+        self._kept.add(job.id)
+        self._recorder.add(job, claimed=True, kept=True)
+
+    def is_kept(self, id: str) -> bool:
+        """Whether a job waits in this process, and was not cancelled."""
+        return id in self._kept
+
+    @contextmanager
+    def handing_over(self, job: LiveJob) -> Iterator[None]:
+        """While the engine gets a job. Until it has it the job is ours, as nobody would have it if we died.
+
+        A worker may be quicker than what is done after that, and takes the job over from us.
+        """
+        is_kept = job.id in self._kept
+        if is_kept:
+            self._recorder.release(job.id)  # first: what it is about to write would come after the worker's
+        try:
+            yield
+        except BaseException:
+            if job.id in self._kept:  # it was not cancelled meanwhile
+                self._recorder.add(job, claimed=True, kept=True)
+            raise
+        if is_kept or job.key is not None or self._config.track == "all":
+            self._hand_over(job.record())
+
+    def _hand_over(self, job: Job) -> None:
+        entry = Entry(job=job, holder=self.engine or "")
+        try:
+            there = self.store.take(entry, self.holder, new=False)
+            if there is not None and there.status is JobStatus.LOST and there.started_at is None:
+                # The store was not there for a while, but we were.
+                there = self.store.take(entry, self.holder, lost=True, new=False)
+        except StoreUnavailable as error:
+            logger.info("Job %s (%s) is in the queue, and its record still here: %s", job.name, job.id, error)
+            timer.after(_AGAIN, partial(weakly(self._hand_over_later), job))
+            return
+        self._kept.discard(job.id)
+        if there is not None and there.status is JobStatus.CANCELLED:  # meanwhile
+            self.discard(there)
+
+    def _hand_over_later(self, job: Job) -> None:
+        self.later(lambda: self._hand_over(job))
+
+    def refuse(self, id: str, error: Exception, name: str = "unknown") -> None:
+        """A job that waits in the queue of an engine cannot be run.
+
+        :param name: what it is called, for one that has no record yet.
+        """
+        deadline = time.monotonic() + LEASE
+        while True:
+            job = self.store.get(id) or LiveJob(name, None, None, id=id).record()
+            if job.status is not JobStatus.QUEUED or self.engine is None:
+                return
+            failed = replace(job, status=JobStatus.FAILED, error=describe_error(error), ended_at=time.time())
+            outcome = self._seal().seal(id, Kind.ERROR, self._packed_error(error))
+            there = self.store.take(Entry(job=failed, holder=self.engine, outcome=outcome), self.engine)
+            if there is None or time.monotonic() > deadline:
+                return
+            time.sleep(_MOMENT)  # its sender is about to hand it over
+
+    def cancel_queued(self, job: Job) -> bool:
+        if self.engine is None or job.status is not JobStatus.QUEUED:
+            return False
+        cancelled = Entry(job=replace(job, status=JobStatus.CANCELLED, ended_at=time.time()), holder=self.engine)
+        if self.store.take(cancelled, self.engine) is not None:
+            runs_here = job.id in self._adopted or (self._recorder.tracks(job.id) and job.id not in self._kept)
+            if runs_here or self.store.take(cancelled, self.holder) is not None:
+                return False
+            self._kept.discard(job.id)
+            self._recorder.forget(job.id)
+        self.discard(cancelled.job)
+        return True
 
     def _is_written(self, job: Job) -> bool:
         """Whether the store knows, or knew, all there is to know about a job of this process."""
@@ -169,6 +367,7 @@ class SharedLedger(Ledger):
 
     def ended(self, job: LiveJob, error: BaseException | None) -> None:
         self._memory.end(job)
+        self._adopted.discard(job.id)
         if self._recorder.tracks(job.id):
             outcome = self._outcomes.pop(job.id, None)
             try:
@@ -186,11 +385,30 @@ class SharedLedger(Ledger):
         what = f"a job's error has {len(packed)} bytes and {key} allows {limit}; it was: {describe_error(error)}"
         return pack_error(NotPicklable(what))
 
-    def _requested(self, request: StopRequest) -> None:
-        """Another process wants one of our jobs to be stopped."""
+    def _requested(self, request: StopRequest | StoredMessage) -> None:
+        """Another process wants one of our jobs to be stopped, or to have a message."""
+        if isinstance(request, StopRequest):
+            self._requests.run(lambda: self._meet(request))
+            return
         future = self._handles.get(request.id)
         if future is not None:
-            self._requests.run(future.cancel if request.only_queued else lambda: future.stop(request.grace))
+            self._mail.run(lambda: self._hand_on(request, future))
+
+    def _meet(self, request: StopRequest) -> None:
+        future = self._handles.get(request.id)
+        if future is not None and (future.cancel() if request.only_queued else future.stop(request.grace)):
+            return
+        job = None if self.engine is None else self.store.get(request.id)
+        if job is not None and not job.status.ended and not self.cancel_queued(job) and not request.only_queued:
+            self.store.ask_to_stop(request)  # the engine has it again, or has given it to somebody else
+
+    def _hand_on(self, letter: StoredMessage, future: FutureProxy[Any]) -> None:
+        try:
+            message = open_letter(letter.id, letter.data, self._trusted(MESSAGE, letter.id))
+            future.send(message.type, message.body)
+        except ExecutorError as error:
+            extra = {"job_id": future.job_id, "job_key": future.key}
+            logger.error("A message for job %s (%s) is dropped: %s", future.name, future.job_id, error, extra=extra)
 
     # ---- jobs of other processes ----
 
@@ -202,9 +420,12 @@ class SharedLedger(Ledger):
             raise RuntimeError("the app of this job is gone")
         return channel
 
-    def handle(self, job: Job) -> FutureProxy[Any]:
-        """The handle of a job of which the store has this record."""
-        return self._handles.get(job.id) or StoredFuture(job, self)
+    def handle(self, job: Job, *, is_written: bool = True) -> FutureProxy[Any]:
+        """The handle of a job.
+
+        :param is_written: whether the store has this record of it.
+        """
+        return self._handles.get(job.id) or StoredFuture(job, self, is_written=is_written)
 
     def open(self, job: Job) -> tuple[Any, BaseException | None]:
         """The result of a job that has ended, or what it has raised."""
@@ -212,18 +433,18 @@ class SharedLedger(Ledger):
         if sealed is None:
             return None, error_of(job)
         try:
-            sealer = self._seal()
-            if not (sealer.signs or self.store.private):
-                raise UntrustedResult(
-                    f"Others can write to {self.store.where}, and without a SECRET_KEY nothing tells that the "
-                    f"result of job {job.id} is not theirs. Set one."
-                )
-            kind, payload = sealer.open(job.id, sealed)
+            kind, payload = self._trusted(OUTCOME, job.id).open(job.id, sealed)
             if kind is Kind.RESULT:
                 return unpack_result(payload, job.name), None
             return None, unpack_error(payload)
         except (ConfigError, NotPicklable, UntrustedResult) as error:
             return None, error
+
+    def send(self, job: Job, message: JobMessage) -> bool:
+        """Send a message to a job by way of the store; False when it has ended."""
+        if self.engine is not None and job.status is JobStatus.QUEUED:  # perhaps nobody has written it yet
+            self.store.take(Entry(job=job, holder=self.engine), None)
+        return self.store.send(job.id, pack_letter(job, message, self._seal(MESSAGE)))
 
     def follow(self, future: Followed) -> None:
         """Have a handle settled when its job has ended."""
@@ -237,15 +458,30 @@ class SharedLedger(Ledger):
         """Run code of the user's where it holds up nobody."""
         self._callbacks.run(fn)
 
-    def _seal(self) -> Sealer:
-        """What signs and checks results.
+    def later(self, fn: Callable[[], object]) -> None:
+        self._late.run(fn)
+
+    def _trusted(self, what: str, id: str) -> Sealer:
+        """What checks that it is ours what the store has of a job.
+
+        :raises UntrustedResult: when that cannot be told.
+        """
+        sealer = self._seal(what)
+        if not (sealer.signs or self.store.private):
+            raise UntrustedResult(
+                f"Others can write to {self.store.where}, and without a SECRET_KEY nothing tells that the {what} of "
+                f"job {id} is not theirs. Set one."
+            )
+        return sealer
+
+    def _seal(self, what: str = OUTCOME) -> Sealer:
+        """What signs and checks results, or messages.
 
         :raises ConfigError: for a store that others can write to, in an app without a secret key.
         """
-        if self._sealer is None:
-            app = self._app()
-            config = {} if app is None else app.config
-            keys = [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]
+        sealer = self._sealers.get(what)
+        if sealer is None:
+            keys = secret_keys(self._app())
             if not keys and not self.store.private:
                 raise ConfigError(
                     "SECRET_KEY",
@@ -253,8 +489,8 @@ class SharedLedger(Ledger):
                     f"set, and the same in all processes: others can write to {self.store.where}, and what is "
                     "unpickled from there has to be signed",
                 )
-            self._sealer = Sealer(keys)
-        return self._sealer
+            sealer = self._sealers[what] = Sealer(keys, what)
+        return sealer
 
     # ---- life ----
 
@@ -270,6 +506,8 @@ class SharedLedger(Ledger):
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
         self._outcomes = {}
+        self._kept, self._adopted, self._adopting = set(), set(), threading.Lock()
+        self._follower.after_fork()
         self._make_parts()
         for futures in (self.futures, self.hidden):
             futures.after_fork()
@@ -285,81 +523,17 @@ class SharedLedger(Ledger):
         self._closed = True
         self._recorder.close(wait=wait)
         self._follower.close(wait=wait)
-        self._requests.close(wait=wait)
-        self._callbacks.close(wait=wait)
+        for thread in (self._requests, self._mail, self._late, self._callbacks):
+            thread.close(wait=wait)
 
 
-class SharedRecords(JobRecords):
-    """The records of the jobs of this process, in its memory, and of all others that are in the store.
-
-    :param is_written: whether the store can be asked about a job of this process. It may have purged the record since.
-    """
-
-    def __init__(self, memory: MemoryStore, store: JobStore, is_written: Callable[[Job], bool]) -> None:
-        self._memory = memory
-        self._store = store
-        self._is_written = is_written
-
-    def get(self, id: str) -> Job | None:
-        here = self._memory.get(id)
-        if here is not None and not self._is_written(here):
-            return here
-        try:
-            return self._store.get(id)
-        except StoreUnavailable:
-            if here is None:
-                raise
-            return here
-
-    def find(self, key: Hashable) -> Job | None:
-        try:
-            stored = self._store.find(key)
-        except StoreUnavailable:
-            here = self._memory.find(key)
-            if here is None:
-                raise
-            return here
-        return None if stored is None else self._fresh(stored)
-
-    def _fresh(self, stored: Job) -> Job:
-        """A record of the store, or what this process knows better."""
-        here = self._memory.get(stored.id)
-        if here is None:
-            return stored
-        # Its end may have been written since the record was read.
-        return stored if self._is_written(here) and stored.status.ended else here
-
-    def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
-        here = None if id is None else self._memory.get(id)
-        if here is not None and not self._is_written(here):
-            return False
-        return self._store.expired(id, key=key) or (key is None and self._memory.expired(id))
-
-    def log(self, id: str) -> Sequence[LogLine]:
-        here = self._memory.get(id)
-        return self._store.log(id) if here is None or self._is_written(here) else self._memory.log(id)
-
-    def _list(self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None) -> Sequence[Job]:
-        known = self._memory.list(status=status, name=name, owner=owner, limit=limit)
-        here = [job for job in known if not self._is_written(job)]
-        stored = self._store.list(status=status, name=name, owner=owner, limit=limit)
-        # What memory knows better, and has not listed, does not match any more.
-        found = {job.id: job for job in stored if self._fresh(job) is job}
-        found.update((job.id, job) for job in here)  # one may be written between the two
-        jobs = sorted(found.values(), key=lambda job: job.queued_at, reverse=True)
-        return jobs if limit is None else jobs[:limit]
+def _is_sent(call: Call[FutureProxy[Any]]) -> bool:
+    """Whether an engine is to have the job, and not this process."""
+    return isinstance(call.future, StoredFuture)
 
 
-def _weakly(method: Callable[[StopRequest], None]) -> Callable[[StopRequest], None]:
-    """A method, without keeping its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(request: StopRequest) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(request)
-
-    return call
+def _nothing(job: Job) -> None:
+    """There is no engine."""
 
 
 def _dispose(parts: Sequence[Any]) -> None:
@@ -368,29 +542,3 @@ def _dispose(parts: Sequence[Any]) -> None:
     for part in others:
         part.close(wait=False)
     recorder.dispose()
-
-
-def open_ledger(config: Config, app: Flask, channel: JobChannel) -> Ledger:
-    """What an executor with this configuration writes to.
-
-    :raises ConfigError: for a store that cannot be used.
-    :raises MissingExtra: for one whose library is not installed.
-    """
-    if config.store == "memory":
-        return Ledger(config)
-    url = config.store
-    if url == "sqlite":
-        url = f"sqlite:///{config.prefix.lower()}executor.sqlite"
-    scheme, _, place = url.partition("://")
-    if scheme == "sqlite":
-        url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
-    module, _, name = STORES[scheme].partition(":")
-    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
-    space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
-    options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
-    try:
-        store = store_class(options)
-    except (TypeError, ValueError):  # its text may have the password in it
-        allowed = "a url that can be used, such as 'sqlite:///jobs.sqlite' or 'redis://user:password@host:6379/0'"
-        raise ConfigError(config.key("EXECUTOR_STORE"), without_password(config.store), allowed) from None
-    return SharedLedger(config, store, weakref.ref(app), channel)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from flask_executor.exceptions import (
 from flask_executor.follower import Followed
 from flask_executor.futures import FutureCollection, FutureProxy, checked_grace
 from flask_executor.holders import BEAT
-from flask_executor.jobs import Job, JobStatus, LogLine
+from flask_executor.jobs import Job, JobMessage, JobStatus, LogLine
 
 T = TypeVar("T")
 
@@ -50,12 +51,18 @@ class Elsewhere(Protocol):
     def follow(self, future: Followed) -> None:
         """Have the handle settled when its job has ended."""
 
+    def cancel_queued(self, job: Job) -> bool:
+        """Cancel a job that waits in the queue of an engine; False where no engine has it, or it has begun."""
+
+    def send(self, job: Job, message: JobMessage) -> bool:
+        """Send a message to a job by way of the store; False when it has ended."""
+
     def aside(self, fn: Callable[[], object]) -> None:
         """Run code of the user's where it holds up nobody."""
 
 
 class StoredFuture(FutureProxy[T]):
-    """The handle of a job that another process has: what it says is read from the store.
+    """The handle of a job that another process or an engine has: what it says is read from the store.
 
     It is used like any :class:`~flask_executor.FutureProxy`. What it reads may raise
     :exc:`~flask_executor.StoreUnavailable`, or :exc:`~flask_executor.ResultExpired` when the record has left the store.
@@ -64,10 +71,14 @@ class StoredFuture(FutureProxy[T]):
     # The state that the base has is that of this handle: it is settled once, by the follower or by whoever wants the
     # result of a job that has ended, in whichever thread is first.
 
-    def __init__(self, record: Job, elsewhere: Elsewhere) -> None:
+    def __init__(self, record: Job, elsewhere: Elsewhere, *, is_written: bool = True) -> None:
         self._seen = record
+        self._is_written = is_written
         self._gone_since: float | None = None
+        self._asked = False  # whether it was asked to stop with this handle; its process will note that too
         self._waiting = 0  # in result() and exception()
+        #: Whether it is settled, and its callbacks have run.
+        self.called_back = False
         super().__init__(None, elsewhere.channel)  # type: ignore[arg-type]  # see _job
         self._elsewhere = elsewhere
         self._waiters: list[Any] = _Waiters(partial(elsewhere.follow, self), self._give_up)
@@ -81,7 +92,7 @@ class StoredFuture(FutureProxy[T]):
             if job is None:
                 self._check_gone()
             else:
-                self._seen, self._gone_since = job, None
+                self._seen, self._gone_since, self._is_written = job, None, True
         return self._seen
 
     @_job.setter
@@ -89,11 +100,13 @@ class StoredFuture(FutureProxy[T]):
         """The base sets what it was given."""
 
     def _check_gone(self) -> None:
-        """Its record is not there: it has expired, or the store has forgotten it and its process writes it again."""
+        """Its record is not there: it has expired, or is not written yet, or the store has forgotten it and its process
+        writes it again."""
         now = time.monotonic()
         if self._gone_since is None:
             self._gone_since = now
-        if now - self._gone_since > _GONE or self._elsewhere.store.expired(self._seen.id):
+        is_late = self._is_written and now - self._gone_since > _GONE
+        if is_late or self._elsewhere.store.expired(self._seen.id):
             raise ResultExpired(self._seen.id)
 
     @property
@@ -110,10 +123,10 @@ class StoredFuture(FutureProxy[T]):
 
     @property
     def stop_requested(self) -> bool:
-        return bool(self._job.stop_requested)
+        return self._asked or bool(self._job.stop_requested)
 
-    def log(self) -> list[LogLine]:
-        return list(self._elsewhere.store.log(self.job_id))
+    def log(self) -> Sequence[LogLine]:
+        return tuple(self._elsewhere.store.log(self.job_id))
 
     def record(self) -> Job:
         job: Job = self._job
@@ -132,24 +145,25 @@ class StoredFuture(FutureProxy[T]):
         checked_grace(grace)
         if self.done():
             return False
+        if self._elsewhere.cancel_queued(self._seen):
+            return True
         self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
+        self._asked = True
+        if self.status is JobStatus.QUEUED:
+            self._elsewhere.cancel_queued(self._seen)  # its worker may just have given it back to the engine
         return True
 
     def send(self, type: str, body: object = None) -> bool:
-        if self.done():
-            return False
-        raise RuntimeError(
-            f"job {self.name} was submitted by another process: messages can be sent to it only there; from here it "
-            "can be stopped"
-        )
+        return not self.done() and self._elsewhere.send(self._seen, JobMessage(type, body))
 
     def cancel(self) -> bool:
         """Cancel the job if it has not started; waits for the answer of its process, 2 seconds at most."""
-        if self.status is JobStatus.QUEUED:
+        if self.status is JobStatus.QUEUED and not self._elsewhere.cancel_queued(self._seen):
             self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, only_queued=True))
             deadline = time.monotonic() + _PATIENCE
             while self.status is JobStatus.QUEUED and time.monotonic() < deadline:
                 time.sleep(0.01)
+                self._elsewhere.cancel_queued(self._seen)  # its worker may just be giving it back to the engine
         return self.status is JobStatus.CANCELLED
 
     def result(self, timeout: float | None = None) -> T:
@@ -213,6 +227,23 @@ class StoredFuture(FutureProxy[T]):
                 Future.set_exception(self, error)
         return True
 
+    def after_fork(self) -> None:
+        """In the child of a fork: those who wait are in the parent, and callbacks run there."""
+        self._condition = threading.Condition()  # the lock may be held by a thread that is not here
+        self._done_callbacks.clear()
+        self._waiters.clear()
+        self._waiting = 0
+
+    @property
+    def last_seen(self) -> Job:
+        """Its record as it was read last."""
+        return self._seen
+
+    def give_up(self) -> None:
+        """The job was not accepted."""
+        self._settle_cancelled()
+        self._elsewhere.unfollow(self)
+
     def _settle_cancelled(self) -> None:
         with self._condition:
             if self._state in (CANCELLED_AND_NOTIFIED, FINISHED):
@@ -227,6 +258,12 @@ class StoredFuture(FutureProxy[T]):
         callbacks, self._done_callbacks = self._done_callbacks, []
         if callbacks:
             self._elsewhere.aside(partial(self._call_back, callbacks))
+        else:
+            self.called_back = True
+
+    def _call_back(self, callbacks: list[Callable[[Future[T]], object]]) -> None:
+        super()._call_back(callbacks)
+        self.called_back = True
 
 
 class _Waiters(list[Any]):

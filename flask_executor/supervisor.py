@@ -48,9 +48,9 @@ from multiprocessing.context import BaseContext
 from typing import Any, Protocol
 
 from flask_executor.abc import BackendOptions
-from flask_executor.apps import find_import_string
+from flask_executor.apps import import_string_of
 from flask_executor.dispatch import Dispatcher
-from flask_executor.exceptions import ConfigError, NotPicklable, WorkerLost
+from flask_executor.exceptions import NotPicklable, WorkerLost
 from flask_executor.handles import Task, WorkerHandle
 from flask_executor.helpers import describe_error
 from flask_executor.inherited import not_for_children
@@ -169,15 +169,12 @@ class Supervisor:
         method = self._context.get_start_method()
         if app is None or method == "fork":
             return None
-        found = self._options.app_import or find_import_string(app)
-        if found is None:
-            raise ConfigError(
-                self._options.config_key("EXECUTOR_APP"),
-                None,
-                f"the import string of the app or its factory ('shop:create_app()'): worker processes started by "
-                f"{method!r} import it, and app {app.name!r} is not in a module",
-            )
-        return found
+        return import_string_of(
+            app,
+            self._options.app_import,
+            self._options.config_key("EXECUTOR_APP"),
+            f"worker processes started by {method!r}",
+        )
 
     def _wake_up(self) -> None:
         """Have the thread look at everything."""

@@ -10,9 +10,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,8 +21,9 @@ import pytest
 from flask import Flask
 
 from flask_executor import Executor
+from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, shut_down, wait_until
 
-MakeExecutor = Callable[..., Executor]
+__all__ = ["MakeExecutor", "run_in_threads", "wait_until"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,7 @@ def no_leaks() -> Iterator[None]:
 def left_behind() -> list[str]:
     gc.collect()  # an app that a test made is a cycle; its threads end with it
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    threads = [name for name in threads if not name.startswith("Dask-Offload")]  # one that Dask keeps for the process
     return threads + [process.name for process in multiprocessing.active_children()]
 
 
@@ -46,11 +48,13 @@ def app(tmp_path: Path) -> Flask:
 
 
 @pytest.fixture
-def make_executor(app: Flask, no_leaks: None) -> Iterator[MakeExecutor]:
+def make_executor(app: Flask, no_leaks: None, request: pytest.FixtureRequest) -> Iterator[MakeExecutor]:
     """``make_executor(type="process", max_workers=2)``: an executor bound to ``app``, shut down after the test."""
     made: list[Executor] = []
 
     def make(app: Flask | None = app, *, name: str = "", **config: Any) -> Executor:
+        if config.get("type") in ENGINES and "url" not in config:
+            config = {**request.getfixturevalue(ENGINES[config["type"]]), **config}
         prefix = f"{name.upper()}_" if name else ""
         if app is not None:
             app.config.update({f"{prefix}EXECUTOR_{key.upper()}": value for key, value in config.items()})
@@ -59,8 +63,7 @@ def make_executor(app: Flask, no_leaks: None) -> Iterator[MakeExecutor]:
         return executor
 
     yield make
-    for executor in made:
-        executor.shutdown(cancel_futures=True)
+    shut_down(made)
 
 
 @pytest.fixture
@@ -173,15 +176,6 @@ def store_url(store: str, request: pytest.FixtureRequest) -> str:
     return url
 
 
-def run_in_threads(count: int, fn: Callable[[], object]) -> None:
-    """Call ``fn`` in so many threads at the same time, and wait for all of them."""
-    threads = [threading.Thread(target=fn) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 #: What every backend promises is tested with each of these. A new one joins by a line here.
 TYPES: dict[str, dict[str, Any]] = {
     "thread": {},
@@ -190,7 +184,121 @@ TYPES: dict[str, dict[str, Any]] = {
     "process spawn": {"type": "process", "start_method": "spawn"},
     "process as on macOS": {"type": "process", "start_method": "fork"},
     "immediate": {},
+    "rq": {},
+    "celery": {},
+    "dask": {},
 }
+
+
+#: The fixtures that have the workers of an engine.
+ENGINES = {engine: f"{engine}_workers" for engine in ("rq", "celery", "dask")}
+
+
+def wait_for_workers(config: dict[str, Any], count: int) -> None:
+    """Wait until an engine has so many workers."""
+    app = Flask("shop")
+    app.secret_key = "not a secret in a test"
+    app.config.update({f"EXECUTOR_{key.upper()}": value for key, value in config.items()})
+    executor = Executor(app)
+    try:
+        assert wait_until(lambda: executor.workers == count, 60), f"there are {executor.workers} workers"
+    finally:
+        executor.shutdown()
+
+
+@pytest.fixture(scope="session")
+def rq_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Two workers of RQ, and how an app has its jobs run there."""
+    require("rq")
+    with redis_and_workers("rq", tmp_path_factory.mktemp("rq")) as config:
+        yield config
+
+
+@pytest.fixture(scope="session")
+def celery_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A worker of Celery that runs two jobs at a time, and how an app has its jobs run there."""
+    require("celery")
+    with redis_and_workers("celery", tmp_path_factory.mktemp("celery")) as config:
+        yield config
+
+
+@contextmanager
+def redis_and_workers(engine: str, folder: Path) -> Iterator[dict[str, Any]]:
+    server = RedisServer(folder)
+    server.start()
+    try:
+        config = {"type": engine, "url": server.url}
+        with worker_command(folder, config):
+            wait_for_workers(config, 2)
+            yield {"url": server.url}
+    finally:
+        server.stop()
+
+
+class DaskScheduler:
+    """A real scheduler of Dask, on a port of its own."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"tcp://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "it does not run"
+        return self._process.pid
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--no-dashboard"]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environ["DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION"] = "1.0"  # or workers get jobs before they are free
+        command += ["--port", str(self.port)]
+        self._process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert wait_until(self._answers, 30), "Dask's scheduler does not answer"
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        with socket.socket() as line:
+            return line.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@contextmanager
+def worker_command(folder: Path, config: dict[str, str], processes: int = 2) -> Iterator[subprocess.Popen[bytes]]:
+    """``flask executor worker`` of the app of ``tasks.py``, with this in its configuration."""
+    environ = {**os.environ, **{f"FLASK_EXECUTOR_{key.upper()}": value for key, value in config.items()}}
+    environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker"]
+    with (folder / "log").open("a") as log:
+        worker = subprocess.Popen([*command, "--processes", str(processes)], env=environ, stdout=log, stderr=log)
+    try:
+        yield worker
+    finally:
+        worker.terminate()
+        worker.wait(60)
+
+
+@pytest.fixture(scope="session")
+def dask_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Two workers of Dask, and how an app has its jobs run there."""
+    require("distributed")
+    folder = tmp_path_factory.mktemp("dask")
+    scheduler = DaskScheduler()
+    scheduler.start()
+    config = {"url": scheduler.url, "store": f"sqlite:///{folder}/jobs.sqlite"}
+    with worker_command(folder, {"type": "dask", **config}):
+        wait_for_workers({"type": "dask", **config}, 2)
+        yield config
+    scheduler.kill()
 
 
 def without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,13 +311,3 @@ def freeze(pid: int) -> None:
     """Stop a child process, as Ctrl-Z does, and wait until it has stopped."""
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-
-
-def wait_until(condition: Callable[[], object], timeout: float = 10) -> bool:
-    """Wait for a condition, at most ``timeout`` seconds; whether it came true."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,58 +17,79 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flask import Flask, current_app, g, request, session
+from flask import Flask, current_app, g, request
 
-from flask_executor import Executor, JobExit, checkpoint, current_job, track
+from flask_executor import Executor, current_job
+from flask_executor.testing.jobs import (
+    about_itself,
+    add,
+    add_async,
+    app_name,
+    append,
+    body,
+    create_app,
+    doubled,
+    fail,
+    fail_until,
+    form_and_file,
+    leave,
+    log_something,
+    of_g,
+    of_request,
+    of_session,
+    pid,
+    report_and_wait,
+    sleep,
+    spin,
+    swallow_everything,
+    tracked,
+    unbound,
+    until_stopped,
+    wait_for,
+)
+
+#: What the contract tests have as well.
+__all__ = [
+    "about_itself",
+    "add",
+    "add_async",
+    "app_name",
+    "append",
+    "body",
+    "create_app",
+    "doubled",
+    "fail",
+    "fail_until",
+    "form_and_file",
+    "leave",
+    "log_something",
+    "of_g",
+    "of_request",
+    "of_session",
+    "pid",
+    "report_and_wait",
+    "sleep",
+    "spin",
+    "swallow_everything",
+    "tracked",
+    "unbound",
+    "until_stopped",
+    "wait_for",
+]
 
 
-def create_app() -> Flask:
-    """The app, for workers that import it."""
-    app = Flask("shop")
+def create_office() -> Flask:
+    app = Flask("office")
     app.secret_key = "not a secret in a test"
+    app.config.from_prefixed_env()
+    Executor(app)
     return app
 
 
-def add(a: int, b: int = 0) -> int:
-    return a + b
-
-
-def fail(message: str = "no paper") -> NoReturn:
-    raise ValueError(message)
-
-
-def sleep(seconds: float) -> float:
-    time.sleep(seconds)
-    return seconds
-
-
-def pid(_: object = None) -> int:
-    return os.getpid()
-
-
-def app_name(_: object = None) -> str:
-    return current_app.name
-
-
-def of_g(name: str) -> Any:
-    return getattr(g, name)
-
-
-def of_request(name: str) -> Any:
-    return getattr(request, name)
-
-
-def of_session(name: str) -> Any:
-    return session[name]
-
-
-def body() -> bytes:
-    return request.get_data()
-
-
-def form_and_file() -> tuple[str, str | None, bytes]:
-    upload = request.files["upload"]
-    return request.form["title"], upload.filename, upload.read()
+def create_app_without_a_key() -> Flask:
+    app = create_app()
+    app.secret_key = None
+    return app
 
 
 class TwoArgumentsError(Exception):
@@ -96,106 +119,16 @@ def torn_result() -> Torn:
     return Torn()
 
 
-async def add_async(a: int, b: int) -> int:
-    return a + b
-
-
 def unpicklable_result() -> Any:
     return threading.Lock()
 
 
+def buyers(database: str) -> list[str]:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return [buyer for (buyer,) in connection.execute("SELECT buyer FROM orders")]
+
+
 # ---- jobs that can be watched and stopped ----
-
-
-def wait_for(path: str) -> None:
-    """Until the file is there, or the job is stopped."""
-    while not Path(path).exists():
-        current_job.sleep(0.005)
-
-
-def report_and_wait(path: str) -> str:
-    current_job.update(progress=0.25, message="a quarter", pages=3)
-    current_job.update(progress=0.5, done={"pages"})
-    wait_for(path)
-    current_job.update(progress=1, message="all")
-    return current_job.id
-
-
-def about_itself() -> tuple[str, object, str, int, str | None, bool]:
-    return (
-        current_job.id,
-        current_job.key,
-        current_job.name,
-        current_job.attempt,
-        current_job.owner,
-        current_job.stop_requested,
-    )
-
-
-def until_stopped(path: str) -> None:
-    """Swallows what it can, cleans up, and never ends by itself."""
-    try:
-        Path(path + ".started").touch()
-        while True:
-            try:
-                time.sleep(0.005)
-                checkpoint()
-            except Exception:
-                continue
-    finally:
-        Path(path).write_text("cleaned up")
-
-
-def tracked(items: list[int], seconds: float = 0.0) -> int:
-    total = 0
-    for item in track(items, message="adding"):
-        total += item
-        time.sleep(seconds)
-    return total
-
-
-def spin(path: str | None = None) -> NoReturn:
-    """Runs Python code and never looks whether it should stop."""
-    if path is not None:
-        Path(path).touch()
-    while True:
-        pass
-
-
-def swallow_everything(path: str) -> str:
-    """Refuses to leave."""
-    Path(f"{path}.started").touch()
-    while not Path(path).exists():
-        try:
-            current_job.sleep(0.005)
-        except BaseException:
-            time.sleep(0.005)
-    return "stayed"
-
-
-def fail_until(path: str, attempts: int) -> int:
-    """Fails in the first attempts; writes down all."""
-    with Path(path).open("a") as file:
-        file.write(f"{current_job.attempt}\n")
-    if current_job.attempt < attempts:
-        raise ConnectionError(f"attempt {current_job.attempt}")
-    return current_job.attempt
-
-
-def append(path: str, text: str) -> None:
-    with Path(path).open("a") as file:
-        file.write(text)
-
-
-def log_something(count: int = 1) -> str:
-    log = logging.getLogger("shop.render")
-    for number in range(count):
-        log.warning("page %d", number, extra={"page": number, "lock": threading.Lock()})
-    try:
-        raise ValueError("torn")
-    except ValueError:
-        log.exception("failed")
-    return current_job.id
 
 
 def die(how: str) -> None:
@@ -252,10 +185,6 @@ def names_on_g() -> list[str]:
     return sorted(g)
 
 
-def leave() -> NoReturn:
-    raise JobExit
-
-
 def count_on_g(_: object) -> str:
     g.number += 1
     return f"{request.path} {g.number}"
@@ -282,15 +211,6 @@ def import_and_log(module: str, logger: str) -> Any:
 def handler_of(number: int) -> str:
     handler = signal.getsignal(number)
     return getattr(handler, "name", repr(handler))
-
-
-#: An executor that a test binds to its app, as apps that are made by a factory do.
-unbound = Executor()
-
-
-@unbound.job
-def doubled(number: int) -> int:
-    return 2 * number
 
 
 #: An app that stands in a module.
@@ -486,3 +406,27 @@ def no_messages() -> Any:
 def receive_for_ever() -> Any:
     current_job.update(message="receiving")
     return current_job.receive()
+
+
+# ---- jobs on engines ----
+
+
+def submit_and_wait() -> int:
+    executor = current_app.extensions["executor"]
+    result: int = executor.submit(add, 1, 2).result(30)
+    return result
+
+
+def compute_with_dask() -> int:
+    import dask
+
+    result: int = dask.delayed(add)(1, 2).compute()
+    return result
+
+
+def note_and_wait(path: str, go: str) -> str:
+    """Write down this process and its parent."""
+    with Path(path).open("a") as file:
+        file.write(f"{os.getpid()} {os.getppid()}\n")
+    wait_for(go)
+    return "done"

@@ -5,8 +5,10 @@
     $ python examples/demo                    # PORT=5001 for another port
 
 Every ``EXECUTOR_…`` variable of the environment is configuration. With ``EXECUTOR_TYPE=process`` the jobs run in worker
-processes instead of threads. With ``EXECUTOR_STORE=sqlite`` all processes see all jobs: several web workers, and the
-commands of ``flask executor``:
+processes instead of threads; with ``rq``, ``celery`` or ``dask`` in workers that could be on other machines. They are
+started along, and a Redis if ``EXECUTOR_URL`` does not name one; see ``cluster.py``.
+
+With ``EXECUTOR_STORE=sqlite`` all processes see all jobs: several web workers, and the commands of ``flask executor``:
 
 .. code-block:: console
 

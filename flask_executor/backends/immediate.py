@@ -26,14 +26,19 @@ class ImmediateBackend(Backend):
     def enqueue(self, call: PreparedCall) -> None:
         if self._shutdown:
             raise ExecutorShutdown("cannot schedule new futures after shutdown")
-        if self._pickle:
-            call.fn, call.args, call.kwargs = through_pickle(call)
-            call.fn = _PickledResult(call.fn)
+        if not call.packed:
+            self.pack(call)
         future = call.future
         call.run()
         error = future.exception()
         if error is not None and not isinstance(error, Exception):
             raise error  # Ctrl-C, and what test frameworks end a test with, are meant for this thread
+
+    def pack(self, call: PreparedCall) -> None:
+        if self._pickle:
+            call.fn, call.args, call.kwargs = through_pickle(call)
+            call.fn = _PickledResult(call.fn)
+            call.packed = True
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
         """Run a plain function, outside of all contexts, as any executor does."""

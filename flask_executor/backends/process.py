@@ -45,6 +45,9 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def enqueue(self, call: PreparedCall) -> None:
         self._enqueue(call)
 
+    def pack(self, call: PreparedCall) -> None:
+        call.packed = pack_call(call)
+
     def enqueue_relayed(self, call: PreparedCall, given: Callable[[], object]) -> None:
         """As :meth:`enqueue`.
 
@@ -56,8 +59,8 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         self, call: PreparedCall, *, unattended: bool = False, given: Callable[[], object] | None = None
     ) -> None:
         parts = call.packed or pack_call(call)
-        if call.retried:
-            call.packed = parts  # the next attempt is the same call, whatever becomes of its arguments meanwhile
+        # The next attempt is the same call, whatever becomes of its arguments meanwhile.
+        call.packed = parts if call.retried else None
         task = Task(call, parts, unattended=unattended, given=given)
         self._supervisor.start()
         self._dispatcher.add(task)
@@ -94,7 +97,8 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     def deliver_packed(self, call: PreparedCall, data: bytes) -> None:
         """As :meth:`deliver`, of a message that is pickled."""
-        self._dispatcher.deliver(Told(call.job.id, data), retried=call.retried)
+        expected = call.retried or call.job.status is JobStatus.QUEUED  # others know of it before it is enqueued
+        self._dispatcher.deliver(Told(call.job.id, data), expected=expected)
 
     def aside(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)

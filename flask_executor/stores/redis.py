@@ -11,7 +11,11 @@ All names begin with ``flask-executor:{space}:``:
     last:<key>    the youngest id under it      holders     holders that had a job
     gone:<id>     there is or was such a job    open:<h>    ids of the jobs that holder h has
     gone-key:<k>  there is or was such a key    lease:<h>   there while the lease of h holds
-    version       of this table                 stop:<h>    requests for holder h
+    version       of this table                 stops       requests to stop jobs, by their ids
+    mail:<id>     messages to the job, a        mailed:<h>  ids of the jobs that holder h has, and that have
+                  stream of fields m                        messages
+    sent:<n>      there for a while after       check       there after somebody has looked whether one can
+                  message n was sent                        write
 
 Redis itself lets records expire. Whoever waits for a job subscribes to the channel ``job:<id>``.
 """
@@ -26,7 +30,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
+from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import MissingExtra, StoreUnavailable
 from flask_executor.helpers import without_password
 from flask_executor.holders import LEASE
@@ -41,7 +45,16 @@ from flask_executor.records import (
     encode_line,
     encode_prefix,
 )
-from flask_executor.stores.shared import SharedStore, Stored, loss, report_loss, skipped
+from flask_executor.stores.shared import (
+    MAIL_AT_ONCE,
+    SharedStore,
+    Stored,
+    is_taken,
+    loss,
+    mail_is_full,
+    report_loss,
+    skipped,
+)
 
 try:
     import redis
@@ -50,11 +63,14 @@ try:
 except ImportError as error:
     raise MissingExtra("redis", "redis") from error
 
-_PATIENCE = 3.0  # seconds to wait for an answer
+_PATIENCE = 2.0  # seconds to wait for an answer
+_DOUBT = 30.0  # seconds within which a command may come again whose answer was lost
 _AT_ONCE = 500  # records that are read in one go
 
 # What changes more than one name is a script, so that it happens in one piece. In mode "claim" it answers with the
-# record that is in the way, if one is; in mode "lose" with the record that is there, if the job has ended.
+# record that is in the way, if one is; in mode "lose" with the record that is there, if the job has ended; in modes
+# "take", "pass" (which takes only what is there) and "revive" with the one that is there, if it is not what is
+# expected: a job of "instead", or just that text.
 _PUT = """
 local p, mode, id, record, ended, key, holder = unpack(ARGV, 1, 7)
 local ttl, memory, now, outcome, instead, lease, owner, names = unpack(ARGV, 8, 15)
@@ -69,10 +85,25 @@ if mode == 'claim' then
     redis.call('SET', p .. 'lease:' .. holder, '', 'PX', lease)
 elseif mode == 'lose' and redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 0 then
     return redis.call('GET', p .. 'job:' .. id)
+elseif mode == 'take' or mode == 'pass' then
+    if redis.call('SREM', p .. 'open:' .. instead, id) == 0 then
+        local there = redis.call('GET', p .. 'job:' .. id)
+        if there or mode == 'pass' then return there end
+    end
+elseif mode == 'revive' then
+    local there = redis.call('GET', p .. 'job:' .. id)
+    local has = key ~= '' and redis.call('GET', p .. 'key:' .. key)
+    local other = has and has ~= id and redis.call('EXISTS', p .. 'job:' .. has) == 1
+    if there and (other or there ~= instead) then return there end
 end
-local new = redis.call('EXISTS', p .. 'job:' .. id) == 0
+local old = redis.call('GET', p .. 'job:' .. id)
 redis.call('SET', p .. 'job:' .. id, record)
-if new then
+local former = old and string.match(old, '"holder": "([^"]*)"}$')
+if former and former ~= holder then
+    redis.call('SREM', p .. 'open:' .. former, id)
+    redis.call('SREM', p .. 'mailed:' .. former, id)
+end
+if not old then
     redis.call('ZADD', p .. 'jobs', now, id)
     if owner ~= '' then redis.call('ZADD', p .. 'of:' .. owner, now, id) end
     if key ~= '' then
@@ -85,19 +116,23 @@ end
 if outcome ~= '' then redis.call('SET', p .. 'result:' .. id, outcome) end
 for n = 16, #ARGV do redis.call('RPUSH', p .. 'log:' .. id, ARGV[n]) end
 if #ARGV > 15 then redis.call('LTRIM', p .. 'log:' .. id, -LOG_LINES, -1) end
-local own = {'job:' .. id, 'result:' .. id, 'log:' .. id}
+local own = {'job:' .. id, 'result:' .. id, 'log:' .. id, 'mail:' .. id}
 for _, name in ipairs({'key:', 'last:'}) do
     if key ~= '' and redis.call('GET', p .. name .. key) == id then table.insert(own, name .. key) end
 end
 if ended == '' then
     redis.call('SADD', p .. 'holders', holder)
-    redis.call('SADD', p .. 'open:' .. holder, id)
+    if redis.call('SADD', p .. 'open:' .. holder, id) == 1 and redis.call('EXISTS', p .. 'mail:' .. id) == 1 then
+        redis.call('SADD', p .. 'mailed:' .. holder, id)
+    end
     redis.call('ZREM', p .. 'ended', names)
     for _, name in ipairs(own) do redis.call('PERSIST', p .. name) end
 else
     redis.call('SREM', p .. 'open:' .. holder, id)
+    redis.call('SREM', p .. 'mailed:' .. holder, id)
     redis.call('ZADD', p .. 'ended', ended, names)
     for _, name in ipairs(own) do redis.call('PEXPIRE', p .. name, ttl) end
+    if mode ~= 'lose' then redis.call('HDEL', p .. 'stops', id) end
     redis.call('SET', p .. 'gone:' .. id, '', 'PX', memory)
     if key ~= '' then redis.call('SET', p .. 'gone-key:' .. key, '', 'PX', memory) end
 end
@@ -112,7 +147,8 @@ for _, name in ipairs({'key:', 'last:'}) do
     if key ~= '' and redis.call('GET', p .. name .. key) == id then redis.call('DEL', p .. name .. key) end
 end
 if key ~= '' and redis.call('EXISTS', p .. 'key:' .. key) == 0 then redis.call('ZREM', p .. 'keys', key) end
-redis.call('DEL', p .. 'job:' .. id, p .. 'result:' .. id, p .. 'log:' .. id)
+redis.call('DEL', p .. 'job:' .. id, p .. 'result:' .. id, p .. 'log:' .. id, p .. 'mail:' .. id)
+redis.call('HDEL', p .. 'stops', id)
 redis.call('ZREM', p .. 'jobs', id)
 if owner ~= '' then redis.call('ZREM', p .. 'of:' .. owner, id) end
 redis.call('ZREM', p .. 'ended', ARGV[5])
@@ -145,6 +181,56 @@ end
 return 0
 """
 
+# ARGV: prefix, id, holder, the record as it was read, message, its number, milliseconds to remember that. Answers with
+# 0 when the record is another by now, and -1 when there are too many. The client asks again when an answer is lost.
+_SEND = """
+local p, id, holder, record, message, number, memory = unpack(ARGV)
+if redis.call('GET', p .. 'job:' .. id) ~= record then return 0 end
+if redis.call('EXISTS', p .. 'sent:' .. number) == 1 then return 1 end
+if redis.call('XLEN', p .. 'mail:' .. id) >= MOST_MESSAGES then return -1 end
+redis.call('XADD', p .. 'mail:' .. id, '*', 'm', message)
+redis.call('SADD', p .. 'mailed:' .. holder, id)
+redis.call('SET', p .. 'sent:' .. number, '', 'PX', memory)
+return 1
+""".replace("MOST_MESSAGES", str(MOST_MESSAGES))
+
+# ARGV: prefix, id, how it stands in "ended", request. It is for whoever has the job when he looks.
+_STOP = """
+local p, id, names, request = unpack(ARGV)
+if redis.call('EXISTS', p .. 'job:' .. id) == 1 and not redis.call('ZSCORE', p .. 'ended', names) then
+    redis.call('HSET', p .. 'stops', id, request)
+end
+"""
+
+# ARGV: prefix, holder. Answers with requests to stop, and pairs of an id and messages; with nothing if there are none.
+_REQUESTS = """
+local p, holder = unpack(ARGV)
+local stops = {}
+for _, id in ipairs(redis.call('HKEYS', p .. 'stops')) do
+    if redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 1 then
+        table.insert(stops, id)
+        table.insert(stops, redis.call('HGET', p .. 'stops', id))
+        redis.call('HDEL', p .. 'stops', id)
+    end
+end
+local ids = redis.call('SMEMBERS', p .. 'mailed:' .. holder)
+if #stops == 0 and #ids == 0 then return false end
+for n, id in ipairs(ids) do
+    ids[n] = {id, redis.call('XRANGE', p .. 'mail:' .. id, '-', '+', 'COUNT', AT_ONCE)}
+end
+return {stops, ids}
+""".replace("AT_ONCE", str(MAIL_AT_ONCE))
+
+# ARGV: prefix, holder, id, numbers of messages.
+_RECEIVED = """
+local p, holder, id = unpack(ARGV, 1, 3)
+redis.call('XDEL', p .. 'mail:' .. id, unpack(ARGV, 4))
+if redis.call('XLEN', p .. 'mail:' .. id) == 0 then
+    redis.call('DEL', p .. 'mail:' .. id)
+    redis.call('SREM', p .. 'mailed:' .. holder, id)
+end
+"""
+
 #: What this module reads and writes; see the table above.
 VERSION = 1
 
@@ -165,7 +251,9 @@ class RedisStore(SharedStore):
             socket_timeout=_PATIENCE,
             socket_connect_timeout=_PATIENCE,
             health_check_interval=30,
-            retry=Retry(NoBackoff(), 1),  # a connection that was open when Redis was restarted
+            # For a connection that was open when Redis was restarted. Who got no answer in time does not wait again.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            retry_on_error=[redis.ConnectionError],  # redis-py 5 asks for that too
         )
         pool.make_connection()  # which connects nowhere, but raises for an option that there is not
         if pool.connection_kwargs.get("decode_responses"):
@@ -193,6 +281,14 @@ class RedisStore(SharedStore):
         with self.reaching():
             self._call_each(_PUT, [self._arguments("write", entry) for entry in entries])
 
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
+        with self.reaching():
+            text = self._call(_PUT, *self._arguments("take" if new else "pass", entry, former or ""))
+            there = _stored(text)
+            if lost and there is not None and there.job.status is JobStatus.LOST:
+                there = _stored(self._call(_PUT, *self._arguments("revive", entry, text)))
+        return None if there is None or is_taken(there, entry) else there.job
+
     def _lose(self, stored: Stored) -> Job:
         lost = loss(stored)
         there = _stored(self._call(_PUT, *self._arguments("lose", Entry(job=lost, holder=stored.holder))))
@@ -201,7 +297,7 @@ class RedisStore(SharedStore):
         report_loss(lost)
         return lost
 
-    def _arguments(self, mode: str, entry: Entry, instead: str = "") -> list[Any]:
+    def _arguments(self, mode: str, entry: Entry, instead: str | bytes = "") -> list[Any]:
         job, ttl = entry.job, self.options.result_ttl
         return [
             mode,
@@ -234,7 +330,8 @@ class RedisStore(SharedStore):
         with self.reaching():
             stored = self._read(id)
             if stored is not None:
-                self._redis.srem(f"{self._prefix}open:{stored.holder}", id)
+                for name in ("open", "mailed"):
+                    self._redis.srem(f"{self._prefix}{name}:{stored.holder}", id)
                 names = _names(stored.job)
                 self._call(_FORGET, *json.loads(names), names, "1")
 
@@ -319,17 +416,44 @@ class RedisStore(SharedStore):
         with self.reaching():
             stored = self._read(request.id)
             if stored is not None:
-                name = f"{self._prefix}stop:{stored.holder}"
-                self._redis.hset(name, request.id, json.dumps([request.grace, request.only_queued]))
-                self._redis.expire(name, 3600)  # a dead holder does not come for them
+                asked = json.dumps([request.grace, request.only_queued])
+                self._call(_STOP, request.id, _names(stored.job), asked)
 
-    def take_requests(self, holder: str) -> Sequence[StopRequest]:
-        name = f"{self._prefix}stop:{holder}"
-        with self.reaching(), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hgetall(name).delete(name)
-            requests, _ = pipeline.execute()
-        asked = [(id.decode(), *json.loads(text)) for id, text in requests.items()]
-        return [StopRequest(id=id, grace=grace, only_queued=only_queued) for id, grace, only_queued in asked]
+    def send(self, id: str, data: bytes) -> bool:
+        number = new_id()
+        with self.reaching():
+            while (text := self._redis.get(f"{self._prefix}job:{id}")) is not None:
+                stored = _stored(text)
+                if stored is None or stored.job.status.ended:
+                    break
+                sent = self._call(_SEND, id, stored.holder, text, data, number, _milliseconds(_DOUBT))
+                if sent == -1:
+                    raise mail_is_full(id)
+                if sent:
+                    return True
+        return False
+
+    def take_requests(self, holder: str) -> Sequence[StopRequest | StoredMessage]:
+        with self.reaching():
+            found = self._call(_REQUESTS, holder)
+        if found is None:
+            return []
+        stops, mail = found
+        requests: list[StopRequest | StoredMessage] = []
+        for id, text in zip(stops[::2], stops[1::2], strict=True):
+            grace, only_queued = json.loads(text)
+            requests.append(StopRequest(id=id.decode(), grace=grace, only_queued=only_queued))
+        for id, messages in mail:
+            for number, (_, data) in messages:
+                requests.append(StoredMessage(id=id.decode(), number=number.decode(), data=data))
+        return requests
+
+    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+        by_job: dict[str, list[str]] = {}
+        for message in messages:
+            by_job.setdefault(message.id, []).append(message.number)
+        with self.reaching():
+            self._call_each(_RECEIVED, [[holder, id, *numbers] for id, numbers in by_job.items()])
 
     def renew(self, holder: str) -> bool:
         name = f"{self._prefix}lease:{holder}"
@@ -356,13 +480,17 @@ class RedisStore(SharedStore):
         self._call_each(_FORGET, [[*json.loads(names), names, ""] for names in members])
         return len(members)
 
-    def sweep(self) -> None:
+    def find_lost(self) -> None:
         with self.reaching():
             for dead in self._dead(holder.decode() for holder in self._redis.smembers(f"{self._prefix}holders")):
                 for id in self._redis.smembers(f"{self._prefix}open:{dead}"):
                     if self._truth(self._read(id.decode())) is None:
                         self._redis.srem(f"{self._prefix}open:{dead}", id)
                 self._redis.srem(f"{self._prefix}holders", dead)
+
+    def sweep(self) -> None:
+        self.find_lost()
+        with self.reaching():
             self.purge(time.time() - self.options.result_ttl)  # what stands in lists of those that have expired
             too_many = self._redis.zcard(f"{self._prefix}ended") - self.options.max_records
             if too_many > 0:
@@ -408,7 +536,7 @@ class RedisStore(SharedStore):
                 f"another version of Flask-Executor has written it (its schema is {version}, this knows {VERSION}). "
                 f"Use that version, or another database (redis://host/1), or delete all names {self._prefix}*",
             )
-        for script in (_PUT, _FORGET, _RELEASE, _BY_NAME, _NEWEST):
+        for script in (_PUT, _FORGET, _RELEASE, _BY_NAME, _NEWEST, _SEND, _STOP, _REQUESTS, _RECEIVED):
             self._redis.script_load(script)
         self._known = True
 
@@ -448,7 +576,7 @@ class _Subscription(Watch):
         self._wakes = f"{store._prefix}wake:{new_id()}"
         self._pubsub: Any = None
         self._channels: set[str] = set()
-        self._pending = False  # something has come that nobody has waited for yet
+        self._heard: set[str] = set()  # channels of which something has come that nobody has waited for yet
 
     def begin(self, ids: Collection[str]) -> None:
         wanted = {self._wakes, *(f"{self._store._prefix}job:{id}" for id in ids)}
@@ -467,17 +595,19 @@ class _Subscription(Watch):
                 if message["type"] == "subscribe":
                     new.discard(message["channel"].decode())
 
-    def wait(self, timeout: float) -> None:
+    def wait(self, timeout: float) -> Collection[str] | None:
         deadline = time.monotonic() + timeout
         with self._connected():
-            while not self._pending and (left := deadline - time.monotonic()) > 0:
+            while not self._heard and (left := deadline - time.monotonic()) > 0:
                 self._hear(self._pubsub.get_message(timeout=left))
             while (message := self._pubsub.get_message(timeout=0)) is not None:
                 self._hear(message)
-            self._pending = False
+        heard, self._heard = self._heard - {self._wakes}, set()
+        return [channel.removeprefix(f"{self._store._prefix}job:") for channel in heard]
 
     def _hear(self, message: dict[str, Any] | None) -> None:
-        self._pending |= message is not None and message["type"] == "message"
+        if message is not None and message["type"] == "message":
+            self._heard.add(message["channel"].decode())
 
     def wake(self) -> None:
         with suppress(redis.RedisError, OSError):  # whoever waits there will hear of that by itself

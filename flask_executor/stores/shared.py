@@ -8,8 +8,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from flask_executor.abc import JobStore, StoreOptions
-from flask_executor.exceptions import StoreUnavailable
+from flask_executor.abc import MOST_MESSAGES, Entry, JobStore, StoreOptions
+from flask_executor.exceptions import QueueFull, StoreUnavailable
 from flask_executor.helpers import describe_error
 from flask_executor.holders import is_alive, pid_of
 from flask_executor.jobs import Job, JobStatus
@@ -19,6 +19,8 @@ from flask_executor.records import encode_key
 #: Seconds for which a store that was not available is not asked again: requests must not queue up before it.
 _PAUSE = 1.0
 _HOUR = 3600.0
+#: Messages of one job that are given at a time.
+MAIL_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,31 @@ def loss(stored: Stored) -> Job:
     return replace(stored.job, status=JobStatus.LOST, ended_at=time.time(), error=error)
 
 
+def is_taken(there: Stored, entry: Entry) -> bool:
+    """Whether a job that cannot be taken was taken with this very entry before, and only the answer was lost."""
+    job = entry.job
+    if there.holder != entry.holder:
+        return False
+    if there.job.status.ended or job.status.ended:
+        return (there.job.status, there.job.ended_at) == (job.status, job.ended_at)
+    return True
+
+
 def report_loss(lost: Job) -> None:
     """Whoever finds that a job is lost, and has written it, says so: its own process cannot."""
     extra = {"job_id": lost.id, "job_key": lost.key}
     logger.error("Job %s (%s) is lost. %s", lost.name, lost.id, lost.error, extra=extra)
+
+
+def mail_is_full(id: str) -> QueueFull:
+    """There is no room for one more message to this job."""
+    return QueueFull(
+        "messages to one job",
+        MOST_MESSAGES,
+        f"{MOST_MESSAGES} messages wait for job {id}, as many as are kept; this one was not accepted. The process that "
+        "has the job collects them some times a second; a job in the queue of an engine gets them when it starts. Try "
+        "again later, or put more into one message.",
+    )
 
 
 def skipped(error: Exception) -> None:
@@ -97,6 +120,11 @@ class SharedStore(JobStore):
     def get(self, id: str) -> Job | None:
         with self.reaching():
             return self._truth(self._read(id))
+
+    def holder(self, id: str) -> str | None:
+        with self.reaching():
+            stored = self._read(id)
+        return None if stored is None or stored.job.status.ended else stored.holder
 
     def find(self, key: Hashable) -> Job | None:
         with self.reaching():

@@ -19,17 +19,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flask_executor.abc import Entry, StopRequest, StoreOptions, Watch
+from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.forks import after_fork_in_child, around_fork
 from flask_executor.holders import LEASE
 from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine
 from flask_executor.records import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
-from flask_executor.stores.shared import SharedStore, Stored, loss, report_loss, skipped
+from flask_executor.stores.shared import (
+    MAIL_AT_ONCE,
+    SharedStore,
+    Stored,
+    is_taken,
+    loss,
+    mail_is_full,
+    report_loss,
+    skipped,
+)
 
 _BUSY = 3.0  # seconds to wait for others who write
 _GONE = 10  # times as many as there may be records are remembered to have been
 _AT_ONCE = 500  # records that leave in one transaction, so that it is short
+_LATE = 5.0  # seconds after the end of a job within which it is written, nearly always
 _SHORTEST, _LONGEST = 0.002, 0.025  # seconds between two looks whether somebody has written
 
 _COLUMNS = (
@@ -67,9 +77,18 @@ _SCHEMA = (
     "CREATE INDEX gone_by_time ON gone (until)",
 )
 
+# `has_mail` is 1 while messages wait for the job: its holder looks often, and there are none nearly always.
+_MESSAGES = (
+    "ALTER TABLE jobs ADD COLUMN has_mail INTEGER NOT NULL DEFAULT 0",
+    "CREATE INDEX jobs_with_mail ON jobs (holder) WHERE has_mail AND ended_at IS NULL",
+    """CREATE TABLE messages (
+        message INTEGER PRIMARY KEY, number INTEGER NOT NULL REFERENCES jobs ON DELETE CASCADE, data BLOB NOT NULL)""",
+    "CREATE INDEX messages_by_job ON messages (number)",
+)
+
 #: What brings a file of an older version up to date: the statements that lead from version n to n + 1, at n.
 #: Version 0 is an empty file. The number of entries is the version that this module reads and writes.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA, ("ALTER TABLE log ADD COLUMN trace TEXT",))
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA, ("ALTER TABLE log ADD COLUMN trace TEXT",), _MESSAGES)
 
 
 class SQLiteStore(SharedStore):
@@ -120,13 +139,30 @@ class SQLiteStore(SharedStore):
                 changed = connection.execute(_UPDATE, (*_values(entry)[4:], entry.job.id))
                 if not changed.rowcount:
                     self._restore(connection, entry)
-                if entry.outcome is not None:
-                    connection.execute(
-                        "INSERT OR REPLACE INTO outcomes (number, data) SELECT number, ? FROM jobs WHERE id = ?",
-                        (entry.outcome, entry.job.id),
-                    )
-                if entry.log:
-                    _write_log(connection, entry.job.id, entry.log)
+                _write_more(connection, entry)
+
+    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
+        with self._writing() as connection:
+            there = self._one(connection, "id = ?", entry.job.id)
+            if there is None and not new:
+                return None
+            if there is None:
+                self._restore(connection, entry)
+            elif self._may_take(connection, there, former, lost=lost):
+                connection.execute(_UPDATE, (*_values(entry)[4:], entry.job.id))
+                there = None
+            if there is None:
+                _write_more(connection, entry)
+        return None if there is None or is_taken(there, entry) else there.job
+
+    def _may_take(self, connection: sqlite3.Connection, there: Stored, former: str | None, *, lost: bool) -> bool:
+        job = there.job
+        if not job.status.ended:
+            return there.holder == former
+        if not lost or job.status is not JobStatus.LOST:
+            return False
+        other = None if job.key is None else self._holding_in(connection, encode_key(job.key))
+        return other is None or other.job.id == job.id
 
     def _insert(self, connection: sqlite3.Connection, entry: Entry, *, has_key: bool = True) -> None:
         """Write a new record.
@@ -183,14 +219,13 @@ class SQLiteStore(SharedStore):
         column, value = ("id", id) if key is None else ("key", encode_key(key))
         now = time.time()
         with self._reading() as connection:
-            if self._one(connection, f"space = ? AND {column} = ?", self._space, value) is not None:
-                return False
             row = connection.execute(
                 f"SELECT 1 FROM gone WHERE space = ? AND {column} = ? AND until > ? UNION ALL "
                 f"SELECT 1 FROM jobs WHERE space = ? AND {column} = ? LIMIT 1",
                 (self._space, value, now, self._space, value),
             ).fetchone()
-        return row is not None
+            # Asked last: the first record of a job may be written meanwhile.
+            return row is not None and self._one(connection, f"space = ? AND {column} = ?", self._space, value) is None
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> Sequence[Hashable]:
         condition, values = "", [self._space, self._oldest()]
@@ -255,25 +290,72 @@ class SQLiteStore(SharedStore):
         with self._writing() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO requests (number, grace, only_queued) "
-                "SELECT number, ?, ? FROM jobs WHERE id = ?",
+                "SELECT number, ?, ? FROM jobs WHERE id = ? AND ended_at IS NULL",
                 (request.grace, request.only_queued, request.id),
             )
 
-    def take_requests(self, holder: str) -> Sequence[StopRequest]:
-        if not self._requests(self._reading, holder):  # as always but once in a while
+    def send(self, id: str, data: bytes) -> bool:
+        with self._writing() as connection:
+            row = connection.execute(
+                "SELECT number FROM jobs WHERE id = ? AND space = ? AND ended_at IS NULL", (id, self._space)
+            ).fetchone()
+            if row is None:
+                return False
+            (waiting,) = connection.execute("SELECT count(*) FROM messages WHERE number = ?", row).fetchone()
+            if waiting >= MOST_MESSAGES:
+                raise mail_is_full(id)
+            connection.execute("INSERT INTO messages (number, data) VALUES (?, ?)", (*row, data))
+            connection.execute("UPDATE jobs SET has_mail = 1 WHERE number = ? AND NOT has_mail", row)
+        return True
+
+    def take_requests(self, holder: str) -> Sequence[StopRequest | StoredMessage]:
+        with self._reading() as connection:
+            has_requests, has_mail = connection.execute(
+                f"SELECT EXISTS (SELECT 1 FROM requests), EXISTS (SELECT 1 FROM jobs WHERE {_WITH_MAIL})", (holder,)
+            ).fetchone()
+        found: list[StopRequest | StoredMessage] = []
+        if has_requests:  # somebody's
+            found += self._take_stops(holder)
+        if has_mail:
+            found += self._mail(holder)
+        return found
+
+    def _take_stops(self, holder: str) -> list[StopRequest]:
+        if not self._stops(self._reading, holder):
             return []
         with self._writing() as connection:
-            rows = self._requests(lambda: _same(connection), holder)
+            rows = self._stops(lambda: _same(connection), holder)
             connection.executemany("DELETE FROM requests WHERE number = ?", [row[:1] for row in rows])
-        return [StopRequest(id=row[1], grace=row[2], only_queued=bool(row[3])) for row in rows]
+        return [StopRequest(id=row[1], grace=row[2], only_queued=bool(row[3])) for row in rows if row[4] is None]
 
-    def _requests(self, access: Callable[[], Any], holder: str) -> list[Any]:
+    def _stops(self, access: Callable[[], Any], holder: str) -> list[Any]:
         with access() as connection:
             rows: list[Any] = connection.execute(
-                "SELECT number, id, grace, only_queued FROM requests JOIN jobs USING (number) WHERE holder = ?",
-                (holder,),
+                "SELECT number, id, grace, only_queued, ended_at FROM requests JOIN jobs USING (number) "
+                "WHERE holder = ? AND status != ?",  # who finds a lost job again is to stop it
+                (holder, JobStatus.LOST.value),
             ).fetchall()
         return rows
+
+    def _mail(self, holder: str) -> list[StoredMessage]:
+        with self._reading() as connection:
+            jobs = connection.execute(f"SELECT number, id FROM jobs WHERE {_WITH_MAIL}", (holder,)).fetchall()
+            return [
+                StoredMessage(id=id, number=str(message), data=data)
+                for number, id in jobs
+                for message, data in connection.execute(
+                    "SELECT message, data FROM messages WHERE number = ? ORDER BY message LIMIT ?",
+                    (number, MAIL_AT_ONCE),
+                )
+            ]
+
+    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+        with self._writing() as connection:
+            connection.executemany("DELETE FROM messages WHERE message = ?", [(int(each.number),) for each in messages])
+            connection.executemany(
+                "UPDATE jobs SET has_mail = EXISTS (SELECT 1 FROM messages WHERE number = jobs.number) WHERE id = ?",
+                [(id,) for id in {each.id for each in messages}],
+            )
 
     def renew(self, holder: str) -> bool:
         self._look_for_the_file()
@@ -321,14 +403,22 @@ class SQLiteStore(SharedStore):
             if deleted < _AT_ONCE:
                 return total
 
-    def sweep(self) -> None:
-        now = time.time()
+    def find_lost(self) -> None:
+        self._find_lost()
+
+    def _find_lost(self) -> set[str]:
+        """Those who have died, and had jobs."""
         with self._reading() as connection:
             holders = {row[0] for row in connection.execute("SELECT DISTINCT holder FROM jobs WHERE ended_at IS NULL")}
         dead = self._dead(holders)
         if dead:
             self.list(status=JobStatus.RUNNING)  # looks at each
             self.list(status=JobStatus.QUEUED)
+        return dead
+
+    def sweep(self) -> None:
+        now = time.time()
+        dead = self._find_lost()
         self.purge(self._oldest())
         self._bound()
         with self._writing() as connection:
@@ -437,6 +527,7 @@ class SQLiteStore(SharedStore):
 
 _CORRUPT = "it is no SQLite database, or a broken one ({}). It is left as it is: move it away, and a new one is made"
 _CURRENT = "(ended_at IS NULL OR ended_at > ?)"
+_WITH_MAIL = "holder = ? AND has_mail AND ended_at IS NULL"
 
 
 class _Connection:
@@ -624,6 +715,17 @@ def _stored(row: tuple[Any, ...]) -> Stored | None:
     return Stored(Job(**fields), holder)
 
 
+def _write_more(connection: sqlite3.Connection, entry: Entry) -> None:
+    """What is not in the record."""
+    if entry.outcome is not None:
+        connection.execute(
+            "INSERT OR REPLACE INTO outcomes (number, data) SELECT number, ? FROM jobs WHERE id = ?",
+            (entry.outcome, entry.job.id),
+        )
+    if entry.log:
+        _write_log(connection, entry.job.id, entry.log)
+
+
 def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]) -> None:
     (number,) = connection.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
     connection.executemany(
@@ -645,18 +747,38 @@ class _FileWatch(Watch):
         self._connection = _Connection(store._path)
         self._woken = threading.Event()
         self._version = 0
+        self._ids: Collection[str] = ()
+        self._asked = 0.0  # until when (seconds since the epoch) is known which jobs have ended
 
     def begin(self, ids: Collection[str]) -> None:
-        self._version = self._data_version()
+        if not self._asked:  # later what was not heard of yet must not be passed over
+            self._asked = time.time()
+            self._version = self._data_version()
+        self._ids = ids
 
-    def wait(self, timeout: float) -> None:
+    def wait(self, timeout: float) -> Collection[str] | None:
         deadline = time.monotonic() + timeout
         pause = _SHORTEST
         while not self._woken.wait(max(0.0, min(pause, deadline - time.monotonic()))):
-            if self._data_version() != self._version or time.monotonic() >= deadline:
-                return
+            version = self._data_version()
+            if version != self._version:
+                self._version = version
+                return self._ended()
+            if time.monotonic() >= deadline:
+                return ()
             pause = min(pause * 1.5, _LONGEST)
         self._woken.clear()
+        return ()
+
+    def _ended(self) -> Collection[str]:
+        """Those that have ended since this was asked last."""
+        since, self._asked = self._asked - _LATE, time.time()
+        with self._store.reaching(), self._connection as connection:
+            rows = connection.execute(
+                "SELECT id FROM jobs WHERE space = ? AND ended_at IS NOT NULL AND ended_at >= ?",
+                (self._store._space, since),
+            )
+            return [id for (id,) in rows if id in self._ids]
 
     def wake(self) -> None:
         self._woken.set()

@@ -432,6 +432,7 @@ class Controller(Blueprint):
             title=f"{self.executor.name or current_app.name}: jobs",
             list_url=self._url("index"),
             overview_url=self._url("overview"),
+            engine=self.executor.engine,
             translate=translator(),
         )
         answer = Response(page, mimetype=HTML)

@@ -1,207 +1,25 @@
-"""What every backend promises. A new one joins by a line in ``TYPES``."""
+"""Every backend of this package does what backends promise. A new one joins by a line in ``TYPES``."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import io
-from functools import partial
 from typing import Any
 
 import pytest
-import tasks
-from flask import Flask, g, request, session
-from tasks import add, add_async, app_name, body, fail, form_and_file, of_g, of_request, of_session, pid
-from werkzeug.datastructures import FileStorage, MultiDict
-from werkzeug.routing import BaseConverter
-from werkzeug.test import encode_multipart
 
 from conftest import TYPES, MakeExecutor, without_linux
-from flask_executor import Executor, ExecutorShutdown, job_failed, job_finished, job_queued, job_started
-from flask_executor.testing import drain
+from flask_executor.testing.contract import BackendContract
 
 ALL = {**TYPES, "immediate with pickle": {"type": "immediate", "immediate_pickle": True}}
 
 
-@pytest.fixture(params=ALL)
-def executor(
-    request: pytest.FixtureRequest, app: Flask, make_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
-) -> Executor:
-    if "macOS" in request.param:
-        without_linux(monkeypatch)
-    app.config["EXECUTOR_APP"] = "tasks:create_app()"
-    return make_executor(**{"type": request.param, "max_workers": 2, **ALL[request.param]})
+class TestBackends(BackendContract):
+    @pytest.fixture
+    def make_executor(self, make_executor: MakeExecutor) -> MakeExecutor:
+        """That of ``conftest.py``, which has workers for engines."""
+        return make_executor
 
-
-def test_it_is_an_executor_of_the_standard_library(executor: Executor) -> None:
-    assert isinstance(executor._self, concurrent.futures.Executor)
-    future = executor._self.submit(add, 1, b=2)
-    assert future.result() == 3
-    with pytest.raises(ValueError, match="no paper"):
-        executor._self.submit(fail).result()
-
-
-def test_results_and_errors(executor: Executor) -> None:
-    good, bad = executor.submit(add, 1, b=2), executor.submit(fail, message="torn")
-    assert good.result() == 3
-    with pytest.raises(ValueError, match="torn"):
-        bad.result()
-    drain(executor)
-    assert [good.status, bad.status] == ["succeeded", "failed"]
-    assert bad.record().error == "ValueError: torn"
-    assert executor.health().busy == executor.health().waiting == 0
-
-
-def test_map(executor: Executor) -> None:
-    assert list(executor.map(add, range(20), range(20))) == [2 * n for n in range(20)]
-    assert list(executor.map(add, range(20), chunksize=3)) == list(range(20))
-
-
-def test_stored(executor: Executor) -> None:
-    executor.submit_stored("sum", add, 1)
-    assert executor.futures.result("sum") == 1
-    assert executor.futures.done("sum")
-    future = executor.futures.pop("sum")
-    assert future is not None
-    assert executor.jobs.find("sum") == executor.jobs.get(future.job_id)
-
-
-def test_contexts(app: Flask, executor: Executor) -> None:
-    app.config["SERVER_NAME"] = "shop.test"
-    with app.test_request_context("/here?q=tea", headers={"X-Trace": "t"}):
-        g.user, session["basket"], request.note = "ada", [1], "noted"  # type: ignore[attr-defined]
-        futures = [
-            executor.submit(app_name),
-            executor.submit(of_g, "user"),
-            executor.submit(of_request, "path"),
-            executor.submit(of_request, "note"),
-            executor.submit(of_request, "query_string"),
-            executor.submit(of_session, "basket"),
-        ]
-        g.user = "bob"
-        assert list(executor.map(of_g, ["user"] * 3)) == ["bob"] * 3
-    assert [future.result() for future in futures] == ["shop", "ada", "/here", "noted", b"q=tea", [1]]
-
-
-def test_the_contexts_of_another_call_are_never_seen(app: Flask, executor: Executor) -> None:
-    with app.test_request_context("/first"):
-        g.user = "ada"
-        executor.submit(of_g, "user").result()
-    for _ in range(4):
-        with pytest.raises(AttributeError):
-            executor.submit(of_g, "user").result()
-        with pytest.raises(RuntimeError, match="request"):
-            executor.submit(of_request, "path").result()
-        with app.test_request_context("/second"):
-            assert executor.submit(of_request, "path").result() == "/second"
-
-
-class Tenant(BaseConverter):
-    """A converter that looks at the contexts, which Flask allows."""
-
-    def to_python(self, value: str) -> str:
-        return f"{value} of {session.get('user')}"
-
-
-def test_the_route_is_that_of_the_request(app: Flask, executor: Executor) -> None:
-    app.url_map.converters["tenant"] = Tenant
-    app.add_url_rule("/<tenant:name>", "shelf", lambda name: "")
-
-    @app.url_value_preprocessor
-    def number(endpoint: str | None, values: dict[str, Any] | None) -> None:
-        if values is not None:
-            values["page"] = 3
-
-    futures = []
-
-    @app.get("/start/<tenant:name>")
-    def start(name: str, page: int) -> str:
-        futures.append(executor.submit(of_request, "view_args"))
-        return str(futures[-1].result())
-
-    @app.get("/login/<user>")
-    def login(user: str, page: int) -> str:
-        session["user"] = user
-        return ""
-
-    for user in ("ada", "bob"):
-        client = app.test_client()
-        client.get(f"/login/{user}")
-        client.get("/start/books")
-    assert [future.result() for future in futures] == [
-        {"name": f"books of {user}", "page": 3} for user in ("ada", "bob")
-    ]
-
-
-def test_a_request_without_a_body(app: Flask, executor: Executor) -> None:
-    with app.test_request_context("/"):
-        futures: list[Any] = [executor.submit(body), executor.submit(of_request, "form")]
-    assert futures[0].result() == b""
-    assert not futures[1].result()
-
-
-def test_an_upload(app: Flask, executor: Executor) -> None:
-    futures = []
-
-    @app.post("/")
-    def view() -> str:
-        futures.append(executor.submit(form_and_file))
-        return "started"
-
-    data = MultiDict({"title": "T", "upload": FileStorage(stream=io.BytesIO(b"x" * 600_000), filename="f")})
-    boundary, body = encode_multipart(data)
-    app.test_client().post("/", data=body, content_type=f"multipart/form-data; boundary={boundary}")
-    assert futures[0].result() == ("T", "f", b"x" * 600_000)
-
-
-def test_callbacks_and_signals(app: Flask, executor: Executor) -> None:
-    seen: list[str] = []
-
-    def note(name: str, *_: Any, **__: Any) -> None:
-        seen.append(name)
-
-    receivers = [partial(note, signal.name) for signal in (job_queued, job_started, job_finished, job_failed)]
-    for signal, receiver in zip((job_queued, job_started, job_finished, job_failed), receivers, strict=True):
-        signal.connect(receiver, executor)
-    executor.submit(add, 1).add_done_callback(partial(note, "called"))
-    drain(executor)
-    assert seen[:3] == ["job-queued", "job-started", "job-finished"]
-    assert seen[3:] == ["called"]
-
-
-def test_a_decorated_function(app: Flask, executor: Executor) -> None:
-    executor.shutdown()  # the app has one of a name at a time
-    tasks.unbound.init_app(app)
-    try:
-        assert tasks.doubled(2) == 4
-        assert tasks.doubled.submit(2).result() == 4
-        assert list(tasks.doubled.map([1, 2])) == [2, 4]
-        assert tasks.doubled.options(name="twice").submit(3).result() == 6
-        assert tasks.unbound.jobs.list()[0].name == "twice"
-    finally:
-        tasks.unbound.shutdown()
-
-
-def test_shutdown(executor: Executor) -> None:
-    futures = [executor.submit(pid) for _ in range(4)]
-    executor.shutdown()
-    assert [future for future in futures if not future.done()] == []
-    assert [future.status for future in futures] == ["succeeded"] * 4
-    assert executor.health().accepting is False
-    with pytest.raises(ExecutorShutdown):
-        executor.submit(pid)
-
-
-def test_settling_survives_whatever_a_callback_raises(executor: Executor) -> None:
-    executor.add_default_done_callback(leave)
-    assert executor.submit(add, 1).result() == 1
-    drain(executor)
-    assert [executor.submit(add, n).result() for n in range(6)] == list(range(6))
-
-
-def leave(_: object) -> None:
-    raise SystemExit
-
-
-def test_async_functions(executor: Executor) -> None:
-    future: Any = executor.submit(add_async, 1, 2)
-    assert future.result() == 3
+    @pytest.fixture(params=ALL)
+    def executor_config(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        if "macOS" in request.param:
+            without_linux(monkeypatch)
+        return {"type": request.param, **ALL[request.param]}

@@ -1,438 +1,260 @@
-"""What every store promises that several processes share, as its port says."""
+"""Every store of this package that processes share does what such stores promise; and what is particular to them."""
 
 from __future__ import annotations
 
-import faulthandler
-import os
+import select
+import socket
+import socketserver
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from conftest import run_in_threads, wait_until
+from conftest import store_url, wait_until
 from flask_executor.abc import Entry, JobStore, StopRequest, StoreOptions
+from flask_executor.exceptions import StoreUnavailable
 from flask_executor.holders import this_holder
-from flask_executor.jobs import LOG_LINES, Job, JobStatus, LiveJob, LogLine
+from flask_executor.jobs import JobStatus, LiveJob
 from flask_executor.stores.redis import RedisStore
-from flask_executor.stores.sqlite import SQLiteStore
-
-MakeStore = Callable[..., JobStore]
-HERE = this_holder()
-DEAD = "elsewhere.1.2.abc"  # another machine, and no lease
+from flask_executor.stores.sqlite import MIGRATIONS, SQLiteStore
+from flask_executor.testing.contract import SharedStoreContract
+from flask_executor.testing.contract.shared import ENGINE, HERE, MakeStore, queued_in_engine, receive, started
 
 
-@pytest.fixture
-def make_store(shared_store: str, tmp_path: object) -> Iterator[MakeStore]:
-    made: list[JobStore] = []
+class TestSharedStores(SharedStoreContract):
+    @pytest.fixture
+    def store_url(self, shared_store: str, tmp_path: Path) -> str:
+        return f"sqlite:///{tmp_path}/jobs.sqlite" if shared_store == "sqlite" else shared_store
 
-    def make(space: str = "shop", result_ttl: float = 3600, max_records: int = 10) -> JobStore:
-        store_class: type[RedisStore] | type[SQLiteStore] = RedisStore
-        url = shared_store
-        if shared_store == "sqlite":
-            store_class, url = SQLiteStore, f"sqlite:///{tmp_path}/jobs.sqlite"
-        store = store_class(StoreOptions(url=url, space=space, result_ttl=result_ttl, max_records=max_records))
-        made.append(store)
-        return store
+    @pytest.mark.parametrize("leaves", ["received", "removed", "removed when open", "purged", "expired"])
+    def test_messages_leave_with_the_record(self, make_store: MakeStore, leaves: str) -> None:
+        store = make_store(result_ttl=0.2 if leaves == "expired" else 3600)
+        job = started(store, "report")
+        for number in range(3):
+            assert store.send(job.id, b"%d" % number)
+        assert left_in(store)
+        if leaves == "received":
+            receive(store)
+        elif leaves == "removed when open":
+            store.remove(job.id)
+        else:
+            job.end(JobStatus.SUCCEEDED)
+            store.write([Entry(job=job.record(), holder=HERE)])
+            assert left_in(store), "they stay with the record"
+        if leaves == "removed":
+            store.remove(job.id)
+        elif leaves == "purged":
+            assert store.purge(time.time() + 1) == 1
 
-    yield make
-    for store in made:
-        store.close()
+        def has_left() -> bool:
+            if isinstance(store, SQLiteStore):  # Redis does it by itself
+                store.sweep()
+            return not left_in(store)
+
+        assert wait_until(has_left, 5)
 
 
-@pytest.fixture
-def store(make_store: MakeStore) -> JobStore:
-    return make_store()
+def left_in(store: JobStore) -> list[str]:
+    """What the store has that belongs to messages."""
+    if isinstance(store, SQLiteStore):
+        with store._reading() as connection:
+            return [str(row) for row in connection.execute("SELECT message FROM messages")]
+    assert isinstance(store, RedisStore)
+    names = [name for pattern in ("mail:*", "mailed:*") for name in store._redis.keys(f"*{pattern}")]
+    return [name.decode() for name in names]
 
 
-def claimed(store: JobStore, key: str | None = None, name: str = "render", owner: str | None = None) -> LiveJob:
-    job = LiveJob(name, key, owner)
-    entry = Entry(job=job.record(), holder=HERE)
-    if key is None:
-        store.write([entry])
-    else:
-        assert store.claim(entry) is None
-    return job
+def test_a_message_is_stored_once_though_its_answer_is_lost(way: WayToRedis) -> None:
+    """redis-py sends a command again when the connection breaks before the answer."""
+    store = way.store
+    job = started(store)
+    assert store.send(job.id, b"a")
+    way.lose = b"\nb\r\n"
+    assert store.send(job.id, b"b")
+    assert way.lost == [b":1\r\n"], "it was taken, and nobody was told"
+    assert store.send(job.id, b"c")
+    assert receive(store) == {job.id: [b"a", b"b", b"c"]}
 
 
-def started(store: JobStore, key: str | None = None, name: str = "render", owner: str | None = None) -> LiveJob:
-    job = claimed(store, key, name, owner)
+def test_a_job_is_taken_though_the_answer_is_lost(way: WayToRedis) -> None:
+    store, worker = way.store, this_holder()
+    job = queued_in_engine(store)
     job.start()
-    store.write([Entry(job=job.record(), holder=HERE)])
-    return job
-
-
-def ended(
-    store: JobStore, key: str | None = None, name: str = "render", status: JobStatus = JobStatus.SUCCEEDED
-) -> LiveJob:
-    job = started(store, key, name)
-    job.end(status, ValueError("no paper") if status == "failed" else None)
-    store.write([Entry(job=job.record(), holder=HERE, outcome=b"outcome")])
-    return job
-
-
-def test_what_was_written_is_read(store: JobStore) -> None:
-    job = claimed(store, "report", owner="ada")
-    assert store.get(job.id) == store.find("report") == store.held("report") == job.record()
-    job.start()
-    job.progress, job.message, job.meta = 0.25, "half a \udcff surrogate", {"pages": 4, "odd": {1}}
-    store.write([Entry(job=job.record(), holder=HERE)])
-    record = store.get(job.id)
-    assert record is not None
-    assert record.meta == {"pages": 4, "odd": "{1}"}, "what JSON does not have is shown"
-    assert (record.status, record.progress, record.started_at) == (JobStatus.RUNNING, 0.25, job.started_at)
-    job.message, job.meta = "fine", None
-    job.end(JobStatus.FAILED, ValueError("no paper"))
-    store.write([Entry(job=job.record(), holder=HERE, outcome=b"outcome")])
+    way.lose = worker.encode()
+    assert store.take(Entry(job=job.record(), holder=worker), ENGINE) is None
+    assert len(way.lost) == 1, "it was taken, and nobody was told"
     assert store.get(job.id) == job.record()
-    assert store.outcome(job.id) == b"outcome"
 
 
-def test_meta_that_contains_itself(store: JobStore) -> None:
-    job = claimed(store)
-    meta: dict[str, object] = {}
-    meta["self"] = meta
-    job.meta = meta
-    store.write([Entry(job=job.record(), holder=HERE)])
-    record = store.get(job.id)
-    assert record is not None
-    assert set(record.meta) == {"self"}
-
-
-def test_one_of_many_gets_the_key(make_store: MakeStore) -> None:
-    answers: list[Job | None] = []
-
-    def ask() -> None:
-        answers.append(make_store().claim(Entry(job=LiveJob("render", "report").record(), holder=HERE)))
-
-    run_in_threads(16, ask)
-    assert answers.count(None) == 1
-    [winner] = {job.id for job in answers if job is not None}
-    held = make_store().held("report")
-    assert held is not None
-    assert held.id == winner
-
-
-def test_a_key_that_cannot_be_stored(store: JobStore) -> None:
-    with pytest.raises(TypeError, match="cannot be stored: with a shared EXECUTOR_STORE a key is a string, a number"):
-        store.claim(Entry(job=replace(LiveJob("render").record(), key=frozenset({1})), holder=HERE))
-
-
-@pytest.mark.parametrize("status", [status for status in JobStatus if status.ended])
-def test_again(store: JobStore, status: JobStatus) -> None:
-    if status == "cancelled":
-        first = claimed(store, "report")
-        first.end(status)
-        store.write([Entry(job=first.record(), holder=HERE)])
-    else:
-        first = ended(store, "report", status=status)
-    second = Entry(job=LiveJob("render", "report").record(), holder=HERE)
-    there = store.claim(second)
-    assert there is not None
-    assert there.id == first.id
-    there = store.claim(second, again=True)
-    assert (there is None) == (status != "succeeded")
-    held = store.held("report")
-    assert held is not None
-    assert held.id == (first.id if there else second.job.id)
-    assert store.keys() == ["report"]
-
-
-def test_a_claim_that_is_made_twice_as_its_answer_was_lost(store: JobStore) -> None:
-    entry = Entry(job=LiveJob("render", "report").record(), holder=HERE)
-    assert store.claim(entry) is None
-    assert store.claim(entry) is None
-    held = store.held("report")
-    assert held is not None
-    assert held.id == entry.job.id
-
-
-def test_release(store: JobStore) -> None:
-    job = started(store, "report")
-    assert not store.release("report", "another id")
-    assert store.held("report") is not None
-    assert store.release("report", job.id)
-    assert not store.release("report", job.id)
-    job.progress = 0.5
-    store.write([Entry(job=job.record(), holder=HERE)])
-    assert store.held("report") is None, "it does not take the key again"
-    found = store.find("report")
-    assert found is not None
-    assert found.id == job.id
-
-
-def test_keys(store: JobStore) -> None:
-    for key in ("a", ("flow", "x", 1), ("flow", "x", 2), ("flow", "xy", 1), "flow", ("flow", "*", 1)):
-        assert store.claim(Entry(job=LiveJob("render", key).record(), holder=HERE)) is None
-        time.sleep(0.002)
-    assert list(store.keys())[:3] == ["a", ("flow", "x", 1), ("flow", "x", 2)]
-    assert list(store.keys(("flow", "x"))) == [("flow", "x", 1), ("flow", "x", 2)]
-    assert list(store.keys(("flow", "*"))) == [("flow", "*", 1)]
-    assert len(store.keys(("flow",))) == 4
-
-
-def test_remove_is_as_if_it_had_never_been(store: JobStore) -> None:
-    job = ended(store, "report")
-    store.remove(job.id)
-    store.remove("unknown")
-    assert (store.get(job.id), store.find("report"), store.held("report"), store.outcome(job.id)) == (None,) * 4
-    assert list(store.keys()) == []
-    assert list(store.list()) == []
-    assert not store.expired(job.id)
-
-
-def test_list_filters_and_limits(store: JobStore) -> None:
-    jobs = [ended(store, name="a"), started(store, name="b", owner="ada"), ended(store, name="a")]
-    assert [job.id for job in store.list()] == [job.id for job in reversed(jobs)]
-    assert [job.id for job in store.list(name="a", limit=1)] == [jobs[2].id]
-    assert [job.id for job in store.list(owner="ada", status="running")] == [jobs[1].id]
-    assert list(store.list(limit=0)) == []
-    assert list(store.list(status="queued")) == []
-
-
-def test_spaces_do_not_see_each_other(make_store: MakeStore) -> None:
-    shop, bank = make_store("shop"), make_store("bank")
-    job, other = started(shop, "report"), started(bank, "report")
-    for store, own, foreign in ((shop, job, other), (bank, other, job)):
-        assert [record.id for record in store.list()] == [own.id]
-        assert store.get(foreign.id) is None
-        assert list(store.keys()) == ["report"]
-        held = store.held("report")
-        assert held is not None
-        assert held.id == own.id
-
-
-def test_logs_are_appended_and_bounded(store: JobStore) -> None:
+def test_a_job_that_ends_while_it_is_sent_a_message(way: WayToRedis) -> None:
+    store = way.store
     job = started(store)
-    other = started(store)
-    lines = [
-        LogLine(time=float(n), level="INFO", logger="shop", text=f"line {n}\n", trace="no paper" if n % 2 else None)
-        for n in range(LOG_LINES + 20)
-    ]
-    for begin in range(0, len(lines), 100):
-        store.write([Entry(job=job.record(), holder=HERE, log=lines[begin : begin + 100])])
-        store.write([Entry(job=other.record(), holder=HERE, log=lines[begin : begin + 1])])
-    assert list(store.log(job.id)) == lines[-LOG_LINES:]
-    assert len(store.log(other.id)) == 6
-
-
-def test_records_leave_and_are_remembered(make_store: MakeStore) -> None:
-    store = make_store(result_ttl=0.2)
-    running, job = started(store, "running"), ended(store, "report")
-    assert not store.expired(job.id)
-    assert not store.expired(key="report")
-    assert wait_until(lambda: store.get(job.id) is None, 5)
-    assert (store.find("report"), store.held("report"), store.outcome(job.id)) == (None,) * 3
-    for _ in range(2):
-        assert store.expired(job.id)
-        assert store.expired(key="report")
-        assert list(store.keys()) == ["running"]
-        assert [record.id for record in store.list()] == [running.id]
-        store.sweep()
-    assert store.claim(Entry(job=LiveJob("render", "report").record(), holder=HERE)) is None, "the key is free"
-    assert not store.expired(key="report")
-
-
-def test_purge(store: JobStore) -> None:
-    running, old = started(store, "running"), ended(store, "old")
-    time.sleep(0.01)
-    then = time.time()
-    young = ended(store, "young")
-    assert store.purge(then) == 1
-    assert store.get(old.id) is None
-    assert store.expired(old.id)
-    assert [record.id for record in store.list()] == [young.id, running.id]
-    assert store.purge(time.time() + 1) == 1
-    assert list(store.keys()) == ["running"]
-
-
-def test_ended_ones_are_bounded_and_open_ones_stay(store: JobStore) -> None:
-    running = [started(store, f"r{number}") for number in range(20)]
-    finished = [ended(store, f"e{number}") for number in range(25)]
-    store.sweep()
-    assert [bool(store.get(job.id)) for job in finished] == [False] * 15 + [True] * 10
-    assert all(store.held(f"r{number}") for number in range(20))
-    assert len(store.list()) == 30
-    assert store.held("e0") is None
-    assert store.expired(running[0].id) is False
-    assert store.expired(finished[0].id)
-
-
-def test_requests_are_given_once(store: JobStore) -> None:
-    job, other = started(store), started(store)
-    store.ask_to_stop(StopRequest(id=job.id, grace=1.5))
-    store.ask_to_stop(StopRequest(id=other.id, only_queued=True))
-    store.ask_to_stop(StopRequest(id="unknown"))
-    assert list(store.take_requests(DEAD)) == []
-    asked = sorted(store.take_requests(HERE), key=lambda request: request.only_queued)
-    assert asked == [StopRequest(id=job.id, grace=1.5), StopRequest(id=other.id, only_queued=True)]
-    assert list(store.take_requests(HERE)) == []
-
-
-@pytest.mark.parametrize("look", ["get", "find", "held", "list", "sweep"])
-def test_jobs_of_a_dead_process_are_lost(
-    store: JobStore, look: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(f"{type(store).__module__}.LEASE", 0.2)
-    job = LiveJob("render", "report")
-    assert store.claim(Entry(job=job.record(), holder=DEAD)) is None
-    job.start()
-    store.write([Entry(job=job.record(), holder=DEAD)])
-    record = store.get(job.id)
-    assert record is not None
-    assert record.status == "running", "the lease holds"
-    assert store.renew(DEAD)
-    time.sleep(0.3)
-    looks: dict[str, Callable[[], object]] = {
-        "get": lambda: store.get(job.id),
-        "find": lambda: store.find("report"),
-        "sweep": store.sweep,
-    }
-    looks |= {"held": lambda: store.held("report"), "list": store.list}
-    looks[look]()
-    record = store.get(job.id)
-    assert record is not None
-    assert record.status == "lost"
-    assert "is gone" in (record.error or "")
-    [line] = caplog.records
-    assert line.getMessage() == f"Job render ({job.id}) is lost. {record.error}"
-    assert line.__dict__["job_key"] == "report"
-    assert list(store.list(status="running")) == []
-    assert not store.renew(DEAD), "the lease had run out"
     job.end(JobStatus.SUCCEEDED)
-    store.write([Entry(job=job.record(), holder=DEAD)])
-    record = store.get(job.id)
-    assert record is not None
-    assert record.status == "succeeded", "its own process knows better"
+    way.before = b"\nlate\r\n", lambda: way.other.write([Entry(job=job.record(), holder=HERE)])
+    assert not store.send(job.id, b"late")
+    assert left_in(store) == []
 
 
-def test_a_process_of_this_machine_is_found_dead_at_once(store: JobStore) -> None:
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.write(writes, this_holder().encode())
-        os._exit(0)
-    holder = os.read(reads, 1000).decode()
-    os.close(reads)
-    os.close(writes)
-    job = LiveJob("render", "report")
-    assert store.claim(Entry(job=job.record(), holder=holder)) is None
-    assert wait_until(lambda: (store.held("report") or job).status == "lost"), "a zombie is dead"
-    os.waitpid(pid, 0)
-    assert store.claim(Entry(job=LiveJob("render", "report").record(), holder=HERE), again=True) is None
+def test_a_job_that_is_taken_over_while_it_is_sent_a_message(way: WayToRedis) -> None:
+    store, worker = way.store, this_holder()
+    job = queued_in_engine(store)
+    job.start()
+    way.before = b"\nfirst\r\n", lambda: way.other.take(Entry(job=job.record(), holder=worker), ENGINE)
+    assert store.send(job.id, b"first")
+    assert receive(store, worker) == {job.id: [b"first"]}
+    assert left_in(store) == []
 
 
-def test_a_claim_takes_the_key_of_a_lost_job_only_again(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{type(store).__module__}.LEASE", 0.1)
-    assert store.claim(Entry(job=LiveJob("render", "report").record(), holder=DEAD)) is None
-    time.sleep(0.2)
-    entry = Entry(job=LiveJob("render", "report").record(), holder=HERE)
-    there = store.claim(entry)
-    assert there is not None
-    assert there.status == "lost"
-    assert store.claim(entry, again=True) is None
+def test_a_job_that_is_handed_on_while_it_is_asked_to_stop(way: WayToRedis) -> None:
+    store, worker = way.store, this_holder()
+    job = queued_in_engine(store)
+    job.start()
+    request = StopRequest(id=job.id, grace=1.5)
+    way.before = b"[1.5, false]", lambda: way.other.take(Entry(job=job.record(), holder=worker), ENGINE)
+    store.ask_to_stop(request)
+    assert list(store.take_requests(worker)) == [request]
 
 
-def test_a_holder_writes_again_what_the_store_has_forgotten(store: JobStore) -> None:
-    job = started(store, "report")
-    store.remove(job.id)
-    store.write([Entry(job=job.record(), holder=HERE)])
-    held = store.held("report")
-    assert held == job.record()
-
-
-def test_watch(make_store: MakeStore) -> None:
-    store, other = make_store(), make_store()
+def test_a_job_that_ends_while_it_is_asked_to_stop(way: WayToRedis) -> None:
+    store = way.store
     job = started(store)
-    watch = other.watch()
+    job.end(JobStatus.SUCCEEDED)
+    way.before = b"[1.5, false]", lambda: way.other.write([Entry(job=job.record(), holder=HERE)])
+    store.ask_to_stop(StopRequest(id=job.id, grace=1.5))
+    assert isinstance(store, RedisStore)
+    assert store._redis.hlen(f"{store._prefix}stops") == 0
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_redis_that_hangs(way: WayToRedis, *, connected: bool) -> None:
+    """It takes connections, or has them, and does not answer."""
+    store, go_on = way.store, threading.Event()
+    job = started(way.other)
+    if connected:
+        assert store.get(job.id) == job.record()
+    way.hangs = go_on
+    begin = time.monotonic()
+    for _ in range(3):  # those who come right after that are not made to wait
+        with pytest.raises(StoreUnavailable, match="Timeout"):
+            store.claim(Entry(job=LiveJob("render", "report").record(), holder=HERE))
+    assert time.monotonic() - begin < 3.5
+    way.hangs = None
+    go_on.set()
+    assert wait_until(lambda: is_answered(store), 5)
+    assert store.get(job.id) == job.record(), "what was asked before is answered to nobody"
+    assert store.get("unknown") is None
+
+
+def is_answered(store: JobStore) -> bool:
     try:
-        watch.begin({job.id})
-        begin = time.monotonic()
-        watch.wait(0.1)
-        assert time.monotonic() - begin > 0.09, "nothing has changed"
-        for _ in range(5):
-            watch.begin({job.id})
-            timer = threading.Timer(0.1, lambda: store.write([Entry(job=job.record(), holder=HERE)]))
-            timer.start()
-            begin = time.monotonic()
-            watch.wait(10)
-            assert time.monotonic() - begin < 5
-            timer.join()
-        watch.begin({job.id})
-        store.write([Entry(job=job.record(), holder=HERE)])
-        watch.wait(10)
-        timer = threading.Timer(0.1, watch.wake)
-        timer.start()
-        watch.wait(10)
-        timer.join()
-    finally:
-        watch.close()
+        store.check()
+    except StoreUnavailable:
+        return False
+    return True
 
 
-def test_many_threads(make_store: MakeStore) -> None:
-    store = make_store(max_records=1000)
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            for number in range(40):
-                job = ended(store)
-                assert store.get(job.id) == job.record()
-                store.list(limit=5)
-                store.find(str(number))
-        except BaseException as error:
-            errors.append(error)
-
-    run_in_threads(6, work)
-    assert errors == []
-    assert len(store.list()) == 240
+def test_a_connection_that_breaks_is_opened_again(way: WayToRedis) -> None:
+    store = way.store
+    job = started(store)
+    way.lose = job.id.encode()
+    assert store.get(job.id) == job.record()
+    assert len(way.lost) == 1
 
 
-def test_check_and_after_fork(store: JobStore) -> None:
-    job = started(store, "report")
-    store.check()
-    pid = os.fork()
-    if not pid:
-        store.after_fork()
-        found = store.held("report")
-        store.write([Entry(job=replace(job.record(), message="from the child"), holder=HERE)])
-        os._exit(0 if found is not None and found.id == job.id else 1)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    record = store.get(job.id)
-    assert record is not None
-    assert record.message == "from the child"
-    store.close()
-    store.check()
+class WayToRedis(socketserver.ThreadingTCPServer):
+    """A proxy before a Redis, a store that uses it, and another that does not."""
+
+    daemon_threads = True
+
+    def __init__(self, url: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Passage)
+        self.port = int(url.rpartition(":")[2].partition("/")[0])
+        #: What is done, once, before something that has this in it is passed on.
+        self.before: tuple[bytes, Callable[[], object]] | None = None
+        #: Until when nothing is passed on.
+        self.hangs: threading.Event | None = None
+        #: The connection breaks, once, before the answer to what has this in it. The answers that were lost.
+        self.lose: bytes | None = None
+        self.lost: list[bytes] = []
+        urls = f"redis://127.0.0.1:{self.server_address[1]}/0", url
+        self.store, self.other = (
+            RedisStore(StoreOptions(url=each, space="shop", result_ttl=60, max_records=10)) for each in urls
+        )
 
 
-def test_fork_while_others_write(store: JobStore) -> None:
-    """In the child nothing is locked for ever by what a thread of the parent was in the middle of."""
-    stopped = threading.Event()
+class _Passage(socketserver.BaseRequestHandler):
+    server: WayToRedis
 
-    def write() -> None:
-        while not stopped.is_set():
-            started(store)
+    def handle(self) -> None:
+        way = self.server
+        is_lost = False
+        with socket.create_connection(("127.0.0.1", way.port)) as redis:
+            while True:
+                for side in select.select([self.request, redis], [], [])[0]:
+                    data = side.recv(1 << 20)
+                    if not data:
+                        return
+                    if side is not redis:
+                        is_lost = self.look(data)
+                        redis.sendall(data)
+                    elif is_lost:
+                        way.lost.append(data)
+                        return
+                    else:
+                        self.request.sendall(data)
 
-    threads = [threading.Thread(target=write) for _ in range(3)]
-    for thread in threads:
+    def look(self, data: bytes) -> bool:
+        """Do what is to be done before this is passed on, and tell whether its answer is to be lost."""
+        way = self.server
+        if way.hangs is not None:
+            way.hangs.wait(30)
+        if way.before is not None and way.before[0] in data:
+            (_, fn), way.before = way.before, None
+            fn()
+        if way.lose is None or way.lose not in data:
+            return False
+        way.lose = None
+        return True
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[WayToRedis]:
+    with WayToRedis(store_url("redis", request)) as way:
+        thread = threading.Thread(target=way.serve_forever, args=(0.01,))
         thread.start()
-    codes = []
-    for _ in range(20):
-        pid = os.fork()
-        if not pid:
-            try:
-                faulthandler.dump_traceback_later(10, exit=True)
-                begin = time.monotonic()
-                store.after_fork()
-                found = store.get(started(store, f"key {os.getpid()}").id)
-                os._exit(0 if found is not None and time.monotonic() - begin < 2 else 1)
-            finally:
-                os._exit(2)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    stopped.set()
-    for thread in threads:
-        thread.join()
-    assert codes == [0] * 20
-    assert len(store.keys()) == 20
+        try:
+            yield way
+        finally:
+            way.store.close()
+            way.other.close()
+            way.shutdown()
+            thread.join()
+
+
+def test_a_file_from_before_there_were_messages(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    before = MIGRATIONS[:2]
+    connection = sqlite3.connect(path)
+    for statement in (statement for step in before for statement in step):
+        connection.execute(statement)
+    job = LiveJob("render", "report")
+    connection.execute(
+        "INSERT INTO jobs (id, space, key, has_key, name, status, queued_at, attempt, stop_requested, holder) "
+        "VALUES (?, 'shop', 'report', 1, 'render', 'queued', ?, 1, 0, ?)",
+        (job.id, job.queued_at, HERE),
+    )
+    connection.execute(f"PRAGMA user_version = {len(before)}")
+    connection.commit()
+    connection.close()
+    store = SQLiteStore(StoreOptions(url=f"sqlite:///{path}", space="shop", result_ttl=60, max_records=10))
+    assert store.send(job.id, b"a")
+    assert receive(store) == {job.id: [b"a"]}
+    held = store.held("report")
+    assert held is not None
+    assert held.id == job.id
+    with store._reading() as read:
+        assert read.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+    store.close()

@@ -21,7 +21,7 @@ from conftest import missing, store_url, wait_until
 
 # The first two routes are those of Flask-Executor's own documentation, as they are.
 APP = """
-import os, time
+import itertools, os, time
 from flask import Flask, abort, jsonify, request
 from flask_executor import Executor, current_job, track
 
@@ -68,6 +68,25 @@ def wait_for(path):
 @app.get("/until/<key>")
 def until(key):
     return {"id": executor.submit_once(key, wait_for, request.args["path"]).job_id}
+
+
+def listen(count):
+    current_job.update(progress=0.5)
+    return [current_job.receive(timeout=20).body for _ in range(count)]
+
+
+@app.get("/listen/<key>")
+def start_to_listen(key):
+    executor.submit_once(key, listen, int(request.args["count"]))
+    return {"served": os.getpid()}
+
+
+numbers = itertools.count()
+
+@app.get("/tell/<key>")
+def tell(key):
+    time.sleep(0.01)  # for the next request to go to another web worker
+    return {"served": os.getpid(), "sent": executor.futures.get(key).send("number", [os.getpid(), next(numbers)])}
 
 
 @app.get("/once/<key>")
@@ -198,6 +217,22 @@ def stop_while_it_runs(port: int, key: str, folder: Path) -> None:
     assert get(port, f"/stop/{key}") == {"stopped": True}
     assert wait_until(lambda: get(port, f"/job/{key}")["status"] == "stopped", 5)
     assert time.monotonic() - begin < 2, "0.5 s for the request to arrive, and this machine may be busy"
+
+
+def test_messages_from_every_web_worker(tmp_path: Path, deployment: tuple[str, str]) -> None:
+    store, backend = deployment
+    with web(tmp_path, store, "-w", "3", TYPE=backend) as (_, port):
+        holder = get(port, "/listen/talk?count=120")["served"]
+        assert wait_until(lambda: get(port, "/job/talk")["progress"])
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(lambda _: get(port, "/tell/talk"), range(120)))
+        assert all(answer["sent"] for answer in answers)
+        senders = Counter(answer["served"] for answer in answers)
+        assert set(senders) - {holder}, "other web workers have sent some"
+        got = get(port, "/result/talk")["result"]
+        for sender, count in senders.items():
+            assert [number for served, number in got if served == sender] == list(range(count)), "in its order"
+        assert wait_until(lambda: not get(port, "/tell/talk")["sent"]), "it has ended"
 
 
 def test_a_web_worker_is_killed_in_mid_job(tmp_path: Path, deployment: tuple[str, str]) -> None:

@@ -19,6 +19,9 @@ from tasks import add, fail
 
 from conftest import MakeExecutor, require, wait_until
 from flask_executor import Executor, FutureProxy, cli, console, current_job
+from flask_executor.abc import Entry
+from flask_executor.holders import engine_holder
+from flask_executor.jobs import LiveJob
 
 APP = """
 import sys
@@ -424,6 +427,23 @@ def test_a_job_that_does_not_stop(
         assert wait_until(lambda: data(run("show", "running", "--json"))["status"] == "killed")
     finally:
         go_on.set()
+
+
+def test_a_job_in_the_queue_of_an_engine_is_cancelled(
+    make_executor: MakeExecutor, run: Run, monkeypatch: pytest.MonkeyPatch, shared_store: str
+) -> None:
+    store = make_executor(store=shared_store)._binding()[1].ledger.store  # type: ignore[attr-defined]
+    engine, find, job = engine_holder("rq"), cli._shared, LiveJob("render", "report")
+    assert store.take(Entry(job=job.record(), holder=engine), None) is None
+
+    def with_engine() -> Any:
+        binding, ledger = find()
+        ledger.engine = engine
+        return binding, ledger
+
+    monkeypatch.setattr(cli, "_shared", with_engine)
+    result = run("stop", "report", "--json")
+    assert (result.exit_code, json.loads(result.output)["status"]) == (0, "cancelled")
 
 
 def test_waiting_for_one_whose_record_leaves(make_executor: MakeExecutor, run: Run) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from tasks import sleep
+from tasks import length, sleep
 
 from conftest import MakeExecutor, redis_client, require
 from flask_executor import Executor, cli, doctor
@@ -274,9 +274,40 @@ def test_jobs_that_worker_processes_cannot_import(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.delattr(module, "a")
     monkeypatch.delattr(module, "b")
-    vars(module)["hidden"] = executor.job(sleep)  # tasks.sleep is the function itself
+    vars(module)["hidden"] = executor.job(length)  # tasks.length is the function itself
     (finding,) = doctor.check_jobs(executor)
-    assert "tasks.sleep" in finding.found
+    assert "tasks.length" in finding.found
+
+
+def test_an_engine_with_workers(make_executor: MakeExecutor, examine: Examine) -> None:
+    require("rq")
+    make_executor(type="rq")
+    assert (only(examine(), "workers").level, only(examine(), "workers").found[:14]) == ("ok", "2 workers look")
+
+
+def test_an_engine_without_workers(make_executor: MakeExecutor, examine: Examine, redis_url: str) -> None:
+    require("rq")
+    make_executor(type="rq", url=redis_url, queue="nobody-looks-there")
+    finding = only(examine(), "workers")
+    assert finding.level == "warning"
+    assert "'nobody-looks-there'" in finding.found
+    assert "flask executor worker" in finding.advice
+
+
+def test_an_engine_that_does_not_answer(make_executor: MakeExecutor, examine: Examine) -> None:
+    require("rq")
+    make_executor(type="rq", url="redis://127.0.0.1:1/0")
+    finding = only(examine(), "workers")
+    assert (finding.level, "EXECUTOR_URL" in finding.advice) == ("problem", True)
+
+
+def test_a_cluster_of_each_process(app: Flask, make_executor: MakeExecutor, examine: Examine) -> None:
+    require("distributed")
+    app.secret_key = None
+    make_executor(type="dask", url=None)
+    assert only(examine(), "workers").level == "ok"
+    finding = only(examine(), "SECRET_KEY")
+    assert (finding.level, "submit() refuses" in finding.found) == ("problem", True)
 
 
 # ---- the server ----

@@ -12,9 +12,10 @@ import pytest
 from flask import Flask
 from tasks import add, fail, sleep
 
-from conftest import MakeExecutor, left_behind, run_in_threads, wait_until
+from conftest import MakeExecutor, left_behind, require, run_in_threads, wait_until
 from flask_executor import (
     AppNotFound,
+    ConfigError,
     Executor,
     ExecutorError,
     ExecutorJob,
@@ -482,3 +483,20 @@ def test_a_pool_that_cannot_start_a_thread(executor: Executor, monkeypatch: pyte
     assert executor.jobs.list() == []
     assert executor.submit(add, 1).result() == 1
     assert executor.wait(10)
+
+
+def test_the_type_may_become_an_engine_s_and_back(app: Flask, redis_url: str) -> None:
+    require("rq")
+    executor = Executor(app)
+    assert executor.submit(add, 1).result(10) == 1
+    before = app.config.copy()
+    app.config.update(EXECUTOR_TYPE="rq", EXECUTOR_URL=redis_url, EXECUTOR_APP="tasks:create_app()")
+    executor.init_app(app)
+    queued = executor.submit(add, 1)
+    app.config.update(before)
+    with pytest.raises(ConfigError, match="until 1 job"):
+        executor.init_app(app)
+    assert queued.cancel()
+    executor.init_app(app)
+    assert executor.submit(add, 2).result(10) == 2
+    executor.shutdown()

@@ -8,7 +8,7 @@ import pytest
 import tasks
 from flask import Flask
 
-from conftest import MakeExecutor, store_url, wait_until
+from conftest import MakeExecutor, wait_until
 from flask_executor import Executor, JobStopped, NotPicklable, current_job
 
 
@@ -103,18 +103,5 @@ def test_what_cannot_be_sent(make_executor: MakeExecutor) -> None:
     future = executor.submit(tasks.echo_messages, 1)
     with pytest.raises(NotPicklable, match="The message for job echo_messages"):
         future.send("a", lambda: None)
-    future.send("a", 1)
-    assert future.result(10) == [("a", 1)]
-
-
-def test_from_another_process(app: Flask, make_executor: MakeExecutor, request: pytest.FixtureRequest) -> None:
-    url = store_url("sqlite", request)
-    other = Flask("shop", instance_path=app.instance_path)
-    here, there = make_executor(store=url), make_executor(other, store=url)
-    future = here.submit_stored("echo", tasks.echo_messages, 1)
-    found = there.futures.get("echo")
-    assert found is not None
-    with pytest.raises(RuntimeError, match="was submitted by another process"):
-        found.send("a", 1)
     future.send("a", 1)
     assert future.result(10) == [("a", 1)]

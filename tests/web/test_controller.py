@@ -388,6 +388,16 @@ def test_the_list_needs_permission(client: FlaskClient, admins: Admins) -> None:
     assert client.get("/jobs/overview").status_code == 200
 
 
+def test_workers_of_an_engine_are_elsewhere(app: Flask, make_executor: MakeExecutor, admins: Admins) -> None:
+    require("rq")
+    admins.actions = {"dashboard"}
+    executor = make_executor(type="rq", url="redis://127.0.0.1:1/0")
+    app.register_blueprint(Controller(executor, authorize=admins), url_prefix="/jobs")
+    page = app.test_client().get("/jobs/", headers=PAGE).text
+    assert "Workers run elsewhere, for this engine: rq" in page
+    assert "Workers start with the first job" not in page
+
+
 def test_nothing_is_permitted_without_a_rule(app: Flask, make_executor: MakeExecutor) -> None:
     app.register_blueprint(Controller(make_executor()), url_prefix="/jobs")
     client = app.test_client()
