@@ -617,7 +617,7 @@ def test_what_was_handed_on_is_not_handed_on_again(
     connection.execute("DROP TRIGGER stay")
     assert stored(there, "report").send("page", 2)
     assert future.result(20) == [("page", 0), ("page", 1), ("page", 2)]
-    assert connection.execute("SELECT count(*) FROM messages").fetchone() == (0,)
+    assert wait_until(lambda: connection.execute("SELECT count(*) FROM messages").fetchone() == (0,))
     connection.close()
     assert other is not None
 
