@@ -296,7 +296,7 @@ def test_a_hand_over_is_tried_again(worker: Worker) -> None:
             pass
         assert failed.is_set()
         assert wait_until(lambda: store.holder(job.id) == ENGINE)
-    assert not worker.ledger.is_kept(job.id)
+    assert wait_until(lambda: not worker.ledger.is_kept(job.id)), "which this process knows in a moment"
 
 
 def test_a_job_that_was_not_handed_over_yet_can_be_cancelled(worker: Worker) -> None:
