@@ -218,7 +218,8 @@ class SharedLedger(Ledger):
             if known is not None:
                 job.attempt, job.error = known.attempt, known.error
         entry = Entry(job=job.record(), holder=self.holder)
-        is_ours = any(self.store.take(entry, former) is None for former in (self.engine, sender))
+        # The engine twice: its sender may hand it over between the first two.
+        is_ours = any(self.store.take(entry, former) is None for former in (self.engine, sender, self.engine))
         if is_ours or self._take_from_the_dead(entry):
             self._handles[job.id] = call.future
             self._memory.add(job)

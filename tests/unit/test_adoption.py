@@ -358,3 +358,20 @@ def test_a_process_that_is_told_to_end_begins_with_no_more_jobs(worker: Worker) 
     finally:
         remote.ending.clear()
     assert worker.adopt(job)
+
+
+def test_a_hand_over_while_a_worker_takes_the_job(worker: Worker) -> None:
+    store, sender = worker.ledger.store, this_holder()
+    job = LiveJob("render", "report")
+    worker.ids.append(job.id)
+    assert store.claim(Entry(job=job.record(), holder=sender)) is None
+    take = store.take
+
+    def take_and_hand_over(entry: Entry, former: str | None, **how: Any) -> Job | None:
+        answer = take(entry, former, **how)
+        take(Entry(job=job.record(), holder=ENGINE), sender, new=False)
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "take", take_and_hand_over)
+        assert worker.adopt(job)
