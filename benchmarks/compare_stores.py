@@ -30,8 +30,8 @@ from flask import Flask
 
 from flask_executor import Executor, current_job
 from flask_executor.abc import Entry, JobStore
-from flask_executor.holders import this_holder
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.jobs.model import JobStatus, LiveJob
+from flask_executor.stores.leases import this_holder
 
 STORES = ("memory", "sqlite", "redis")
 JOBS = 300  # of a round

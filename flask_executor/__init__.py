@@ -1,6 +1,5 @@
 """Background jobs for Flask that start as one line."""
 
-from flask_executor.control import checkpoint, current_job, track
 from flask_executor.exceptions import (
     AppNotFound,
     ConfigError,
@@ -22,11 +21,13 @@ from flask_executor.exceptions import (
     UntrustedResult,
     WorkerLost,
 )
-from flask_executor.executor import Executor, ExecutorJob
-from flask_executor.flow import Flow
+from flask_executor.executor.extension import Executor
+from flask_executor.executor.flow import Flow
+from flask_executor.executor.submitters import ExecutorJob
 from flask_executor.futures import FutureCollection, FutureProxy
-from flask_executor.jobs import Job, JobStatus, LogLine
-from flask_executor.services import Service, every, on
+from flask_executor.jobs.current import checkpoint, current_job, track
+from flask_executor.jobs.model import Job, JobStatus, LogLine
+from flask_executor.services.definition import Service, every, on
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 
 __all__ = [

@@ -9,18 +9,16 @@ import abc
 import concurrent.futures
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flask_executor.exceptions import Unsupported
-from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
-from flask_executor.services import ServiceStatus
+from flask_executor.jobs.call import Call
+from flask_executor.jobs.model import Job, JobMessage, JobStatus, LogLine
 
 if TYPE_CHECKING:
     import weakref
 
     from flask import Flask
-
-    from flask_executor.control import RunningJob
 
 
 def _unbound(fn: Callable[..., Any], *_: object) -> concurrent.futures.Future[Any]:
@@ -63,79 +61,8 @@ class BackendOptions:
     refuse: Callable[[str, Exception, str], object] = lambda *_: None
 
 
-class PreparedCall(Protocol):
-    """One call on its way through a backend; :class:`flask_executor.runner.Call` is the one there is."""
-
-    job: LiveJob
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    context: Any
-    backend: Backend | None
-    packed: Any
-
-    @property
-    def future(self) -> Any:
-        """The handle of the job."""
-
-    @property
-    def priority(self) -> int:
-        """Higher ones are to start first."""
-
-    @property
-    def delay(self) -> float:
-        """Seconds before which it is not to start."""
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds that it may run."""
-
-    @property
-    def grace(self) -> float | None:
-        """Seconds between a request to leave and force; None for the executor's."""
-
-    @property
-    def retried(self) -> bool:
-        """Whether it may be run again."""
-
-    def run(self, *unused: object) -> None:
-        """Run it here and now, in its contexts, and settle its future. Never raises."""
-
-    def post(self, message: JobMessage) -> None:
-        """Give a message to its job: where :meth:`run` runs it, or will."""
-
-    def wake(self) -> None:
-        """It may have to leave: where :meth:`run` runs it, wake it from its sleep."""
-
-    def interrupt(self, attempt: int) -> None:
-        """Raise the exception that leaves the job in the thread where :meth:`run` runs it, if it is this attempt."""
-
-    def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
-        """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
-
-    def begin(self) -> bool:
-        """Claim it for a worker elsewhere; False when it was cancelled. Quick, and runs no code of the user's."""
-
-    def progressed(self) -> None:
-        """Its job has something new to report. Quick, and runs no code of the user's."""
-
-    def put_back(self) -> bool:
-        """The worker that it was claimed for never began: it is queued again.
-
-        False when it was asked to leave meanwhile: it stays claimed, and has :meth:`left`.
-        """
-
-    def succeed(self, result: Any, packed: bytes | None = None) -> None:
-        """Settle it with a result, which came packed like this from a worker process."""
-
-    def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
-        """Settle it with an error, or have it run again after a while."""
-
-    def give_up(self, error: BaseException) -> None:
-        """There was to be another attempt, and there is none: settle it with the error of the last one."""
-
-    def left(self, *, forced: bool = False) -> None:
-        """Settle it as one that has left as it was asked to, or was forced to."""
+#: One call on its way through a backend.
+PreparedCall = Call
 
 
 class Backend(concurrent.futures.Executor):
@@ -226,7 +153,7 @@ class Backend(concurrent.futures.Executor):
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         """Be a worker of the engine, in the main thread, until a signal says to end.
 
-        Calls that were sent are run with :func:`flask_executor.remote.run`.
+        Calls that were sent are run with :func:`flask_executor.backends.engine.run`.
 
         :param stop: stops a job, given its id, for engines that can be told to.
         :param processes: how many workers, at one job each.
@@ -543,70 +470,6 @@ class Watch(abc.ABC):
         """Close what is open."""
 
 
-class JobChannel(abc.ABC):
-    """What connects a running job with those who watch over it. Safe to call from any thread; never raises."""
-
-    @abc.abstractmethod
-    def started(self, job: LiveJob) -> None:
-        """A worker has taken the job; called in the job's contexts."""
-
-    @abc.abstractmethod
-    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
-        """What is to be told when a job that runs here has something new to report; None for nobody."""
-
-    @abc.abstractmethod
-    def progressed(self, job: LiveJob) -> None:
-        """A job that runs elsewhere has reported something new."""
-
-    @abc.abstractmethod
-    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
-        """The job has returned, and will have succeeded unless this raises; quick.
-
-        :param packed: the result as it came from a worker process, pickled.
-        :raises NotPicklable: for a result that has to be stored and cannot.
-        :raises ResultTooLarge: for one that is too large for that.
-        """
-
-    @abc.abstractmethod
-    def ended(self, job: LiveJob, error: BaseException | None) -> None:
-        """The job has its final status; its future is not settled yet."""
-
-    @abc.abstractmethod
-    def settled(self, future: concurrent.futures.Future[Any], call_back: Callable[[], object] | None) -> None:
-        """The future has its result; when its callbacks have run nothing more will come.
-
-        :param call_back: runs the callbacks, to be called where they hold up nobody; None when there are none.
-        """
-
-    @abc.abstractmethod
-    def retry(self, call: PreparedCall, error: BaseException, delay: float) -> None:
-        """The call failed with ``error``, is queued again, and is to be run in ``delay`` seconds."""
-
-    @abc.abstractmethod
-    def out_of_time(self, call: PreparedCall, attempt: int) -> None:
-        """The call has run for as long as it may, in this attempt."""
-
-    @abc.abstractmethod
-    def stop(self, future: concurrent.futures.Future[Any], grace: float | None) -> bool:
-        """Stop the job of this future; False when it has ended."""
-
-    @abc.abstractmethod
-    def deliver(self, future: concurrent.futures.Future[Any], message: JobMessage) -> bool:
-        """Send a message to the job of this future; False when it has ended."""
-
-    @abc.abstractmethod
-    def withdraw(self, future: concurrent.futures.Future[Any]) -> bool:
-        """Give up the call of this future if it has not started; False when it has."""
-
-    @abc.abstractmethod
-    def unseen(self, job: LiveJob, error: BaseException) -> None:
-        """The job failed and nobody has asked."""
-
-    @abc.abstractmethod
-    def in_contexts(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn``, made to run later in a copy of the contexts of whoever calls this now."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerState:
     """What a worker of this process does."""
@@ -641,3 +504,24 @@ class Health:
     accepting: bool
     #: The services of the app, whichever process looks after them.
     services: tuple[ServiceStatus, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceStatus:
+    """How a service is doing."""
+
+    name: str
+    #: Ids of its worker processes; none where it does not run.
+    pids: tuple[int, ...] = ()
+    #: How many workers it is to have, are ready, and handle a message now.
+    workers: int = 0
+    ready: int = 0
+    busy: int = 0
+    #: Messages that wait.
+    waiting: int = 0
+    #: Workers that died, or could not start.
+    failures: int = 0
+    #: What the last one said, or died of.
+    last_error: str | None = None
+    #: The id of the process that looks after it.
+    supervisor: int | None = None

@@ -13,9 +13,9 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, LOGGER, PENDING, RU
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from flask_executor.abc import JobChannel
 from flask_executor.exceptions import JobStopped, KeyExists, WorkerLost
-from flask_executor.jobs import Job, JobMessage, JobStatus, LiveJob, LogLine
+from flask_executor.jobs.call import JobChannel
+from flask_executor.jobs.model import Job, JobMessage, JobStatus, LiveJob, LogLine
 
 __all__ = ["Future", "FutureCollection", "FutureProxy", "propagate_exceptions_callback"]
 
@@ -120,7 +120,7 @@ class FutureProxy(Future[T]):
 
     def send(self, type: str, body: object = None) -> bool:
         """Send a message to the job, which gets it with :meth:`current_job.receive()
-        <flask_executor.control.RunningJob.receive>`; also before it has started.
+        <flask_executor.jobs.current.RunningJob.receive>`; also before it has started.
 
         :param type: any name.
         :param body: anything; where jobs run in other processes, what can be pickled.

@@ -1,7 +1,7 @@
 """Signals that tell what happens to jobs.
 
 Each is sent with the :class:`~flask_executor.Executor` as sender and ``job``, the frozen
-:class:`~flask_executor.jobs.Job`, inside the job's own contexts. A receiver that raises is logged and disturbs nobody.
+:class:`~flask_executor.Job`, inside the job's own contexts. A receiver that raises is logged and disturbs nobody.
 
 .. code-block:: python
 

@@ -26,6 +26,12 @@ from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_thread
 __all__ = ["MakeExecutor", "run_in_threads", "wait_until"]
 
 
+def pytest_collection_finish() -> None:
+    """Spare :func:`no_leaks` from looking through what was imported, after each test."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves threads or processes behind."""
@@ -303,7 +309,7 @@ def dask_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
 
 def without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what only Linux has: packets between processes, and descriptors of processes."""
-    monkeypatch.setattr("flask_executor.handles.packet_pair", lambda: None)
+    monkeypatch.setattr("flask_executor.backends.process.worker_process.packet_pair", lambda: None)
     monkeypatch.delattr("os.pidfd_open", raising=False)
 
 

@@ -30,17 +30,11 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.exceptions import (
-    ConfigError,
-    EngineUnavailable,
-    ExecutorShutdown,
-    MissingExtra,
-    StoreUnavailable,
-)
-from flask_executor.forks import after_fork_in_child
-from flask_executor.logs import logger
-from flask_executor.remote import Address, address_of, leave_to_others
-from flask_executor.remote import run as run_sent
+from flask_executor.backends.engine.entrypoint import Address, address_of, leave_to_others
+from flask_executor.backends.engine.entrypoint import run as run_sent
+from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorShutdown, MissingExtra, StoreUnavailable
+from flask_executor.helpers.fork_hooks import after_fork_in_child
+from flask_executor.helpers.log import logger
 
 try:
     import celery

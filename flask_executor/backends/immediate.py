@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.context import call_to_end
 from flask_executor.exceptions import ExecutorShutdown
-from flask_executor.runner import pickled, through_pickle
+from flask_executor.jobs.contexts import call_to_end
+from flask_executor.jobs.packing import pickled, through_pickle
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -22,6 +22,9 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
+from flask_executor.backends.engine.entrypoint import Address, address_of, ending, is_lost, leave_to_others, refuse
+from flask_executor.backends.engine.entrypoint import run as run_sent
+from flask_executor.backends.engine.prefork import run_processes
 from flask_executor.exceptions import (
     ConfigError,
     EngineUnavailable,
@@ -33,11 +36,8 @@ from flask_executor.exceptions import (
     WorkerLost,
 )
 from flask_executor.helpers import without_password
-from flask_executor.jobs import Job
-from flask_executor.logs import logger
-from flask_executor.remote import Address, address_of, ending, is_lost, leave_to_others, refuse
-from flask_executor.remote import run as run_sent
-from flask_executor.troop import run_processes
+from flask_executor.helpers.log import logger
+from flask_executor.jobs.model import Job
 
 try:
     import redis

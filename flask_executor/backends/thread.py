@@ -14,7 +14,7 @@ from typing import Any
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import ExecutorShutdown
-from flask_executor.queues import PriorityQueue
+from flask_executor.helpers.priority_queue import PriorityQueue
 
 
 class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):

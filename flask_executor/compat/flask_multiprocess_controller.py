@@ -36,13 +36,13 @@ from flask import Flask, Request, current_app, request
 from werkzeug.exceptions import MethodNotAllowed
 
 from flask_executor.abc import Health
-from flask_executor.control import checkpoint, current_job
 from flask_executor.exceptions import ExecutorError, JobExit, MissingExtra, QueueFull, StoreUnavailable
-from flask_executor.executor import Executor
-from flask_executor.jobs import Job, JobStatus
-from flask_executor.pages import jobs_of
-from flask_executor.problems import refuse
+from flask_executor.executor.extension import Executor
+from flask_executor.jobs.current import checkpoint, current_job
+from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.signals import job_finished, job_started
+from flask_executor.web.pages import jobs_of
+from flask_executor.web.problems import refuse
 
 try:
     from flask_restful import Resource

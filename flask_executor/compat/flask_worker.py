@@ -30,8 +30,8 @@ from markupsafe import Markup
 from werkzeug.utils import import_string
 
 from flask_executor.exceptions import MissingExtra, NotPicklable, UntrustedResult
-from flask_executor.executor import Executor
-from flask_executor.jobs import JobStatus
+from flask_executor.executor.extension import Executor
+from flask_executor.jobs.model import JobStatus
 
 try:
     import sqlalchemy

@@ -42,9 +42,9 @@ from typing import Any
 from flask import Flask
 
 from flask_executor.exceptions import ExecutorShutdown
-from flask_executor.executor import Executor
-from flask_executor.fleet import ServiceHandle
-from flask_executor.services import Service, on
+from flask_executor.executor.extension import Executor
+from flask_executor.services.definition import Service, on
+from flask_executor.services.registry import ServiceHandle
 
 __all__ = ["Main", "MessageReceiver", "MessageRouter", "TaskQueue", "Timer", "Worker"]
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import islice
 
 from flask_executor.abc import JobRecords
-from flask_executor.jobs import Job, JobStatus, LiveJob, LogLine
+from flask_executor.jobs.model import Job, JobStatus, LiveJob, LogLine
 
 
 class MemoryStore(JobRecords):

@@ -33,19 +33,8 @@ from typing import Any
 from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import MissingExtra, StoreUnavailable
 from flask_executor.helpers import without_password
-from flask_executor.holders import LEASE
-from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine, new_id
-from flask_executor.records import (
-    clean,
-    decode_job,
-    decode_key,
-    decode_line,
-    encode_job,
-    encode_key,
-    encode_line,
-    encode_prefix,
-)
-from flask_executor.stores.shared import (
+from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LogLine, new_id
+from flask_executor.stores.base import (
     MAIL_AT_ONCE,
     SharedStore,
     Stored,
@@ -55,6 +44,17 @@ from flask_executor.stores.shared import (
     report_loss,
     skipped,
 )
+from flask_executor.stores.codec import (
+    clean,
+    decode_job,
+    decode_key,
+    decode_line,
+    encode_job,
+    encode_key,
+    encode_line,
+    encode_prefix,
+)
+from flask_executor.stores.leases import LEASE
 
 try:
     import redis

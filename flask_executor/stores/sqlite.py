@@ -21,11 +21,9 @@ from typing import Any, ClassVar
 
 from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import StoreUnavailable
-from flask_executor.forks import after_fork_in_child, around_fork
-from flask_executor.holders import LEASE
-from flask_executor.jobs import LOG_LINES, Job, JobStatus, LogLine
-from flask_executor.records import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
-from flask_executor.stores.shared import (
+from flask_executor.helpers.fork_hooks import after_fork_in_child, around_fork
+from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LogLine
+from flask_executor.stores.base import (
     MAIL_AT_ONCE,
     SharedStore,
     Stored,
@@ -35,6 +33,8 @@ from flask_executor.stores.shared import (
     report_loss,
     skipped,
 )
+from flask_executor.stores.codec import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
+from flask_executor.stores.leases import LEASE
 
 _BUSY = 3.0  # seconds to wait for others who write
 _GONE = 10  # times as many as there may be records are remembered to have been

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flask_executor.executor import Executor
+    from flask_executor.executor.extension import Executor
 
 
 def drain(executor: Executor, timeout: float = 30) -> None:

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 from flask import Flask, current_app, g, request, session
 from werkzeug.routing import BaseConverter
 
-from flask_executor.control import checkpoint, current_job, track
 from flask_executor.exceptions import JobExit
-from flask_executor.executor import Executor
+from flask_executor.executor.extension import Executor
+from flask_executor.jobs.current import checkpoint, current_job, track
 
 #: Import string of the app, for ``EXECUTOR_APP`` and ``flask --app``.
 APP = f"{__name__}:create_app()"

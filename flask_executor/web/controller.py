@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextvars import Context
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 from urllib.parse import quote
 
 from flask import Blueprint, Flask, Response, current_app, redirect, render_template, request, session
@@ -18,8 +18,6 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WSGIResponse
 
-from flask_executor.bodies import read_form, read_object
-from flask_executor.documents import describe_line
 from flask_executor.exceptions import (
     ConfigError,
     ExecutorShutdown,
@@ -28,19 +26,23 @@ from flask_executor.exceptions import (
     ResultExpired,
     UntrustedResult,
 )
-from flask_executor.executor import Executor, ExecutorJob
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
-from flask_executor.jobs import OURS, Job, JobStatus
-from flask_executor.live import HTML, document_answer, live_answer, wanted
-from flask_executor.origins import refuse_from_elsewhere
-from flask_executor.pages import Jobs, jobs_of, register_controller, render_job_page, translator, url_within
-from flask_executor.permits import SHOW, Permit, check_permit
-from flask_executor.problems import nothing, problem, refuse, store_or_problem
+from flask_executor.jobs.model import OURS, Job, JobStatus
 from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
+from flask_executor.web.body import read_form, read_object
 from flask_executor.web.listing import Query, list_page
+from flask_executor.web.negotiation import HTML, document_answer, live_answer, wanted
 from flask_executor.web.openapi import document as openapi_document
 from flask_executor.web.overview import overview
+from flask_executor.web.pages import Jobs, jobs_of, register_controller, render_job_page, translator, url_within
+from flask_executor.web.problems import nothing, problem, refuse, store_or_problem
+from flask_executor.web.same_origin import refuse_from_elsewhere
+from flask_executor.web.status import describe_line
+from flask_executor.web.tokens import SHOW, Permit, check_permit
+
+if TYPE_CHECKING:
+    from flask_executor.executor import Executor, ExecutorJob
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -138,7 +140,7 @@ class Controller(Blueprint):
             raise ValueError(f"the name {name!r} has a slash; give another one: expose(fn, name=...)")
         if name in self.exposed:
             raise ValueError(f"{name!r} is exposed already; give another name: expose(fn, name=...)")
-        if isinstance(fn, ExecutorJob) and fn.executor is not self.executor:
+        if _is_job(fn) and fn.executor is not self.executor:
             raise ValueError(f"{name!r} is a job of another executor; expose it on a controller of that one")
         self.exposed[name] = Exposed(name=name, fn=fn, parameters=parameters_of(fn))
         return fn
@@ -248,7 +250,7 @@ class Controller(Blueprint):
         if len(started) <= _MOST_KEPT:
             options["meta"] = {_STARTED: started}
         submit: Callable[..., FutureProxy[Any]]
-        if isinstance(fn, ExecutorJob):
+        if _is_job(fn):
             submit = fn.options(**options).submit
         else:
             submit = partial(self.executor.options(name=name, **options).submit, fn)
@@ -530,3 +532,8 @@ def _as_json(value: Any) -> Response:
     answer.add_etag(weak=True)
     answer.make_conditional(request)
     return answer
+
+
+def _is_job(fn: Callable[..., Any]) -> TypeGuard[ExecutorJob[..., Any]]:
+    """Whether :meth:`Executor.job <flask_executor.Executor.job>` has made this of a function."""
+    return hasattr(fn, "executor") and hasattr(fn, "submit_stored")

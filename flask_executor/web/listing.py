@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flask_executor.abc import JobRecords
-from flask_executor.documents import describe_key
-from flask_executor.jobs import Job, JobStatus
+from flask_executor.jobs.model import Job, JobStatus
+from flask_executor.web.status import describe_key
 
 MOST_LISTED = 200  # jobs on a page
 _MOST_SEARCHED = 20_000  # newest jobs that are looked through

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from flask_executor.jobs import JobStatus
-from flask_executor.live import DOCUMENT, EVENTS, HTML, JSON
-from flask_executor.problems import MIMETYPE as PROBLEM
+from flask_executor.jobs.model import JobStatus
+from flask_executor.web.negotiation import DOCUMENT, EVENTS, HTML, JSON
+from flask_executor.web.problems import MIMETYPE as PROBLEM
 
 Schema = dict[str, Any]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flask_executor.abc import Health, JobRecords, WorkerState
-from flask_executor.documents import describe_job, elapsed_seconds
-from flask_executor.jobs import Job, JobStatus
+from flask_executor.jobs.model import Job, JobStatus
+from flask_executor.web.status import describe_job, elapsed_seconds
 
 _SAMPLE = 1000  # newest jobs that are counted
 _RECENT = 60  # of those that have ended, in the chart

@@ -26,8 +26,8 @@ from typing import ClassVar
 from werkzeug.wrappers import Response
 
 from flask_executor.exceptions import MissingExtra
-from flask_executor.problems import store_or_problem
 from flask_executor.web.controller import Controller
+from flask_executor.web.problems import store_or_problem
 
 try:
     from flask_restful import Resource

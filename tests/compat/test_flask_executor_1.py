@@ -12,7 +12,8 @@ from flask import Flask, Response, current_app, g, jsonify, request
 
 from conftest import wait_until
 from flask_executor import Executor
-from flask_executor.executor import ExecutorJob, propagate_exceptions_callback
+from flask_executor.executor.extension import propagate_exceptions_callback
+from flask_executor.executor.submitters import ExecutorJob
 from flask_executor.futures import Future, FutureCollection, FutureProxy
 
 

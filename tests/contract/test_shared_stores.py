@@ -16,8 +16,8 @@ import pytest
 from conftest import store_url, wait_until
 from flask_executor.abc import Entry, JobStore, StopRequest, StoreOptions
 from flask_executor.exceptions import StoreUnavailable
-from flask_executor.holders import this_holder
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.jobs.model import JobStatus, LiveJob
+from flask_executor.stores.leases import this_holder
 from flask_executor.stores.redis import RedisStore
 from flask_executor.stores.sqlite import MIGRATIONS, SQLiteStore
 from flask_executor.testing.contract import SharedStoreContract

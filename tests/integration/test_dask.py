@@ -23,7 +23,8 @@ from flask import Flask
 from tasks import add, append, compute_with_dask, fail_until, pid, submit_and_wait, wait_for
 
 from conftest import DaskScheduler, MakeExecutor, freeze, require, wait_until, worker_command
-from flask_executor import ConfigError, EngineUnavailable, Executor, ExecutorError, cli
+from flask_executor import ConfigError, EngineUnavailable, Executor, ExecutorError
+from flask_executor.cli import commands
 
 require("distributed")
 
@@ -343,5 +344,5 @@ def test_a_child_of_a_fork_does_no_harm(executor: Executor) -> None:
 
 def test_the_command_says_what_it_cannot(make_executor: MakeExecutor, app: Flask) -> None:
     make_executor(type="dask", url="tcp://127.0.0.1:9", store="sqlite")
-    result = app.test_cli_runner().invoke(cli.group, ["worker", "--burst"])
+    result = app.test_cli_runner().invoke(commands.group, ["worker", "--burst"])
     assert (result.exit_code, "leave out --burst" in result.output) == (1, True)

@@ -329,7 +329,7 @@ def test_a_commit_does_not_wait_for_the_engine_again_and_again(
         futures = [executor.submit_after_commit(session, tasks.add, number) for number in range(10)]
         with monkeypatch.context() as patch:
             patch.setattr(RQBackend, "enqueue", enqueue)
-            patch.setattr("flask_executor.producer._PAUSE", 60)  # however long the commit takes here
+            patch.setattr("flask_executor.executor.producer._PAUSE", 60)  # however long the commit takes here
             session.commit()
             assert asked == ["MainThread"]
             producer = executor._binding()[1].producer
@@ -346,7 +346,7 @@ def test_a_job_that_cannot_be_kept_leaves_its_key(executor: Executor, monkeypatc
     executor.submit(tasks.add, 1)
     with Session(create_engine("sqlite://")) as session:
         with monkeypatch.context() as patch:
-            patch.setattr("flask_executor.recorder.Recorder.add", lambda *_, **__: 1 / 0)
+            patch.setattr("flask_executor.tracking.writer.Recorder.add", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 executor.options(key="report").submit_after_commit(session, tasks.add, 1)
         assert "report" not in executor.futures

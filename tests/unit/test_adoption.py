@@ -12,16 +12,16 @@ import pytest
 from tasks import add
 
 from conftest import MakeExecutor, run_in_threads, wait_until
-from flask_executor import remote
 from flask_executor.abc import Entry, StopRequest
-from flask_executor.consumer import Consumer
+from flask_executor.backends.engine import entrypoint
 from flask_executor.exceptions import EngineUnavailable, ExecutorShutdown, StoreUnavailable
+from flask_executor.executor.consumer import Consumer
 from flask_executor.futures import FutureProxy
-from flask_executor.holders import engine_holder, this_holder
-from flask_executor.jobs import Job, JobStatus, LiveJob
-from flask_executor.runner import Call
-from flask_executor.sharing import SharedLedger
-from flask_executor.stored import StoredFuture
+from flask_executor.jobs.call import Call
+from flask_executor.jobs.model import Job, JobStatus, LiveJob
+from flask_executor.stores.leases import engine_holder, this_holder
+from flask_executor.tracking.shared import SharedLedger
+from flask_executor.tracking.stored_future import StoredFuture
 
 ENGINE = engine_holder("rq")
 
@@ -41,7 +41,7 @@ class Worker:
         assert self.ledger.store.take(Entry(job=job.record(), holder=ENGINE), None) is None
         return job
 
-    def call(self, queued: LiveJob) -> Call[FutureProxy[Any]]:
+    def call(self, queued: LiveJob) -> Call:
         """One delivery of it."""
         job = LiveJob("render", queued.key, id=queued.id)
         future: FutureProxy[Any] = FutureProxy(job, self.binding)
@@ -351,12 +351,12 @@ def test_a_job_that_is_stopped_while_the_store_is_asked(worker: Worker) -> None:
 def test_a_process_that_is_told_to_end_begins_with_no_more_jobs(worker: Worker) -> None:
     job = worker.queued()
     consumer = Consumer(worker.binding, worker.ledger)
-    remote.ending.set()
+    entrypoint.ending.set()
     try:
         with pytest.raises(ExecutorShutdown):
             consumer._adopt(worker.call(job), ENGINE)
     finally:
-        remote.ending.clear()
+        entrypoint.ending.clear()
     assert worker.adopt(job)
 
 

@@ -18,10 +18,11 @@ from flask import Flask
 from tasks import add, fail
 
 from conftest import MakeExecutor, require, wait_until
-from flask_executor import Executor, FutureProxy, cli, console, current_job
+from flask_executor import Executor, FutureProxy, current_job
 from flask_executor.abc import Entry
-from flask_executor.holders import engine_holder
-from flask_executor.jobs import LiveJob
+from flask_executor.cli import commands, console
+from flask_executor.jobs.model import LiveJob
+from flask_executor.stores.leases import engine_holder
 
 APP = """
 import sys
@@ -220,7 +221,7 @@ def run(app: Flask) -> Run:
         other.config.update(app.config)
         for executor in app.extensions.get("flask_executor_bindings", {}):
             Executor(other, name=executor.name)
-        return other.test_cli_runner().invoke(cli.group, [str(arg) for arg in args])
+        return other.test_cli_runner().invoke(commands.group, [str(arg) for arg in args])
 
     return run
 
@@ -366,7 +367,7 @@ def test_showing_by_the_beginning_of_an_id(stored: Executor, run: Run) -> None:
 
 def test_two_ids_begin_the_same(stored: Executor, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = iter(["0123" + "0" * 20, "0123" + "1" * 20])
-    monkeypatch.setattr("flask_executor.jobs.new_id", lambda: next(ids))
+    monkeypatch.setattr("flask_executor.jobs.model.new_id", lambda: next(ids))
     for key in ("a", "b"):
         stored.submit_stored(key, add, 1).result()
     result = run("show", "0123")
@@ -399,8 +400,8 @@ def test_expired_and_purged(stored: Executor, run: Run) -> None:
 def test_a_job_that_does_not_stop(
     make_executor: MakeExecutor, run: Run, monkeypatch: pytest.MonkeyPatch, shared_store: str
 ) -> None:
-    monkeypatch.setattr(cli, "_PATIENCE", 0.2)
-    monkeypatch.setattr(cli, "_MOST_GRACE", 0.0)
+    monkeypatch.setattr(commands, "_PATIENCE", 0.2)
+    monkeypatch.setattr(commands, "_MOST_GRACE", 0.0)
     executor = make_executor(store=shared_store, max_workers=1)
     go_on = threading.Event()
 
@@ -419,7 +420,7 @@ def test_a_job_that_does_not_stop(
 
         result = run("stop", "running", "--grace", "60")
         assert (result.exit_code, "is still running" in result.output) == (1, True)
-        monkeypatch.setattr(cli, "_PATIENCE", 20)
+        monkeypatch.setattr(commands, "_PATIENCE", 20)
         result = run("stop", "waiting", "--json")
         assert json.loads(result.output)["status"] == "cancelled"
         assert waiting.cancelled()
@@ -433,7 +434,7 @@ def test_a_job_in_the_queue_of_an_engine_is_cancelled(
     make_executor: MakeExecutor, run: Run, monkeypatch: pytest.MonkeyPatch, shared_store: str
 ) -> None:
     store = make_executor(store=shared_store)._binding()[1].ledger.store  # type: ignore[attr-defined]
-    engine, find, job = engine_holder("rq"), cli._shared, LiveJob("render", "report")
+    engine, find, job = engine_holder("rq"), commands._shared, LiveJob("render", "report")
     assert store.take(Entry(job=job.record(), holder=engine), None) is None
 
     def with_engine() -> Any:
@@ -441,7 +442,7 @@ def test_a_job_in_the_queue_of_an_engine_is_cancelled(
         ledger.engine = engine
         return binding, ledger
 
-    monkeypatch.setattr(cli, "_shared", with_engine)
+    monkeypatch.setattr(commands, "_shared", with_engine)
     result = run("stop", "report", "--json")
     assert (result.exit_code, json.loads(result.output)["status"]) == (0, "cancelled")
 

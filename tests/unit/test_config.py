@@ -7,7 +7,7 @@ from flask import Flask
 
 from conftest import MakeExecutor
 from flask_executor import ConfigError, Executor, ExecutorError
-from flask_executor.config import Config
+from flask_executor.executor.config import Config
 
 
 def read(**values: Any) -> Config:
@@ -121,7 +121,9 @@ def test_a_backend_of_ones_own(make_executor: MakeExecutor) -> None:
     assert executor.submit(int, "3").result() == 3
 
 
-@pytest.mark.parametrize("target", ["nowhere.at.all:Backend", "flask_executor.jobs:Job", "flask_executor.jobs:missing"])
+@pytest.mark.parametrize(
+    "target", ["nowhere.at.all:Backend", "flask_executor.jobs.model:Job", "flask_executor.jobs.model:missing"]
+)
 def test_a_backend_that_is_none(make_executor: MakeExecutor, target: str) -> None:
     with pytest.raises(ConfigError, match="EXECUTOR_TYPE"):
         make_executor(type=target)

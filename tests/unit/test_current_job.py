@@ -12,8 +12,8 @@ import pytest
 
 from conftest import MakeExecutor
 from flask_executor import Executor, JobExit, JobStopped, checkpoint, current_job, track
-from flask_executor.control import RunningJob, running_job
-from flask_executor.jobs import JobStatus, LiveJob
+from flask_executor.jobs.current import RunningJob, running_job
+from flask_executor.jobs.model import JobStatus, LiveJob
 
 
 def test_outside_of_a_job() -> None:

@@ -14,9 +14,10 @@ from flask import Flask
 from tasks import length, sleep
 
 from conftest import MakeExecutor, redis_client, require
-from flask_executor import Executor, cli, doctor
-from flask_executor.config import Config
-from flask_executor.doctor import Finding, Server, read_server
+from flask_executor import Executor
+from flask_executor.cli import commands, doctor
+from flask_executor.cli.doctor import Finding, Server, read_server
+from flask_executor.executor.config import Config
 
 CONFIG = Config.read({})
 REPORTS = Config.read({"REPORTS_EXECUTOR_STORE": "sqlite"}, "reports")
@@ -410,15 +411,15 @@ def test_what_servers_do_to_jobs() -> None:
 
 def test_the_command(app: Flask, make_executor: MakeExecutor, examine: Examine, tmp_path: Path) -> None:
     make_executor(name="reports")
-    result = app.test_cli_runner().invoke(cli.group, ["doctor"])
+    result = app.test_cli_runner().invoke(commands.group, ["doctor"])
     assert result.exit_code == 0
     assert "note     store  REPORTS_EXECUTOR_STORE is 'memory'" in result.output
 
     (tmp_path / "gunicorn.conf.py").write_text("workers = 4")
-    result = app.test_cli_runner().invoke(cli.group, ["doctor"])
+    result = app.test_cli_runner().invoke(commands.group, ["doctor"])
     assert result.exit_code == 1
     assert "problem  store     REPORTS_EXECUTOR_STORE is 'memory'" in result.output
-    result = app.test_cli_runner().invoke(cli.group, ["doctor", "--json"])
+    result = app.test_cli_runner().invoke(commands.group, ["doctor", "--json"])
     assert result.exit_code == 1
     assert [finding["level"] for finding in json.loads(result.output) if finding["check"] == "store"] == ["problem"]
 

@@ -13,7 +13,7 @@ from tasks import add, pid
 
 from conftest import MakeExecutor, wait_until
 from flask_executor import Executor, WorkerLost
-from flask_executor.jobs import new_id
+from flask_executor.jobs.model import new_id
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 

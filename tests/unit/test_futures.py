@@ -14,7 +14,7 @@ from tasks import add, fail, sleep
 
 from conftest import MakeExecutor, wait_until
 from flask_executor import Executor, FutureProxy, JobStatus
-from flask_executor.executor import propagate_exceptions_callback
+from flask_executor.executor.extension import propagate_exceptions_callback
 from flask_executor.futures import Future
 from flask_executor.testing import drain
 

@@ -223,7 +223,7 @@ def write_to_the_wire() -> None:
     import gc
     import time
 
-    from flask_executor.worker import Outbox
+    from flask_executor.backends.process.reporter import Outbox
 
     (outbox,) = [each for each in gc.get_objects() if isinstance(each, Outbox)]
     outbox._wire.socket.sendall(b"\xff" * 64)
@@ -275,8 +275,8 @@ def test_a_worker_that_hangs_while_it_starts(
             first.touch(exist_ok=False)
             threading.Event().wait()
 
-    monkeypatch.setattr("flask_executor.worker.let_go", hang_once)
-    monkeypatch.setattr("flask_executor.dispatch._START_LIMIT", 0.2)
+    monkeypatch.setattr("flask_executor.backends.process.worker_main.let_go", hang_once)
+    monkeypatch.setattr("flask_executor.backends.process.dispatcher._START_LIMIT", 0.2)
     executor = make_executor(type="process", max_workers=1, start_method="fork")
     assert executor.submit(add, 1, 1).result(20) == 2
     assert "it hung while it was starting" in caplog.text

@@ -10,17 +10,8 @@ from flask import Flask, current_app, request
 from tasks import add, fail
 
 from conftest import MakeExecutor, run_in_threads, wait_until
-from flask_executor import (
-    Executor,
-    FutureProxy,
-    Job,
-    JobStatus,
-    job_failed,
-    job_finished,
-    job_queued,
-    job_started,
-)
-from flask_executor.jobs import LiveJob, new_id
+from flask_executor import Executor, FutureProxy, Job, JobStatus, job_failed, job_finished, job_queued, job_started
+from flask_executor.jobs.model import LiveJob, new_id
 from flask_executor.testing import drain
 
 

@@ -33,7 +33,7 @@ from flask_executor import (
     WorkerLost,
     current_job,
 )
-from flask_executor.leaders import meeting_place
+from flask_executor.services.election import meeting_place
 
 Pair = tuple[Executor, Any]
 
@@ -464,7 +464,7 @@ def test_a_place_that_is_not_safe(
     def refuse(*what: object) -> Path:
         raise PermissionError("it belongs to somebody else")
 
-    monkeypatch.setattr("flask_executor.fleet.meeting_place", refuse)
+    monkeypatch.setattr("flask_executor.services.registry.meeting_place", refuse)
     service = make_executor().service(Counter)
     assert app.test_client().get("/").status_code == 404, "the request is not to blame"
     assert "The services cannot be started." in caplog.text
@@ -473,7 +473,7 @@ def test_a_place_that_is_not_safe(
 
 
 def test_a_leader_that_hangs_is_waited_for_once(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_executor.fleet.PATIENCE", 0.5)
+    monkeypatch.setattr("flask_executor.services.registry.PATIENCE", 0.5)
     executor, service = join()
     for name in ("second", "third", "fourth"):
         executor.service(Counter, name=name)

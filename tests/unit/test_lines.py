@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from flask_executor.dispatch import _AHEAD
-from flask_executor.jobs import JobStatus
-from flask_executor.lines import Calls, IncomingCalls, Wire, is_small, pickle_parts
-from flask_executor.messages import Kind, Leave, Ready
+from flask_executor.backends.process.channel import Calls, IncomingCalls, Wire, is_small
+from flask_executor.backends.process.dispatcher import _AHEAD
+from flask_executor.backends.process.protocol import FrameKind, Leave, Ready
+from flask_executor.helpers.pickling import pickle_parts
+from flask_executor.jobs.model import JobStatus
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_frames_arrive_whole_whatever_their_size(pair: tuple[socket.socket, sock
 
     def send() -> None:
         for body in bodies:
-            out.send(Kind.RESULT, [body[:10], body[10:]])
+            out.send(FrameKind.RESULT, [body[:10], body[10:]])
             out.flush(wait=True)
         pair[0].shutdown(socket.SHUT_WR)
 
@@ -40,7 +41,7 @@ def test_frames_arrive_whole_whatever_their_size(pair: tuple[socket.socket, sock
     arrived: list[bytes] = []
     while len(arrived) < len(bodies):
         with contextlib.suppress(BlockingIOError):
-            arrived += [body for kind, _, body in into.receive() if kind == Kind.RESULT]
+            arrived += [body for kind, _, body in into.receive() if kind == FrameKind.RESULT]
     sender.join()
     with pytest.raises(EOFError):
         into.receive()
@@ -49,7 +50,7 @@ def test_frames_arrive_whole_whatever_their_size(pair: tuple[socket.socket, sock
 
 def test_what_does_not_fit_is_sent_later(pair: tuple[socket.socket, socket.socket]) -> None:
     out, into = Wire(pair[0]), Wire(pair[1])
-    assert not out.send(Kind.RESULT, [b"x" * 5_000_000])
+    assert not out.send(FrameKind.RESULT, [b"x" * 5_000_000])
     assert out.pending
     out.say(Ready())
     frames: list[tuple[int, int, bytes]] = []

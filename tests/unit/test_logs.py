@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from flask_executor import Executor, LogLine, current_job
-from flask_executor.console import log_line
-from flask_executor.records import decode_line, encode_line
+from flask_executor.cli.console import log_line
+from flask_executor.stores.codec import decode_line, encode_line
 from flask_executor.testing import drain
 
 log = logging.getLogger("shop.logs")

@@ -12,8 +12,9 @@ from flask import Flask
 from tasks import add
 
 from conftest import MakeExecutor
-from flask_executor import ConfigError, Executor, plugins
+from flask_executor import ConfigError, Executor
 from flask_executor.backends.thread import ThreadBackend
+from flask_executor.helpers import entry_points
 
 Install = Callable[..., None]
 
@@ -94,7 +95,7 @@ def test_the_names_of_this_package_win(install: Install, make_executor: MakeExec
 
 def test_nothing_is_looked_up_for_what_is_built_in(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(plugins, "entry_points", lambda **group: asked.append(group))
+    monkeypatch.setattr(entry_points, "entry_points", lambda **group: asked.append(group))
     app.config.update(EXECUTOR_TYPE="process", EXECUTOR_STORE="sqlite:///jobs.sqlite")
     Executor(app)
     app.config["REPORTS_EXECUTOR_TYPE"] = "flask_executor.backends.thread:ThreadBackend"
@@ -155,4 +156,4 @@ def test_a_url_that_the_store_refuses(install: Install, app: Flask, make_executo
 
 def test_one_that_is_gone_since() -> None:
     with pytest.raises(ConfigError, match=r"installed \(flask_executor.backends of installed packages: none\)"):
-        plugins.load_plugin(plugins.BACKENDS, "gone", ThreadBackend, "EXECUTOR_TYPE", "gone")
+        entry_points.load_plugin(entry_points.BACKENDS, "gone", ThreadBackend, "EXECUTOR_TYPE", "gone")

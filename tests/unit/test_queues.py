@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from flask_executor.queues import PriorityQueue
+from flask_executor.helpers.priority_queue import PriorityQueue
 
 
 def test_the_order() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flask_executor.retries import Retry
+from flask_executor.jobs.retry import Retry
 
 
 def test_the_wait_doubles_and_a_part_of_it_is_random() -> None:

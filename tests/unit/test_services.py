@@ -33,8 +33,8 @@ from flask_executor import (
     every,
     on,
 )
-from flask_executor.mailbox import Mailbox
-from flask_executor.residents import begun_and_ended, mark_of
+from flask_executor.services.batches import Mailbox
+from flask_executor.services.worker import begun_and_ended, mark_of
 
 
 @pytest.fixture(params=["fork", "spawn"])
@@ -405,7 +405,7 @@ def test_a_slow_handler_of_the_app_does_not_hold_up_services(forked: Executor) -
 def test_more_messages_than_the_app_handles(
     forked: Executor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("flask_executor.incoming._MOST", 10)
+    monkeypatch.setattr("flask_executor.services.inbox._MOST", 10)
     counter = make(forked)
     go_on = threading.Event()
     told: list[int] = []

@@ -40,13 +40,12 @@ from flask_executor import (
     track,
 )
 from flask_executor.abc import StoreOptions
-from flask_executor.jobs import JobMessage
-from flask_executor.letters import pack_letter
-from flask_executor.recorder import Recorder
-from flask_executor.seals import MESSAGE, Sealer
-from flask_executor.stored import StoredFuture
+from flask_executor.jobs.model import JobMessage
 from flask_executor.stores import sqlite
 from flask_executor.testing import drain
+from flask_executor.tracking.signing import MESSAGE, Sealer, pack_letter
+from flask_executor.tracking.stored_future import StoredFuture
+from flask_executor.tracking.writer import Recorder
 
 
 def another_app(app: Flask, secret: str | None = "not a secret in a test") -> Flask:
@@ -382,7 +381,7 @@ def test_what_is_not_signed_with_our_key_is_not_unpickled(
     here: Executor, there: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    monkeypatch.setattr("flask_executor.runner.pickle.loads", loaded.append)
+    monkeypatch.setattr("flask_executor.jobs.packing.pickle.loads", loaded.append)
     store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
     future = here.submit_stored("report", add, 1, 2)
     other = here.submit_stored("other", add, 1, 2)
@@ -711,7 +710,7 @@ def test_redis_that_has_forgotten_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     redis_url = store_url("redis", request)
-    monkeypatch.setattr("flask_executor.recorder.BEAT", 0.2)
+    monkeypatch.setattr("flask_executor.tracking.writer.BEAT", 0.2)
     here = make_executor(store=redis_url)
     there = make_executor(other := another_app(app))
     here.submit_stored("report", gate.wait, 10)
@@ -801,7 +800,7 @@ def test_a_folder_that_cannot_be_made(make_executor: MakeExecutor, tmp_path: Pat
 def test_a_file_that_is_deleted_while_it_is_used(
     make_executor: MakeExecutor, file: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, app: Flask
 ) -> None:
-    monkeypatch.setattr("flask_executor.recorder.BEAT", 0.2)
+    monkeypatch.setattr("flask_executor.tracking.writer.BEAT", 0.2)
     here = make_executor(store="sqlite")
     here.submit_stored("report", gate.wait, 10)
     for path in file.parent.iterdir():
@@ -983,7 +982,7 @@ def test_whatever_a_job_raises_others_can_be_followed(here: Executor, there: Exe
 def test_a_record_that_cannot_be_read_is_left_out(
     here: Executor, there: Executor, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_executor.recorder.BEAT", 0.1)
+    monkeypatch.setattr("flask_executor.tracking.writer.BEAT", 0.1)
     odd = here.submit_stored("odd", add, 1, 2)
     drain(here)
     store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
@@ -1003,7 +1002,7 @@ def test_a_record_that_cannot_be_read_is_left_out(
 def test_many_short_jobs_are_bounded(
     shared_store: str, make_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_executor.recorder.BEAT", 0.2)
+    monkeypatch.setattr("flask_executor.tracking.writer.BEAT", 0.2)
     executor = make_executor(store=shared_store, store_max_records=10)
     for number in range(60):
         executor.submit_stored(number, add, 1, 2).result(10)

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from conftest import wait_until
-from flask_executor.serial import SerialThread
-from flask_executor.timer import Timer
+from flask_executor.helpers.serial_thread import SerialThread
+from flask_executor.helpers.timer import Timer
 
 
 def threads(name: str) -> int:

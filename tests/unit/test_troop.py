@@ -14,7 +14,7 @@ import pytest
 from servers import family
 
 from conftest import wait_until
-from flask_executor import troop
+from flask_executor.backends.engine import prefork
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -76,7 +76,7 @@ def test_when_the_parent_is_killed_the_others_end(start: Start, tmp_path: Path) 
 
 @needs_proc
 def test_one_that_was_started_again_ends_with_the_parent_too(start: Start, tmp_path: Path) -> None:
-    parent = start(f"troop._PAUSE = 0.01\nrun_processes(2, {_SLEEP})")
+    parent = start(f"prefork._PAUSE = 0.01\nrun_processes(2, {_SLEEP})")
     assert wait_until(lambda: len(begun(tmp_path)) == 2, 30)
     os.kill(min(begun(tmp_path)), signal.SIGKILL)
     assert wait_until(lambda: len(begun(tmp_path)) == 3, 30)
@@ -105,7 +105,7 @@ folder.joinpath("ended").touch()
 
 def test_one_that_is_forked_while_all_are_told_to_end_is_told_too(start: Start) -> None:
     parent = start("""
-troop._PAUSE, fork, pids = 0.01, os.fork, []
+prefork._PAUSE, fork, pids = 0.01, os.fork, []
 def fork_and_be_told():
     pids.append(fork())
     if pids[-1] and len(pids) == 3:  # another thread has got the signal, so that it was not held back
@@ -131,7 +131,7 @@ run_processes(2, work)
 
 
 def test_a_process_that_is_gone_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = troop._Troop(lambda: None)
+    one = prefork._Troop(lambda: None)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     monkeypatch.setattr(one, "_pids", {child.pid})

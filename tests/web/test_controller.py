@@ -20,9 +20,9 @@ from werkzeug.wrappers import Response
 
 from conftest import MakeExecutor, require, wait_until
 from flask_executor import ConfigError, Executor, Job, StoreUnavailable, current_job
-from flask_executor.permits import SHOW, Permit, sign_permit
 from flask_executor.testing import drain
 from flask_executor.web import Controller
+from flask_executor.web.tokens import SHOW, Permit, sign_permit
 
 THREADED = {"wsgi.multithread": True}
 PAGE = {"Accept": "text/html"}

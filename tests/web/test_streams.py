@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from flask_executor import streams
-from flask_executor.streams import Places, events, hold, threads_like_this
+from flask_executor.web import events as stream_events
+from flask_executor.web.events import Places, events, hold, threads_like_this
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def test_hold_ends_in_time_and_when_the_job_is_gone() -> None:
 
 
 def test_a_stream_ends_and_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LIFE", 0.2)
-    monkeypatch.setattr(streams, "_KEEP_ALIVE", 0.05)
+    monkeypatch.setattr(stream_events, "LIFE", 0.2)
+    monkeypatch.setattr(stream_events, "_KEEP_ALIVE", 0.05)
     sent = list(events(document, None))
     assert sent[0] == "retry: 2000\n\n"
     assert sent[1].startswith("id: ")

@@ -19,11 +19,11 @@ from functools import cached_property
 from typing import ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
+from flask_executor.backends.engine.entrypoint import Address, address_of
+from flask_executor.backends.engine.prefork import run_processes
 from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorError, ExecutorShutdown, MissingExtra
 from flask_executor.helpers import without_password
-from flask_executor.jobs import Job
-from flask_executor.remote import Address, address_of
-from flask_executor.troop import run_processes
+from flask_executor.jobs.model import Job
 
 try:
     import dask._task_spec  # noqa: F401
@@ -31,8 +31,8 @@ try:
 except ImportError as error:
     raise MissingExtra("distributed", "dask") from error
 
-from flask_executor.backends.dask.calls import Calls, Sent
-from flask_executor.backends.dask.line import PATIENCE
+from flask_executor.backends.dask.connection import PATIENCE
+from flask_executor.backends.dask.submitted import Calls, Sent
 from flask_executor.backends.dask.worker import SCHEDULER, serve
 
 P = ParamSpec("P")

@@ -14,9 +14,9 @@ import distributed
 from distributed.core import Status
 
 from flask_executor.abc import BackendOptions
-from flask_executor.logs import logger
-from flask_executor.remote import Address
-from flask_executor.remote import run as run_sent
+from flask_executor.backends.engine.entrypoint import Address
+from flask_executor.backends.engine.entrypoint import run as run_sent
+from flask_executor.helpers.log import logger
 
 #: In the environment of workers: their scheduler, for jobs that start jobs.
 SCHEDULER = "_FLASK_EXECUTOR_DASK"

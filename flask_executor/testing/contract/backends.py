@@ -13,7 +13,7 @@ from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.test import encode_multipart
 
 from flask_executor.exceptions import ExecutorShutdown
-from flask_executor.executor import Executor
+from flask_executor.executor.extension import Executor
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.testing import drain, jobs
 from flask_executor.testing.contract.fixtures import BackendFixtures

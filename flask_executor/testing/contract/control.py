@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from flask_executor.exceptions import JobStopped, JobTimeout, QueueFull
-from flask_executor.executor import Executor
+from flask_executor.executor.extension import Executor
 from flask_executor.futures import FutureProxy
-from flask_executor.jobs import Job
+from flask_executor.jobs.model import Job
 from flask_executor.signals import job_failed, job_finished, job_started
 from flask_executor.testing import drain, jobs
 from flask_executor.testing.contract.fixtures import (

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from flask_executor.exceptions import StoreUnavailable
-from flask_executor.executor import Executor
+from flask_executor.executor.extension import Executor
 from flask_executor.testing import jobs
 
 MakeExecutor = Callable[..., Executor]

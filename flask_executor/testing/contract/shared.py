@@ -15,9 +15,9 @@ import pytest
 
 from flask_executor.abc import MOST_MESSAGES, Entry, JobStore, StopRequest, StoredMessage, StoreOptions
 from flask_executor.exceptions import QueueFull
-from flask_executor.holders import engine_holder, this_holder
-from flask_executor.jobs import LOG_LINES, Job, JobStatus, LiveJob, LogLine
-from flask_executor.opening import store_class_of
+from flask_executor.executor.factory import store_class_of
+from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LiveJob, LogLine
+from flask_executor.stores.leases import engine_holder, this_holder
 from flask_executor.testing.contract.fixtures import run_in_threads, wait_until
 
 MakeStore = Callable[..., JobStore]
@@ -123,7 +123,7 @@ class SharedStoreContract:
         """
 
         def shorten(store: JobStore, seconds: float) -> None:
-            modules = {base.__module__ for base in type(store).__mro__} | {"flask_executor.holders"}
+            modules = {base.__module__ for base in type(store).__mro__} | {"flask_executor.stores.leases"}
             for name in modules:
                 if hasattr(sys.modules[name], "LEASE"):
                     monkeypatch.setattr(f"{name}.LEASE", seconds)

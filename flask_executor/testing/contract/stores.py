@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from flask import Flask, g
 
-from flask_executor.control import checkpoint, current_job
 from flask_executor.exceptions import JobStopped, KeyExists, QueueFull, WorkerLost
-from flask_executor.executor import Executor
+from flask_executor.executor.extension import Executor
 from flask_executor.futures import FutureProxy
-from flask_executor.jobs import Job, JobStatus
+from flask_executor.jobs.current import checkpoint, current_job
+from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.testing import drain
 from flask_executor.testing.contract.fixtures import ExecutorFixtures, MakeExecutor, run_in_threads, wait_until
 from flask_executor.testing.jobs import add, fail

@@ -1,0 +1,142 @@
+"""Jobs on worker processes; how it is done stands at the top of :mod:`flask_executor.supervisor`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from flask_executor.abc import Backend, BackendOptions, WorkerState
+from flask_executor.backends.process.protocol import Told
+from flask_executor.backends.process.supervisor import Supervisor, Tenancy
+from flask_executor.backends.process.worker_process import Task
+from flask_executor.exceptions import ConfigError
+from flask_executor.jobs.call import Call, PlainCall
+from flask_executor.jobs.model import JobMessage, JobStatus
+from flask_executor.jobs.packing import pack_call, pickled
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
+    """A :class:`~concurrent.futures.ProcessPoolExecutor` by type, with the processes of a :class:`Supervisor`."""
+
+    remote = True
+    chunks = True
+    supports_kill = True
+
+    def __init__(self, options: BackendOptions, tenancy: Tenancy | None = None) -> None:
+        if sys.platform == "win32":  # where a thread cannot wait for sockets and processes at once
+            raise ConfigError(options.config_key("EXECUTOR_TYPE"), "process", "'thread' on Windows")
+        # The standard pool's own constructor would make queues that nobody uses.
+        self._mp_context = multiprocessing.get_context(options.start_method)
+        self._max_workers = options.max_workers or os.cpu_count() or 1
+        self._supervisor = Supervisor(options, self._mp_context, self._max_workers, tenancy)
+        self._dispatcher = self._supervisor.dispatcher
+        self._standing = tenancy is not None
+        # An app that is thrown away takes its workers along.
+        finalizer = weakref.finalize(self, self._supervisor.shutdown, wait=False)
+        finalizer.atexit = False
+
+    def enqueue(self, call: Call) -> None:
+        self._enqueue(call)
+
+    def pack(self, call: Call) -> None:
+        call.packed = pack_call(call)
+
+    def enqueue_relayed(self, call: Call, given: Callable[[], object]) -> None:
+        """As :meth:`enqueue`.
+
+        :param given: called before a worker gets the call, and may begin with it before that is known here.
+        """
+        self._enqueue(call, given=given)
+
+    def _enqueue(self, call: Call, *, unattended: bool = False, given: Callable[[], object] | None = None) -> None:
+        parts = call.packed or pack_call(call)
+        # The next attempt is the same call, whatever becomes of its arguments meanwhile.
+        call.packed = parts if call.retried else None
+        task = Task(call, parts, unattended=unattended, given=given)
+        self._supervisor.start()
+        self._dispatcher.add(task)
+
+    def start(self) -> None:
+        """Start the workers that are to stand; others start when they are needed."""
+        self._supervisor.start()
+
+    def broadcast(self, data: bytes) -> int:
+        """Send something to the residents of all workers; to how many."""
+        return self._dispatcher.broadcast(data)
+
+    @property
+    def broadcasts(self) -> int:
+        """How many there were."""
+        return self._dispatcher.broadcasts
+
+    @property
+    def waiting(self) -> int:
+        """How many calls no worker has got."""
+        return self._dispatcher.waiting()
+
+    def withdraw(self, call: Call) -> bool:
+        return self._dispatcher.withdraw(call.job.id)
+
+    def leave(self, call: Call, attempt: int, reason: JobStatus) -> None:
+        self._dispatcher.leave(call.job.id, attempt, reason)
+
+    def kill(self, call: Call, attempt: int) -> None:
+        self._dispatcher.kill(call.job.id, attempt)
+
+    def deliver(self, call: Call, message: JobMessage) -> None:
+        self.deliver_packed(call, b"".join(pickled(message, f"The message for job {call.job.name}")))
+
+    def deliver_packed(self, call: Call, data: bytes) -> None:
+        """As :meth:`deliver`, of a message that is pickled."""
+        expected = call.retried or call.job.status is JobStatus.QUEUED  # others know of it before it is enqueued
+        self._dispatcher.deliver(Told(call.job.id, data), expected=expected)
+
+    def aside(self, fn: Callable[[], object]) -> None:
+        self._supervisor.callbacks.run(fn)
+
+    @property
+    def lagging(self) -> bool:
+        return len(self._supervisor.callbacks) > 0
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
+        """Run a plain function in a worker process, outside of all contexts, as any executor does.
+
+        Where workers stand it is something that nobody waits for: messages of a service.
+        """
+        call = PlainCall(fn, args, kwargs)
+        self._enqueue(call, unattended=self._standing)
+        return call.future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._supervisor.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+    def abandon(self, grace: float) -> None:
+        self._supervisor.abandon(grace)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all has ended; after :meth:`shutdown`."""
+        return self._supervisor.ended
+
+    def crew(self) -> Sequence[WorkerState]:
+        return self._supervisor.dispatcher.crew()
+
+    @property
+    def workers(self) -> int:
+        return len(self._processes)
+
+    @property
+    def capacity(self) -> int:
+        return self._max_workers
+
+    @property
+    def _processes(self) -> Any:  # type: ignore[override]  # as in the standard pool
+        return self._dispatcher.processes()

@@ -1,0 +1,217 @@
+"""What a worker process sends to its parent: outcomes, progress, log records."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flask_executor.backends.process.after_fork import IGNORED_SIGNALS, exit_with_descendants
+from flask_executor.backends.process.channel import Wire
+from flask_executor.backends.process.protocol import (
+    Dropped,
+    FrameKind,
+    Logged,
+    Progressed,
+)
+from flask_executor.helpers import safe_repr
+from flask_executor.helpers.pickling import Message, pickle_parts
+from flask_executor.jobs.current import RunningJob, running_job
+from flask_executor.jobs.log_records import know_jobs
+from flask_executor.jobs.packing import Outcome
+
+if TYPE_CHECKING:
+    pass
+
+REPORT_INTERVAL = 0.05  # seconds between two reports of progress
+_BACKLOG = 1000  # frames that wait to be sent before log records are dropped
+
+
+class Outbox:
+    """Sends to the parent, without ever holding up the job that reports.
+
+    Outcomes are sent for certain; progress is the last there is; log records are dropped, and counted, when they
+    come faster than the parent reads for long.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._lock = threading.RLock()  # a finalizer may log in the middle of it
+        self._late: RunningJob | None = None
+        self._next_report = 0.0
+        self._dropped = 0
+        self._muted = False
+        #: Readable when the listener should look whether something is late.
+        self.wakes, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+
+    def send(self, kind: int, body: list[bytes], number: int = 0) -> None:
+        """Send what must arrive, after everything that was reported before it."""
+        with self._lock:
+            self._send_report()
+            self._send(kind, body, number)
+            if self._wire.pending:
+                self._flush(wait=True)
+
+    def say(self, message: Message) -> None:
+        """Send a message that must arrive."""
+        self.send(FrameKind.MESSAGE, pickle_parts(message))
+
+    def mute(self) -> None:
+        """In a process that a job has forked: the lines are its parent's, say nothing."""
+        self._muted = True
+        self._lock = threading.RLock()
+        logging.getLogger().handlers = []
+        with contextlib.suppress(ValueError):  # not the main thread of an interpreter
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+
+    def leave_child(self, kind: Outcome) -> None:
+        """In a process that a job has forked, and in which it has come to its end: this process ends too."""
+        if self._muted:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):  # closed, or nowhere
+                    stream.flush()
+            os._exit(0 if kind is Outcome.RESULT else 1)
+
+    def report(self, running: RunningJob) -> None:
+        """The job has something new to tell. Until that is read it does not tell of more."""
+        if self._muted:
+            return
+        self._late = running
+        if time.monotonic() >= self._next_report and self._lock.acquire(blocking=False):
+            try:
+                self._send_report()
+            finally:
+                self._lock.release()
+        if self._late is not None:
+            self._wake_listener()
+
+    def log(self, record: logging.LogRecord) -> None:
+        """A log record was made."""
+        if self._muted:
+            return
+        job = running_job()
+        with self._lock:
+            if self._wire.pending > _BACKLOG:
+                self._dropped += 1
+                return
+            if self._dropped:
+                self._say(Dropped(self._dropped))
+                self._dropped = 0
+            self._say(_logged(None if job is None else job.id, record))
+            pending = self._wire.pending
+        if pending:
+            self._wake_listener()
+
+    def send_late(self) -> bool:
+        """Send what is late, as far as the parent takes it; whether there is nothing left."""
+        with self._lock:
+            self._send_report()
+            self._flush()
+            return self._late is None and not self._wire.pending
+
+    def _send_report(self) -> None:
+        running = self._late
+        if running is None or not self._flush():  # the parent is slow: later, with what is new then
+            return
+        self._late = None
+        running.reported = False  # before it is read: what comes from now on is told of again
+        self._next_report = time.monotonic() + REPORT_INTERVAL
+        job = running.record
+        meta = None if job.meta is None else _pickled_meta(job.meta.copy())
+        self._say(Progressed(job.id, job.progress, job.message, meta))
+
+    def _say(self, message: Message) -> None:
+        self._send(FrameKind.MESSAGE, pickle_parts(message))
+
+    def _send(self, kind: int, body: list[bytes], number: int = 0) -> None:
+        if self._muted:
+            return
+        try:
+            self._wire.send(kind, body, number)
+        except OSError:
+            exit_with_descendants()
+
+    def _flush(self, *, wait: bool = False) -> bool:
+        try:
+            return self._wire.flush(wait=wait)
+        except OSError:
+            exit_with_descendants()
+
+    def _wake_listener(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is awake
+            self._wake.send(b"w")
+
+
+def _pickled_meta(meta: Mapping[str, Any]) -> bytes:
+    try:
+        return pickle.dumps(meta, pickle.HIGHEST_PROTOCOL)
+    except Exception:  # whatever a foreign __reduce__ raises: what it looks like is better than nothing
+        return pickle.dumps({name: safe_repr(value) for name, value in meta.items()}, pickle.HIGHEST_PROTOCOL)
+
+
+class _Forward(logging.Handler):
+    def __init__(self, outbox: Outbox) -> None:
+        super().__init__()
+        self._outbox = outbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._outbox.log(record)
+        except Exception:
+            self.handleError(record)
+
+
+def forward_logs(outbox: Outbox) -> None:
+    """Send log records to the parent, whose handlers they are meant for.
+
+    The handlers here are copies: two processes would write into one file, and a thread of the parent may have held
+    their locks when this one was forked.
+    """
+    know_jobs(running_job)
+    forward = _Forward(outbox)
+    root = logging.getLogger()
+    root.handlers = [forward]
+    for each in list(logging.root.manager.loggerDict.values()):
+        if isinstance(each, logging.Logger) and each.handlers:
+            # Where it does not propagate to the root it has to be forwarded here.
+            each.handlers = [] if each.propagate else [forward]
+
+
+def _logged(id: str | None, record: logging.LogRecord) -> Logged:
+    """A record in a form that another process can rebuild; as the standard library's QueueHandler does."""
+    fields = copy.copy(record).__dict__
+    text = fields["message"] = fields["msg"] = record.getMessage()
+    fields["args"] = None
+    if record.exc_info:
+        fields["exc_text"] = record.exc_text or logging.Formatter().formatException(record.exc_info)
+        fields["exc_info"] = None
+    fields.pop("_job", None)
+    try:
+        data = pickle.dumps(fields, pickle.HIGHEST_PROTOCOL)
+    except Exception:  # what the app put on the record
+        simple = (str, int, float, type(None))
+        plain = {name: value if isinstance(value, simple) else safe_repr(value) for name, value in fields.items()}
+        data = pickle.dumps(plain, pickle.HIGHEST_PROTOCOL)
+    return Logged(id, record.name, record.levelno, text, data)
+
+
+def log_levels() -> dict[str, int]:
+    """The levels that were set in this process, by logger, for a worker that does not inherit them."""
+    loggers = {"": logging.getLogger(), **logging.root.manager.loggerDict}
+    return {
+        name: logger.level
+        for name, logger in loggers.items()
+        if isinstance(logger, logging.Logger) and logger.level != logging.NOTSET
+    }

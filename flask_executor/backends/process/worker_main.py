@@ -1,0 +1,290 @@
+"""A worker process, seen from inside.
+
+.. code-block:: text
+
+    main thread:     takes a call, runs it, sends what came of it; again
+    listener thread: reads what comes for the running job (leave); sends what the job reported while a report was
+                     too recent; ends the process when the parent is gone
+
+Who owns what: the main thread reads the calls; the listener reads ``control``; whoever sends holds the lock of the
+:class:`Outbox`. The running job is set by the main thread and read by the listener, under the worker's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import pickle
+import select
+import selectors
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flask_executor.backends.process.after_fork import (
+    IGNORED_SIGNALS,
+    be_worker,
+    die_with,
+    exit_with_descendants,
+    let_go,
+    let_go_of_engines,
+    origin,
+    own_process_group,
+)
+from flask_executor.backends.process.channel import IncomingCalls, Wire
+from flask_executor.backends.process.protocol import (
+    Broadcast,
+    Leave,
+    NotReady,
+    Ready,
+    Told,
+    Up,
+)
+from flask_executor.backends.process.reporter import REPORT_INTERVAL, Outbox, forward_logs
+from flask_executor.helpers import describe_error
+from flask_executor.helpers.app_import import import_app
+from flask_executor.helpers.log import logger
+from flask_executor.helpers.pickling import Message
+from flask_executor.jobs.current import RunningJob
+from flask_executor.jobs.model import LiveJob
+from flask_executor.jobs.packing import Outcome, pack_error, run_packed
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+_MOST_EARLY = 16  # jobs that are not here yet, and have messages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSettings:
+    """What a worker process is started with; inherited or pickled."""
+
+    #: The app, where it is inherited.
+    app: Flask | None
+    #: The app's import string, where it is not, and what the app's config calls that setting.
+    app_import: str
+    app_config_key: str
+    #: Called before the first job, in an app context.
+    initializers: Sequence[Callable[[], object]]
+    #: Levels by logger, where they are not inherited.
+    log_levels: Mapping[str, int]
+    #: Makes what lives in the process, if anything does.
+    resident: Callable[[], Resident] | None = None
+    #: See :func:`flask_executor.inherited.origin`.
+    origin: int = field(default_factory=origin)
+
+
+class Resident(Protocol):
+    """What lives in a worker process, and is there for every call; used by its main thread, but for :meth:`hear`."""
+
+    #: Readable when :meth:`tend` is to be called.
+    wakes: socket.socket
+    #: Has a ``value``, a number up to 64 bits, that the parent sees too, even when the process was killed.
+    mark: Any
+
+    def move_in(self, app: Flask, send: Callable[[Message], None], leave_child: Callable[[Outcome], None]) -> None:
+        """Get ready. What this raises ends the process.
+
+        :param leave_child: to be called after code of the user's; ends a process that this has forked.
+        """
+
+    def patience(self) -> float | None:
+        """Seconds until :meth:`tend` is to be called unasked; None for as long as nothing happens."""
+
+    def tend(self) -> None:
+        """Do what is due. Never raises."""
+
+    def hear(self, message: Broadcast) -> None:
+        """Take a message that is for all workers; in the listener thread."""
+
+    def move_out(self) -> None:
+        """The process ends."""
+
+
+def main(
+    settings: WorkerSettings,
+    wire: socket.socket,
+    control: socket.socket,
+    life: socket.socket,
+    packets: socket.socket | None,
+    mark: Any = None,
+) -> None:
+    """The life of a worker process."""
+    inherited = [*logging._handlerList]  # type: ignore[attr-defined]
+    own_process_group()
+    die_with(life)
+    be_worker(settings.origin)
+    outbox = Outbox(Wire(wire))
+    if hasattr(os, "register_at_fork"):
+        # What a job forks is an ordinary process: it says nothing here, and ends when it is told to. Signals wait
+        # meanwhile, or one that comes at once would meet our handler there.
+        os.register_at_fork(
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS),
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS),
+            after_in_child=outbox.mute,
+        )
+    resident = None if settings.resident is None else settings.resident()
+    if resident is not None:
+        resident.mark = mark
+    worker = Worker(outbox, IncomingCalls(wire, packets), resident)
+    try:
+        if settings.app is not None:
+            let_go()  # before there is a second thread
+        listener = threading.Thread(
+            target=worker.listen, args=(Wire(control),), name="flask-executor-listener", daemon=True
+        )
+        listener.start()
+        # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not
+        # SIG_IGN, which the programs that a job starts would inherit.
+        for number in IGNORED_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        app = worker.prepare(settings)
+    except BaseException as error:
+        outbox.say(NotReady(pack_error(error)))
+        return
+    outbox.say(Ready())
+    with contextlib.suppress(EOFError):  # the parent wants no more of this worker
+        worker.work(app)
+    if resident is not None:
+        resident.move_out()
+    # Not the parent's: it writes them itself, and a thread of it may have held their locks when this one was forked.
+    logging.shutdown([handler for handler in logging._handlerList if handler not in inherited])  # type: ignore[attr-defined]
+
+
+class Worker:
+    """Runs the calls that come."""
+
+    def __init__(self, outbox: Outbox, calls: IncomingCalls, resident: Resident | None = None) -> None:
+        self._outbox = outbox
+        self._calls = calls
+        self._resident = resident
+        self._lock = threading.Lock()
+        self._running: RunningJob | None = None
+        self._early: Leave | None = None  # for a job that is not here yet
+        self._mail: dict[str, list[Told]] = {}  # for jobs that are not here yet
+
+    def prepare(self, settings: WorkerSettings) -> Flask:
+        """Get the app and run the initializers."""
+        forward_logs(self._outbox)
+        for name, level in settings.log_levels.items():
+            logging.getLogger(name).setLevel(level)
+        if settings.app is not None:
+            app = settings.app
+            let_go_of_engines(app)
+        else:
+            app = import_app(settings.app_import, settings.app_config_key)
+            forward_logs(self._outbox)  # again: the app may have set up its own
+        self._outbox.say(Up())
+        for initialize in settings.initializers:
+            with app.app_context():
+                initialize()
+            self._outbox.leave_child(Outcome.RESULT)
+        if self._resident is not None:
+            self._resident.move_in(app, self._outbox.say, self._outbox.leave_child)
+            self._outbox.leave_child(Outcome.RESULT)
+        return app
+
+    def work(self, app: Flask) -> None:
+        """Run calls, one after the other.
+
+        :raises EOFError: when there will be no more.
+        """
+        if self._resident is not None:
+            calls: Iterator[None] = self._between_calls(self._resident)
+        else:
+            calls = itertools.repeat(None)
+        for _ in calls:
+            number, attempt, payload = self._calls.next()
+            kind, body = run_packed(app, attempt, payload, self._adopt)
+            del payload
+            self._outbox.leave_child(kind)
+            with self._lock:
+                self._running = None
+            self._outbox.send(kind, body, number)
+            del body
+
+    def _between_calls(self, resident: Resident) -> Iterator[None]:
+        """Have the resident do what is due until there is a call; again and again."""
+        calls, wakes = self._calls.fileno(), resident.wakes.fileno()
+        poll = select.poll()  # a selector would take longer than some calls
+        for number in (calls, wakes):
+            poll.register(number, select.POLLIN)
+        while True:
+            patience = resident.patience()
+            ready = [number for number, _ in poll.poll(None if patience is None else 1000 * patience)]
+            if ready != [calls] or patience == 0:
+                if wakes in ready:
+                    resident.wakes.recv(4096)
+                resident.tend()
+            if calls in ready:
+                yield
+
+    def _adopt(self, job: LiveJob) -> RunningJob:
+        running = RunningJob(job, self._outbox.report, is_remote=True)
+        with self._lock:
+            self._running = running
+            early = self._early
+            if early is not None and (early.id, early.attempt) == (job.id, job.attempt):
+                running.leave(early.reason)
+            for message in self._mail.pop(job.id, ()):
+                _post(running, message)
+        return running
+
+    def listen(self, control: Wire) -> None:
+        """In the listener thread: hand on what the parent says, until it is gone."""
+        wakes = self._outbox.wakes
+        due: float | None = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(control, selectors.EVENT_READ)
+            selector.register(wakes, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select(due)}
+                if control in ready:
+                    self._hear(control)
+                if wakes in ready:
+                    wakes.recv(4096)
+                    due = REPORT_INTERVAL
+                elif not ready:
+                    due = None if self._outbox.send_late() else REPORT_INTERVAL
+
+    def _hear(self, control: Wire) -> None:
+        try:
+            for _, _, body in control.receive():
+                message = pickle.loads(body)
+                if isinstance(message, Leave):
+                    self._leave(message)
+                elif isinstance(message, Told):
+                    self._told(message)
+                elif self._resident is not None:
+                    self._resident.hear(message)
+        except EOFError:
+            exit_with_descendants()
+
+    def _told(self, message: Told) -> None:
+        with self._lock:
+            running = self._running
+            if running is not None and running.id == message.id:
+                _post(running, message)
+                return
+            self._mail.setdefault(message.id, []).append(message)
+            if len(self._mail) > _MOST_EARLY:  # what came too late, for jobs that had ended
+                del self._mail[next(iter(self._mail))]
+
+    def _leave(self, message: Leave) -> None:
+        with self._lock:
+            self._early = message
+            running = self._running
+            if running is not None and (running.id, running.attempt) == (message.id, message.attempt):
+                running.leave(message.reason)
+
+
+def _post(running: RunningJob, message: Told) -> None:
+    try:
+        running.post(pickle.loads(message.data))
+    except Exception as error:  # whatever a foreign __reduce__ or an import leads to
+        logger.error("A message for job %s cannot be rebuilt: %s", running.name, describe_error(error))

@@ -1,0 +1,399 @@
+"""The commands of ``flask executor``: look at jobs, stop them and wait for them, from any shell on any machine.
+
+They see what is in a shared store. What a command prints for people is not to be relied on; ``--json`` is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import asdict, fields
+from datetime import datetime
+from typing import Any
+
+import click
+from flask import current_app
+from flask.cli import AppGroup, NoAppException
+
+from flask_executor.cli.console import (
+    called,
+    details,
+    log_line,
+    one_line,
+    pressed_keys,
+    print_findings,
+    screen,
+    service_table,
+    show_progress,
+    styled,
+    table,
+    terminal_size,
+)
+from flask_executor.cli.doctor import examine
+from flask_executor.exceptions import EngineUnavailable, ExecutorError
+from flask_executor.executor.app_executor import Binding
+from flask_executor.executor.extension import Executor
+from flask_executor.executor.producer import sealer_of
+from flask_executor.helpers import safe_repr
+from flask_executor.jobs.model import Job, JobStatus
+from flask_executor.stores.codec import decode_key, encode_key
+from flask_executor.tracking.shared import SharedLedger
+
+_LOOK = 1.0  # seconds after which a job is looked at again of which nothing was heard: its process may have died
+_PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped
+_MOST_GRACE = 10.0  # seconds of grace that "stop" waits for
+_MOST = 1000  # jobs that "top" counts
+_BEGINNING = re.compile("[0-9a-f]{4,23}")  # of an id
+
+
+class _Commands(AppGroup):
+    """Commands in the context of the app, in which our own errors are one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ExecutorError as error:
+            raise click.ClickException(str(error)) from error
+        except NoAppException as error:
+            if isinstance(error.__context__, ExecutorError):  # a missing extra, which is an ImportError to Flask
+                raise click.ClickException(str(error.__context__)) from error
+            raise
+
+
+@click.group("executor", cls=_Commands)
+@click.option("--executor", "name", metavar="NAME", help="Which executor; needed when the app has several.")
+def group(name: str | None) -> None:
+    """Look at background jobs, stop them, and wait for them."""
+
+
+_job = click.argument("text", metavar="KEY|ID")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+# ---- commands ----
+
+
+@group.command("list")
+@click.option("--status", type=click.Choice([status.value for status in JobStatus]), help="Only jobs in this state.")
+@click.option("--name", help="Only jobs of this name.")
+@click.option("--owner", help="Only jobs of this owner.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Most jobs to list.")
+@_json
+def list_jobs(status: str | None, name: str | None, owner: str | None, limit: int, as_json: bool) -> None:
+    """List jobs, youngest first."""
+    binding, ledger = _shared()
+    jobs = ledger.records.list(status=status, name=name, owner=owner, limit=limit)
+    if as_json:
+        _print_json([_data(job) for job in jobs])
+    elif jobs:
+        click.echo("\n".join(table(jobs)))
+    else:
+        hint = ""
+        if binding.config.track == "stored":
+            hint = f" Jobs without a key are recorded only if {binding.config.key('EXECUTOR_TRACK')} is 'all'."
+        click.echo(f"No jobs.{hint}", err=True)
+
+
+@group.command()
+@_job
+@_json
+def show(text: str, as_json: bool) -> None:
+    """Show all that is known of a job, and its log."""
+    binding, ledger = _shared()
+    job = _find(binding, ledger, text)
+    log = ledger.records.log(job.id)
+    if as_json:
+        _print_json({**_data(job), "log": [asdict(line) for line in log]})
+        return
+    for label, value in details(job):
+        click.echo(f"{label:<10} {value}")
+    if log:
+        click.echo("log")
+        for entry in log:
+            click.echo(log_line(entry))
+
+
+@group.command()
+@_job
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Time to leave by itself, before force is used; EXECUTOR_STOP_GRACE by default.",
+)
+@click.option("--wait/--no-wait", default=True, help="Whether to see what becomes of it; for some seconds by default.")
+@_json
+@click.pass_context
+def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_json: bool) -> None:
+    """Stop a job. Exit code 1 when it still runs."""
+    binding, ledger = _shared()
+    job = _find(binding, ledger, text)
+    had_ended = job.status.ended
+    if not had_ended:
+        ledger.handle(job).stop(grace)
+        seconds = binding.config.stop_grace if grace is None else grace
+        if wait:
+            job = _follow(binding, ledger, job, min(seconds, _MOST_GRACE) + _PATIENCE)
+    if as_json:
+        _print_json(_data(job))
+    elif had_ended:
+        click.echo(f"{called(job)} has ended already: {styled(job.status)}.")
+    elif job.status.ended:
+        click.echo(f"{called(job)}: {styled(job.status)}.")
+    elif not wait:
+        click.echo(f"{called(job)} was asked to stop.")
+    else:
+        click.echo(
+            f"{called(job)} was asked to stop, and is still {styled(job.status)}: it has to get to a checkpoint."
+        )
+    context.exit(1 if wait and not job.status.ended else 0)
+
+
+@group.command()
+@_json
+def services(as_json: bool) -> None:
+    """Show the services, if they run. Exit code 1 when not all workers are ready."""
+    _, binding = _chosen()
+    found = binding.services.statuses()
+    if as_json:
+        _print_json([asdict(service) for service in found])
+    for line in () if as_json else service_table(found):
+        click.echo(line)
+    sys.exit(0 if all(service.ready == service.workers for service in found) else 1)
+
+
+@group.command()
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many run jobs.")
+@click.option("--burst", is_flag=True, help="End when the queue is empty.")
+def worker(processes: int, burst: bool) -> None:
+    """Run jobs that web apps have sent to a queue, until Ctrl-C or SIGTERM."""
+    _, binding = _chosen()
+    if binding.consumer is None:
+        key = binding.config.key("EXECUTOR_TYPE")
+        raise click.ClickException(
+            f"Jobs are run by the web app itself: set {key} to 'rq', 'celery' or 'dask' to have workers run them."
+        )
+    sealer_of(binding.app)  # without a key it would take jobs from the queue and could not even say what is wrong
+    many = "1 process" if processes == 1 else f"{processes} processes"
+    click.echo(f"{many} for jobs from {binding.backend.engine}, queue {binding.config.queue!r}. Ctrl-C to end.")
+    try:
+        binding.consumer.serve(processes=processes, burst=burst)
+    except EngineUnavailable as error:
+        raise click.ClickException(str(error)) from error
+
+
+@group.command()
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Only those of jobs that have ended so long ago.",
+)
+@_json
+def purge(older_than: float, as_json: bool) -> None:
+    """Throw away the records of jobs that have ended, and their results."""
+    _, ledger = _shared()
+    ledger.store.sweep()  # finds those that ended with their process
+    count = ledger.store.purge(time.time() - older_than)
+    if as_json:
+        _print_json({"purged": count})
+    else:
+        click.echo(f"{count} {'record' if count == 1 else 'records'} purged.")
+
+
+@group.command()
+@_job
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Most time to wait.")
+@_json
+@click.pass_context
+def wait(context: click.Context, text: str, timeout: float | None, as_json: bool) -> None:
+    """Wait until a job has ended. Exit code 0 when it has succeeded, 1 when not, 2 when it takes longer."""
+    binding, ledger = _shared()
+    job = _find(binding, ledger, text)
+    shown = show_progress if sys.stderr.isatty() else None
+    try:
+        job = _follow(binding, ledger, job, math.inf if timeout is None else timeout, shown)
+    finally:
+        if shown:
+            click.echo("\r\x1b[2K", nl=False, err=True)
+    if as_json:
+        _print_json(_data(job))
+    elif job.status.ended:
+        click.echo(f"{called(job)}: {styled(job.status)}.{f' {one_line(job.error)}' if job.error else ''}")
+    else:
+        click.echo(f"{called(job)} is still {styled(job.status)} after {timeout:g} s.", err=True)
+    context.exit(2 if not job.status.ended else 0 if job.status is JobStatus.SUCCEEDED else 1)
+
+
+@group.command()
+@click.option("--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, metavar="SECONDS")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Most jobs to show.")
+@click.option("--once", is_flag=True, help="Print it once.")
+@_json
+def top(interval: float, limit: int, once: bool, as_json: bool) -> None:
+    """Watch jobs: what runs, what waits, and what has ended last. Ends with q."""
+    _, ledger = _shared()
+    terminal = sys.stdout.isatty() and not (once or as_json)
+    if terminal:
+        limit = min(limit, max(1, terminal_size()[1] - 5))
+    with suppress(KeyboardInterrupt), screen(terminal) as draw, pressed_keys(terminal) as q_within:
+        while True:
+            counts, jobs = _overview(ledger, limit)
+            if as_json:
+                _print_json({"time": time.time(), **counts, "jobs": [_data(job) for job in jobs]})
+            else:
+                draw(_headline(ledger, counts), jobs)
+            if once or q_within(interval):
+                return
+
+
+@group.command()
+@_json
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Look for what is or could go wrong. Exit code 1 when there is a problem.
+
+    Run it in the folder, and with the environment, of the web server.
+    """
+    executor, binding = _chosen()
+    findings = examine(current_app._get_current_object(), executor, binding)  # type: ignore[attr-defined]
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        print_findings(findings)
+    context.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
+
+
+# ---- which executor, which job ----
+
+
+def _chosen() -> tuple[Executor, Binding]:
+    """The executor that is meant, and what is bound to the app."""
+    parent = click.get_current_context().parent
+    name = None if parent is None else parent.params.get("name")
+    bound: dict[Executor, Binding] = current_app.extensions.get("flask_executor_bindings", {})
+    named = {executor.name: (executor, binding) for executor, binding in bound.items()}
+    if not named:
+        raise click.ClickException(
+            f"The app {current_app.name!r} has no executor: call Executor(app) or executor.init_app(app)."
+        )
+    if name is None and len(named) == 1:
+        return next(iter(named.values()))
+    if name not in named:
+        names = ", ".join(f"--executor {each or repr('')}" for each in sorted(named))
+        what = "has several executors" if name is None else f"has no executor named {name!r}"
+        raise click.ClickException(f"The app {current_app.name!r} {what}. Say which, before the command: {names}.")
+    return named[name]
+
+
+def _shared() -> tuple[Binding, SharedLedger]:
+    """The executor that is meant, if others can see its jobs."""
+    _, binding = _chosen()
+    if not isinstance(binding.ledger, SharedLedger):
+        key = binding.config.key("EXECUTOR_STORE")
+        raise click.ClickException(
+            f"{key} is 'memory': each process keeps its jobs to itself, and this command is a process of its own. "
+            f"Set {key} to 'sqlite' (or 'redis://...'), and jobs can be seen from everywhere."
+        )
+    return binding, binding.ledger
+
+
+def _find(binding: Binding, ledger: SharedLedger, text: str) -> Job:
+    """The job with this id, the beginning of one, or key."""
+    text = text.encode("utf-8", "replace").decode()  # arguments that are no text have half of a surrogate pair
+    keys = _keys_of(text)
+    job = ledger.records.get(text)
+    for key in keys:
+        job = job or ledger.records.find(key)
+    job = job or _beginning_with(ledger, text)
+    if job is not None:
+        return job
+    if ledger.records.expired(text) or any(ledger.records.expired(key=key) for key in keys):
+        raise _expired(binding, text)
+    hint = ""
+    if binding.config.track == "stored":
+        hint = f" Jobs without a key are recorded only if {binding.config.key('EXECUTOR_TRACK')} is 'all'."
+    raise click.ClickException(f"There is no job with the id or key {text!r}, and none is remembered.{hint}")
+
+
+def _beginning_with(ledger: SharedLedger, text: str) -> Job | None:
+    """The only job whose id begins so, as it is told from others in a list."""
+    if not _BEGINNING.fullmatch(text):
+        return None
+    found = [job for job in ledger.records.list() if job.id.startswith(text)]
+    if len(found) > 1:
+        raise click.ClickException(f"The ids of {len(found)} jobs begin with {text!r}: give more of it.")
+    return found[0] if found else None
+
+
+def _expired(binding: Binding, text: str) -> click.ClickException:
+    ttl, most = (binding.config.key(f"EXECUTOR_{name}") for name in ("RESULT_TTL", "STORE_MAX_RECORDS"))
+    return click.ClickException(
+        f"There was a job with the id or key {text!r}, and its record has expired: it was purged, had ended more than "
+        f"{binding.config.result_ttl:g} s before ({ttl}), or more than {binding.config.store_max_records} have ended "
+        f"since ({most})."
+    )
+
+
+def _keys_of(text: str) -> list[Hashable]:
+    """The keys that may be meant: a string, or what is a literal as ``('report', 7)``."""
+    keys: list[Hashable] = [text]
+    with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        key = decode_key(f"={text}")
+        encode_key(key)  # what no job can have
+        keys.append(key)
+    return keys
+
+
+def _follow(
+    binding: Binding, ledger: SharedLedger, job: Job, seconds: float, shown: Callable[[Job], None] | None = None
+) -> Job:
+    """Wait until a job has ended, at most so long; how it stands then."""
+    deadline = time.monotonic() + seconds
+    watch = ledger.store.watch()
+    try:
+        while True:
+            watch.begin([job.id])
+            now = ledger.records.get(job.id)
+            if now is None:
+                raise _expired(binding, job.id)
+            if shown:
+                shown(now)
+            left = deadline - time.monotonic()
+            if now.status.ended or left <= 0:
+                return now
+            watch.wait(min(_LOOK, left))
+    finally:
+        watch.close()
+
+
+def _overview(ledger: SharedLedger, limit: int) -> tuple[dict[str, int], list[Job]]:
+    """How many jobs run and wait, and jobs to show: those first, then the youngest others."""
+    running = ledger.records.list(status=JobStatus.RUNNING, limit=_MOST)
+    queued = ledger.records.list(status=JobStatus.QUEUED, limit=_MOST)
+    jobs = {job.id: job for job in [*running, *reversed(queued), *ledger.records.list(limit=limit)]}
+    return {"running": len(running), "queued": len(queued)}, list(jobs.values())[:limit]
+
+
+def _headline(ledger: SharedLedger, counts: dict[str, int]) -> str:
+    numbers = ", ".join(f"{number}{'+' * (number == _MOST)} {status}" for status, number in counts.items())
+    return one_line(f"{datetime.now():%H:%M:%S}  {current_app.name}  {ledger.store.where}  {numbers}")
+
+
+# ---- as JSON ----
+
+
+def _data(job: Job) -> dict[str, Any]:
+    data = {field.name: getattr(job, field.name) for field in fields(job)}
+    key = job.key if job.key is None or isinstance(job.key, str) else safe_repr(job.key)
+    return {**data, "status": job.status.value, "key": key, "meta": dict(job.meta)}
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, default=safe_repr))

@@ -1,0 +1,205 @@
+"""What a process does that is a worker of an engine: it runs calls that apps have sent there.
+
+.. code-block:: text
+
+    worker of the engine               Consumer.run()                           worker process (supervised)
+      entrypoint.run(address, id, data) ─> unpack, check, take over in the store ─> fn(), in its contexts
+      None, or seconds until     <──── write down what came of it <──────────── result, error, reports, log
+      the engine is to try again
+
+**Invariants.** One process at a time has a job: it takes it from the engine, or from one that is dead, by compare and
+swap in the store. :meth:`Consumer.run` returns when what came of the job is in the store, or when the job is the
+engine's again; until then the engine takes it for unfinished, and an engine that sends things twice may do so.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flask_executor.abc import Backend, BackendOptions
+from flask_executor.backends.engine import entrypoint
+from flask_executor.backends.process.backend import ProcessBackend
+from flask_executor.exceptions import ExecutorShutdown, NotPicklable, StoreUnavailable, UntrustedResult
+from flask_executor.executor.engine_message import unpack_freight
+from flask_executor.executor.pending import Unfinished
+from flask_executor.executor.producer import sealer_of
+from flask_executor.executor.shutdown import leave_in_order
+from flask_executor.futures import FutureProxy
+from flask_executor.helpers import callable_name
+from flask_executor.helpers.log import logger
+from flask_executor.jobs.call import Call, JobChannel
+from flask_executor.jobs.context_snapshot import SentContexts
+from flask_executor.jobs.model import LiveJob
+from flask_executor.tracking.shared import SharedLedger
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from flask_executor.executor.config import Config
+
+_MOST = 1000  # jobs at a time; it is the engine that gives this process no more than it is to run
+_PAUSE = 1.0  # seconds until it is tried again
+
+
+class Host(Protocol):
+    """Whose consumer it is: an executor in one app."""
+
+    config: Config
+    unfinished: Unfinished
+
+    @property
+    def app(self) -> Flask | None:
+        """The app, None when it is gone."""
+
+    @property
+    def channel(self) -> JobChannel:
+        """What calls report to."""
+
+    @property
+    def backend(self) -> Backend:
+        """The engine."""
+
+    def worker_options(self) -> BackendOptions:
+        """What worker processes are made from."""
+
+    def leave(self, deadline: float) -> None:
+        """The process ends."""
+
+    def stop_job(self, id: str) -> bool | None:
+        """Ask a job to stop."""
+
+
+class Consumer:
+    """Runs calls that were sent, each in a worker process that has the app loaded and can be ended by force."""
+
+    # _pool is made and let go under _lock. _again belongs to whoever runs the call.
+
+    def __init__(self, host: Host, ledger: SharedLedger) -> None:
+        self._host = host
+        #: What the engine's jobs are recorded in.
+        self.ledger = ledger
+        self._lock = threading.Lock()
+        self._pool: ProcessBackend | None = None
+        self._closed = False
+        self._again: dict[str, float] = {}  # by the id of the job: seconds until the engine is to run it again
+
+    def serve(self, *, processes: int, burst: bool) -> None:
+        """Be a worker of the engine until a signal says to end.
+
+        :param processes: how many, at one job each.
+        :param burst: whether to end when the queue is empty.
+        """
+        entrypoint.serving = self._host.app
+        self._host.backend.work(self._host.stop_job, processes=processes, burst=burst)
+
+    def run(self, id: str, data: bytes) -> float | None:
+        """Run a call that was sent to this worker; see :func:`flask_executor.remote.run`."""
+        call, sender = self._unpack(id, data)
+        try:
+            leave_in_order(self._host)
+            workers = self._workers()
+            if not self._adopt(call, sender):
+                return None
+        except ExecutorShutdown as error:  # somebody else may have it
+            logger.warning("Job %s has to wait: %s", id, error)
+            return _PAUSE
+        call.backend = workers
+        try:
+            workers.enqueue(call)
+        except ExecutorShutdown:
+            self.postpone(call, 0.0)
+        except Exception as error:  # no worker process can be made: EXECUTOR_APP is wrong, say
+            call.give_up(error)
+        wait([call.future])
+        again = self._again.pop(id, None)
+        if again is None:
+            self.ledger.finish(call.job)
+        else:
+            self.ledger.hand_back(call.job)
+        return again
+
+    def _adopt(self, call: Call, sender: str) -> bool:
+        """Have the job; False when it was cancelled, or somebody else has it.
+
+        When the store is away this waits, for perhaps it has taken down that the job is ours and only its answer was
+        lost; then nobody else could have it.
+
+        :raises ExecutorShutdown: when this process ends.
+        """
+        while not (self._closed or entrypoint.ending.is_set() or call.future.done()):
+            self._host.unfinished.add(call, None)  # first: once it is ours it may get messages
+            is_ours = False
+            try:
+                is_ours = self.ledger.adopt(call, sender)
+                return is_ours
+            except StoreUnavailable as error:
+                logger.warning("Job %s has to wait: %s", call.job.id, error)
+            finally:
+                if not is_ours:
+                    self._host.unfinished.discard(call.future)
+            time.sleep(_PAUSE)
+        raise ExecutorShutdown("this worker is ending")
+
+    def postpone(self, call: Call, delay: float) -> bool:
+        """The call is to run again in ``delay`` seconds: leave that to the engine, if it has sent it."""
+        if not self.ledger.is_adopted(call.job.id):
+            return False
+        self._again[call.job.id] = delay
+        # Only to wake up run(): the handle is not the one that somebody waits with, and nothing is reported.
+        Future.set_exception(call.future, ExecutorShutdown("the engine has the job again"))
+        return True
+
+    def _unpack(self, id: str, data: bytes) -> tuple[Call, str]:
+        """The call, and who has sent it."""
+        try:
+            freight = unpack_freight(id, data, sealer_of(self._host.app))
+        except (NotPicklable, UntrustedResult) as error:
+            logger.error("Job %s is refused: %s", id, error)  # what engines make of it is their own
+            self.ledger.refuse(id, error)
+            raise
+        options = freight.options
+        job = LiveJob(options.name or callable_name(freight.fn), options.key, options.owner, id=id)
+        job.queued_at = freight.queued_at
+        if options.meta is not None:
+            job.meta = dict(options.meta)
+        app = self._host.app
+        if app is None:
+            raise RuntimeError("the app of this worker is gone")
+        context: Any = SentContexts(app, freight.contexts)
+        channel = self._host.channel
+        future: FutureProxy[Any] = FutureProxy(job, channel)
+        call = Call(future, job, freight.fn, freight.args, freight.kwargs, context, channel, options)
+        return call, freight.sender
+
+    def _workers(self) -> ProcessBackend:
+        with self._lock:
+            if self._closed:
+                raise ExecutorShutdown("this worker is ending")
+            if self._pool is None:
+                self._pool = ProcessBackend(replace(self._host.worker_options(), max_workers=_MOST))
+            return self._pool
+
+    # ---- life ----
+
+    def close(self, *, wait: bool) -> None:
+        """Take no more calls."""
+        with self._lock:
+            self._closed = True
+            pool = self._pool
+        if pool is not None:
+            pool.shutdown(wait=wait)
+
+    def abandon(self, grace: float) -> None:
+        """The process ends: end the worker processes, by force after so many seconds."""
+        if self._pool is not None:
+            self._pool.abandon(grace)
+
+    def after_fork(self) -> None:
+        """In the child of a fork: the parent's worker processes are not ours."""
+        self._lock = threading.Lock()
+        self._pool = None
+        self._again = {}

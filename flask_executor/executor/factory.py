@@ -1,0 +1,74 @@
+"""Where the jobs of an executor are recorded: what its configuration says, opened."""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flask_executor.abc import JobStore, StoreOptions
+from flask_executor.exceptions import ConfigError
+from flask_executor.executor.config import STORES, Config
+from flask_executor.helpers import entry_points, without_password
+from flask_executor.jobs.call import JobChannel
+from flask_executor.tracking.local import Ledger
+from flask_executor.tracking.shared import SharedLedger
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+
+def open_ledger(
+    config: Config, app: Flask, channel: JobChannel, engine: str | None = None, beside: str | None = None
+) -> Ledger:
+    """What an executor with this configuration writes to.
+
+    :param engine: whose workers run its jobs, where it is not this process.
+    :param beside: the store for them, if none was chosen; None if there is none.
+    :raises ConfigError: for a store that cannot be used.
+    :raises MissingExtra: for one whose library is not installed.
+    """
+    url = config.store
+    if url == "memory" and engine is not None:
+        url = _store_beside(config, beside)
+    if url == "memory":
+        return Ledger(config.tracking_options())
+    if url == "sqlite":
+        url = f"sqlite:///{config.prefix.lower()}executor.sqlite"
+    scheme, _, place = url.partition("://")
+    if scheme == "sqlite":
+        url = f"sqlite:///{Path(app.instance_path) / place.removeprefix('/')}"
+    store_class = store_class_of(url, config.key("EXECUTOR_STORE"))
+    space = f"{app.name}:{config.prefix.lower()}".rstrip(":_")
+    options = StoreOptions(url=url, space=space, result_ttl=config.result_ttl, max_records=config.store_max_records)
+    try:
+        store = store_class(options)
+    except (TypeError, ValueError):  # its text may have the password in it
+        allowed = "a url that can be used, such as 'sqlite:///jobs.sqlite' or 'redis://user:password@host:6379/0'"
+        raise ConfigError(config.key("EXECUTOR_STORE"), without_password(config.store), allowed) from None
+    return SharedLedger(config.tracking_options(), store, weakref.ref(app), channel)
+
+
+def store_class_of(url: str, key: str = "EXECUTOR_STORE") -> type[JobStore]:
+    """The class of the shared store that has such a url: this package's, or that of another which is installed.
+
+    :param key: where in ``app.config`` the url stands.
+    :raises ConfigError: when there is none, or it cannot be used.
+    :raises MissingExtra: when the library is not installed that it needs.
+    """
+    scheme = url.partition("://")[0]
+    if scheme not in STORES:
+        value = without_password(url)
+        return entry_points.load_plugin(entry_points.STORES, scheme, JobStore, key, value)  # type: ignore[type-abstract]
+    module, _, name = STORES[scheme].partition(":")
+    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
+    return store_class
+
+
+def _store_beside(config: Config, url: str | None) -> str:
+    """The store for jobs of an engine, where none was chosen."""
+    if url is None or url.partition("://")[0] not in STORES:
+        key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"
+        raise ConfigError(key, config.store, f"{allowed}: {config.key('EXECUTOR_TYPE')} has them run elsewhere")
+    return url

@@ -1,0 +1,218 @@
+"""What a process does that has its jobs run by an engine: it packs and signs calls, and keeps their handles.
+
+The job is the engine's from then on, and its handle looks into the store. The other end is
+:mod:`flask_executor.consumer`.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flask_executor.abc import Backend, Health
+from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, ResultExpired, StoreUnavailable
+from flask_executor.executor.engine_message import pack_freight
+from flask_executor.futures import FutureProxy
+from flask_executor.helpers import weakly
+from flask_executor.helpers.log import logger
+from flask_executor.jobs.call import Call, JobChannel
+from flask_executor.jobs.model import Job, JobOptions, JobStatus, LiveJob
+from flask_executor.tracking.shared import SharedLedger
+from flask_executor.tracking.signing import CALL, Sealer, secret_keys
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from flask_executor.executor.config import Config
+
+_PAUSE = 0.8  # seconds for which an engine that was away is not asked again; less than until they are tried again
+_MOMENT = 0.002  # seconds between two looks whether callbacks have run
+
+
+class Host(Protocol):
+    """Whose producer it is: an executor in one app."""
+
+    config: Config
+
+    @property
+    def app(self) -> Flask | None:
+        """The app, None when it is gone."""
+
+    @property
+    def channel(self) -> JobChannel:
+        """What calls report to."""
+
+    @property
+    def backend(self) -> Backend:
+        """The engine."""
+
+
+class Producer:
+    """Makes the calls that an engine is to have, and knows their handles."""
+
+    def __init__(self, host: Host, ledger: SharedLedger) -> None:
+        self._host = host
+        self._ledger = ledger
+        ledger.discard = weakly(self._discard)
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """In the child of a fork: the jobs are the parent's."""
+        self._sent: weakref.WeakSet[Any] = weakref.WeakSet()  # handles of jobs that the engine has, or is to have
+        self._away = 0.0  # until when the engine is taken to be away (monotonic)
+        self._trouble: EngineUnavailable | None = None
+
+    def prepare(
+        self,
+        job: LiveJob,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: Any,
+        options: JobOptions,
+    ) -> Call:
+        """A call for the engine, packed; its handle looks into the store.
+
+        :raises QueueFull: if too many jobs wait.
+        :raises NotPicklable: for what cannot be sent.
+        :raises ConfigError: without a secret key.
+        """
+        self._check_room()
+        options = replace(options, grace=self._host.config.stop_grace)  # the worker's may be another
+        handle = self._ledger.handle(job.record(), is_written=False)
+        call = Call(handle, job, fn, args, kwargs, context, self._host.channel, options)
+        call.packed = pack_freight(call, self._ledger.holder, sealer_of(self._host.app))
+        self._sent.add(handle)
+        return call
+
+    def _check_room(self) -> None:
+        pending = self._host.config.max_pending
+        if pending is not None and self._host.backend.waiting >= pending:
+            raise QueueFull(self._host.config.key("EXECUTOR_MAX_PENDING"), pending)
+
+    def keep(self, call: Call) -> None:
+        """The call is to wait in this process for a while."""
+        self._ledger.keep(call.job)
+        self._sent.discard(call.future)
+
+    def send_kept(self, call: Call) -> None:
+        """Have the engine take a call that was kept, unless it was cancelled.
+
+        :raises EngineUnavailable: also without a look, for a while: a commit must not wait again and again.
+        """
+        if not self._ledger.is_kept(call.job.id):
+            return
+        was = self._trouble
+        if was is not None and time.monotonic() < self._away:
+            raise EngineUnavailable(was.what, was.url, was.key, was.why)
+        self._sent.add(call.future)
+        try:
+            self.send(call)
+        except EngineUnavailable as error:
+            self._sent.discard(call.future)
+            self._trouble, self._away = error.with_traceback(None), time.monotonic() + _PAUSE
+            raise
+
+    def send(self, call: Call) -> None:
+        """Have the engine take a call."""
+        with self._ledger.handing_over(call.job):
+            self._host.backend.enqueue(call)
+
+    def has(self, future: FutureProxy[Any]) -> bool:
+        """Whether the engine has the call of this handle, or is to have it."""
+        return future in self._sent
+
+    def refused(self, future: FutureProxy[Any]) -> bool:
+        """The engine has not taken the call of this handle; False if it is none of an engine's."""
+        if future not in self._sent:
+            return False
+        self._sent.discard(future)
+        future.give_up()  # type: ignore[attr-defined]
+        return True
+
+    def _discard(self, job: Job) -> None:
+        try:
+            self._host.backend.discard(job)
+        except EngineUnavailable as error:  # then it is dropped by the worker that gets it
+            logger.info("Job %s (%s) was cancelled, and stays in the queue: %s", job.name, job.id, error)
+
+    # ---- the handles ----
+
+    def unfinished(self) -> list[FutureProxy[Any]]:
+        """The handles of this process whose jobs have not ended, oldest first."""
+        left = [future for future in list(self._sent) if not _has_ended(future)]
+        return sorted(left, key=lambda future: future.last_seen.queued_at)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until all jobs have ended and callbacks have run, at most so many seconds; whether that is so."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        sent = list(self._sent)
+        if wait(sent, timeout).not_done:
+            return False
+        while not all(future.called_back for future in sent):  # which is a matter of moments, or of the user's code
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(_MOMENT)
+        return True
+
+    def check_workers(self) -> None:
+        """Say so if there are jobs to wait for, and nobody who would run them."""
+        if all(_has_ended(future) for future in list(self._sent)):
+            return
+        try:
+            if self._host.backend.workers:
+                return
+            why = "No worker looks at the queue; start one with 'flask executor worker'."
+        except EngineUnavailable as error:
+            why = f"{error}."
+        logger.warning("shutdown() waits for jobs. %s With shutdown(wait=False) they go on without this process.", why)
+
+    def cancel_all(self) -> None:
+        """Cancel what has not started."""
+        for future in list(self._sent):
+            try:
+                future.cancel()
+            except StoreUnavailable as error:
+                logger.warning("Job %s goes on: it cannot be cancelled. %s", future.job_id, error)
+
+    def health(self, health: Health) -> Health:
+        """This, with what the engine tells of itself and the store of its jobs."""
+        try:
+            health = replace(health, workers=self._host.backend.workers, waiting=self._host.backend.waiting)
+        except EngineUnavailable as error:
+            logger.info("%s", error)
+            return replace(health, accepting=False)
+        if not health.store_reachable:
+            return health
+        queued = self._ledger.records.list(status=JobStatus.QUEUED) if health.waiting else ()
+        busy = len(self._ledger.records.list(status=JobStatus.RUNNING))
+        return replace(health, busy=busy, oldest_wait=oldest_wait(queued))
+
+
+def _has_ended(future: Any) -> bool:
+    try:
+        return bool(future.done())
+    except ResultExpired:
+        return True
+    except StoreUnavailable:  # nobody knows
+        return False
+
+
+def oldest_wait(jobs: Sequence[Job]) -> float:
+    """Seconds that the oldest of these has waited; 0.0 for none."""
+    return max((time.time() - job.queued_at for job in jobs), default=0.0)
+
+
+def sealer_of(app: Flask | None) -> Sealer:
+    """What signs and checks calls that are sent to an engine.
+
+    :raises ConfigError: without a secret key.
+    """
+    keys = secret_keys(app)
+    if not keys:
+        raise ConfigError("SECRET_KEY", None, "set, and the same for all workers: they run only what is signed")
+    return Sealer(keys, CALL)

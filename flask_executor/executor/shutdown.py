@@ -1,0 +1,79 @@
+"""Jobs end before their process does, in order."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from multiprocessing.util import Finalize
+from typing import Protocol
+
+from flask_executor.exceptions import ExecutorShutdown
+from flask_executor.executor.config import Config
+
+
+class Leaves(Protocol):
+    """Whoever has jobs."""
+
+    config: Config
+
+    def leave(self, deadline: float) -> None:
+        """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), stop them, then force them."""
+
+
+# In the order in which they had their first jobs: those of the first may still have some for the others.
+_with_backends: weakref.WeakKeyDictionary[Leaves, None] = weakref.WeakKeyDictionary()
+_registered = False
+
+
+def leave_in_order(binding: Leaves) -> None:
+    """See to it that the jobs of ``binding`` end before the process does.
+
+    :raises ExecutorShutdown: when it is ending already.
+    """
+    global _registered  # forked children inherit the registration
+    if not _registered:
+        # Before the standard library's pools refuse work, which jobs that still run may have for them; atexit would be
+        # too late for that.
+        try:
+            threading._register_atexit(_leave)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise ExecutorShutdown(f"the process is ending and starts no more jobs: {error}") from error
+        _registered = True
+    _with_backends.setdefault(binding)
+    if multiprocessing.parent_process() is not None:
+        # A process of multiprocessing waits for its children before all else, and our workers wait for us.
+        Finalize(None, _leave, exitpriority=100)
+
+
+def _leave() -> None:
+    bindings = list(_with_backends)
+    begin = time.monotonic()
+    for binding in bindings:
+        binding.leave(begin + binding.config.shutdown_timeout)
+
+
+def take_sigterm() -> None:
+    """Have SIGTERM end this process in order, as Ctrl-C does, where it would end it at once.
+
+    Not where a server has signal handlers that Python does not know of, or takes it ill that somebody sets one.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if (
+        is_main
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        and not {"uwsgi", "mod_wsgi"} & sys.modules.keys()
+    ):
+        signal.signal(signal.SIGTERM, functools.partial(_exit, os.getpid()))
+
+
+def _exit(pid: int, *_: object) -> None:
+    if os.getpid() != pid:  # a child ends as it would have without us
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(0)

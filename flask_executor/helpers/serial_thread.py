@@ -1,0 +1,87 @@
+"""A thread that runs what it is given, one after the other."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from flask_executor.helpers.log import logger
+
+
+class SerialThread:
+    """Runs functions in the order in which they come, in a thread that starts with the first.
+
+    :param name: the name of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._lock = threading.RLock()  # a finalizer may come here in the middle
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._pending = 0
+
+    def run(self, fn: Callable[[], object]) -> None:
+        """Have ``fn`` called; here and now after :meth:`close`. An exception that it raises is logged."""
+        with self._lock:
+            if not self._closed and (self._thread is not None or self._start()):
+                self._pending += 1
+                self._queue.put(fn)
+                return
+        _call(fn)
+
+    def _start(self) -> bool:
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # Python 3.12 refuses when the interpreter ends
+            return False
+        self._thread = thread
+        return True
+
+    def __len__(self) -> int:
+        """How many have not run to their end."""
+        return self._pending
+
+    def close(self, *, wait: bool) -> None:
+        """End the thread after what it was given until now.
+
+        :param wait: whether to wait for that; not if this is called by what it runs.
+        """
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+        thread = self._thread
+        if wait and thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _work(self) -> None:
+        while (fn := self._queue.get()) is not None:
+            _call(fn)
+            del fn
+            with self._lock:
+                self._pending -= 1
+
+
+_here = threading.local()
+
+
+def serve_this_thread(callbacks: SerialThread) -> None:
+    """Have ``callbacks`` run what must not hold up the thread that calls this."""
+    _here.callbacks = callbacks
+
+
+def callbacks_of_this_thread() -> SerialThread | None:
+    """What runs code of the user's for this thread; None where it may run it itself."""
+    callbacks: SerialThread | None = getattr(_here, "callbacks", None)
+    return callbacks
+
+
+def _call(fn: Callable[[], object]) -> None:
+    try:
+        fn()
+    except BaseException:  # also SystemExit: it is not meant for this thread
+        logger.exception("%r failed.", fn)

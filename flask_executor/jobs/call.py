@@ -1,0 +1,398 @@
+"""A call of a function on its way: from whoever submits it to the worker that runs it, and its outcome back."""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from flask_executor.exceptions import JobExit, JobStopped, JobTimeout
+from flask_executor.helpers import callable_name
+from flask_executor.helpers.timer import Appointment, timer
+from flask_executor.jobs.contexts import NO_CONTEXT, CapturedContext, call_to_end
+from flask_executor.jobs.current import RunningJob
+from flask_executor.jobs.model import JobMessage, JobOptions, JobStatus, LiveJob
+
+if TYPE_CHECKING:
+    from flask_executor.abc import Backend
+    from flask_executor.futures import FutureProxy
+
+
+NO_OPTIONS = JobOptions()
+_posting = threading.Lock()  # guards the mail of all calls, as few get any
+
+
+class JobChannel(abc.ABC):
+    """What connects a running job with those who watch over it. Safe to call from any thread; never raises."""
+
+    @abc.abstractmethod
+    def started(self, job: LiveJob) -> None:
+        """A worker has taken the job; called in the job's contexts."""
+
+    @abc.abstractmethod
+    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+        """What is to be told when a job that runs here has something new to report; None for nobody."""
+
+    @abc.abstractmethod
+    def progressed(self, job: LiveJob) -> None:
+        """A job that runs elsewhere has reported something new."""
+
+    @abc.abstractmethod
+    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+        """The job has returned, and will have succeeded unless this raises; quick.
+
+        :param packed: the result as it came from a worker process, pickled.
+        :raises NotPicklable: for a result that has to be stored and cannot.
+        :raises ResultTooLarge: for one that is too large for that.
+        """
+
+    @abc.abstractmethod
+    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+        """The job has its final status; its future is not settled yet."""
+
+    @abc.abstractmethod
+    def settled(self, future: Future[Any], call_back: Callable[[], object] | None) -> None:
+        """The future has its result; when its callbacks have run nothing more will come.
+
+        :param call_back: runs the callbacks, to be called where they hold up nobody; None when there are none.
+        """
+
+    @abc.abstractmethod
+    def retry(self, call: Call, error: BaseException, delay: float) -> None:
+        """The call failed with ``error``, is queued again, and is to be run in ``delay`` seconds."""
+
+    @abc.abstractmethod
+    def out_of_time(self, call: Call, attempt: int) -> None:
+        """The call has run for as long as it may, in this attempt."""
+
+    @abc.abstractmethod
+    def stop(self, future: Future[Any], grace: float | None) -> bool:
+        """Stop the job of this future; False when it has ended."""
+
+    @abc.abstractmethod
+    def deliver(self, future: Future[Any], message: JobMessage) -> bool:
+        """Send a message to the job of this future; False when it has ended."""
+
+    @abc.abstractmethod
+    def withdraw(self, future: Future[Any]) -> bool:
+        """Give up the call of this future if it has not started; False when it has."""
+
+    @abc.abstractmethod
+    def unseen(self, job: LiveJob, error: BaseException) -> None:
+        """The job failed and nobody has asked."""
+
+    @abc.abstractmethod
+    def in_contexts(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn``, made to run later in a copy of the contexts of whoever calls this now."""
+
+
+class Call:
+    """A function, its arguments and contexts, the job it is the work of, and the handle to settle.
+
+    A worker in this process calls :meth:`run`. A backend whose workers are elsewhere calls :meth:`begin`, and then
+    :meth:`succeed`, :meth:`fail` or :meth:`left`. Only the one who got True from :meth:`begin` may settle the call.
+    """
+
+    __slots__ = (
+        "_again",
+        "_appointments",
+        "_error",
+        "_mail",
+        "_running",
+        "args",
+        "backend",
+        "channel",
+        "context",
+        "fn",
+        "future",
+        "job",
+        "kwargs",
+        "options",
+        "packed",
+    )
+
+    def __init__(
+        self,
+        future: FutureProxy[Any],
+        job: LiveJob,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: CapturedContext,
+        channel: JobChannel,
+        options: JobOptions = NO_OPTIONS,
+    ) -> None:
+        self.future = future
+        self.job = job
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.context = context
+        self.channel = channel
+        self.options = options
+        self.backend: Backend | None = None
+        #: What the backend has made of it and wants again for the next attempt.
+        self.packed: Any = None
+        self._running: RunningJob | None = None
+        self._mail: list[JobMessage] | None = None  # that came before it ran
+        self._appointments: list[Appointment] | None = None
+        #: How an attempt ended, between its end and the settling: the error, and seconds until the next attempt.
+        self._error: BaseException | None = None
+        self._again: float | None = None
+
+    @property
+    def priority(self) -> int:
+        """Higher ones are to start first."""
+        return self.options.priority
+
+    @property
+    def delay(self) -> float:
+        """Seconds before which it is not to start."""
+        return self.options.delay
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that it may run."""
+        return self.options.timeout
+
+    @property
+    def grace(self) -> float | None:
+        """Seconds between a request to leave and force; None for the executor's."""
+        return self.options.grace
+
+    @property
+    def retried(self) -> bool:
+        """Whether it may be run again."""
+        return self.options.retry is not None
+
+    # ---- where it is run here ----
+
+    def run(self, *_unused: object) -> None:
+        """Run the call in this thread, unless it was cancelled."""
+        # The standard pool passes a context of its worker, from Python 3.14.
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if self.options.timeout is not None:
+            self._watch()
+        running = RunningJob(self.job, self.channel.reporter(self.job))
+        with _posting:  # what comes from now on it gets at once
+            for message in self._mail or ():
+                running.post(message)
+            self._mail, self._running = None, running
+        try:
+            result = self.context.run(self._report_and_call)
+        except BaseException as error:
+            if self._error is None:  # it did not get as far as the function
+                self._conclude(error)
+            self._settle_failure()
+            self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
+        else:
+            self.future.set_result(result)
+
+    def post(self, message: JobMessage) -> None:
+        """Give a message to its job, now or when it starts."""
+        with _posting:
+            if self._running is None:
+                self._mail = [*(self._mail or ()), message]
+            else:
+                self._running.post(message)
+
+    def wake(self) -> None:
+        """It may have to leave: wake it from its sleep."""
+        running = self._running
+        if running is not None:
+            running.wake()
+
+    def interrupt(self, attempt: int) -> None:
+        """Raise the exception that leaves the job in its thread, in this attempt."""
+        running = self._running  # each attempt has its own, and to interrupt an old one does nothing
+        if running is not None and self.job.attempt == attempt:
+            running.interrupt()
+
+    def _report_and_call(self) -> Any:
+        self.channel.started(self.job)
+        running: RunningJob = self._running  # type: ignore[assignment]
+        try:
+            result = running.call(call_to_end, self.fn, self.args, self.kwargs)
+            self.channel.returned(self.job, result, None)
+        except BaseException as error:
+            running.uninterruptible()
+            self._conclude(error, forced=running.interrupted)
+            raise
+        self._end(JobStatus.SUCCEEDED)
+        return result
+
+    # ---- where it is run elsewhere ----
+
+    def begin(self) -> bool:
+        """Claim the call for a worker elsewhere; False when it was cancelled meanwhile."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        if self.options.timeout is not None:
+            self._watch()
+        self.channel.started(self.job)
+        return True
+
+    def progressed(self) -> None:
+        """Its job has something new to report."""
+        self.channel.progressed(self.job)
+
+    def put_back(self) -> bool:
+        """The worker that it was claimed for never began: it is queued again, unless it was asked to leave."""
+        if not self.future.queue_again():
+            return False
+        self._call_off()
+        return True
+
+    def succeed(self, result: Any, packed: bytes | None = None) -> None:
+        """Settle the call with its result, which came packed like this from a worker process."""
+        try:
+            self.channel.returned(self.job, result, packed)
+        except Exception as error:  # it cannot be kept
+            self.fail(error)
+            return
+        self._end(JobStatus.SUCCEEDED)
+        self.future.set_result(result)
+
+    def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
+        """Settle the call with an error, or have it run again after a while."""
+        self._conclude(error, status)
+        self._settle_failure()
+
+    def left(self, *, forced: bool = False) -> None:
+        """Settle the call as one that has left as it was asked to, or was forced to."""
+        self._conclude(JobExit(), forced=forced)
+        self._settle_failure()
+
+    # ---- both ----
+
+    def give_up(self, error: BaseException) -> None:
+        """There was to be another attempt, and there is none: settle the call with the error of the last one."""
+        if self.future.set_running_or_notify_cancel():
+            self._end(JobStatus.FAILED, error)
+            self._error, self._again = error, None
+            self._settle_failure()
+
+    def _conclude(self, error: BaseException, status: JobStatus = JobStatus.FAILED, *, forced: bool = False) -> None:
+        """An attempt has ended with ``error``: decide what that makes of the job."""
+        if isinstance(error, JobExit):
+            status, error = self._departure(error, forced=forced)
+        self._error, self._again = error, None
+        if self.options.retry is not None and not isinstance(error, JobStopped):
+            self._again = self.options.retry.delay(self.job.attempt, error)
+        # Who asks for a job to be stopped does not want to see it again; who asks now finds it queued.
+        if self._again is not None:
+            with _posting:  # what comes from now on is for the next attempt
+                self._running = None
+        if self._again is not None and self.future.queue_again(error):
+            self._call_off()
+        else:
+            self._again = None
+            self._end(status, None if isinstance(error, JobStopped) else error)
+
+    def _departure(self, exit: JobExit, *, forced: bool) -> tuple[JobStatus, Exception]:
+        name = self.job.name
+        if self.job.leave is JobStatus.TIMED_OUT:
+            timeout = JobTimeout(f"Job {name} ran longer than its timeout of {self.options.timeout:g} s.")
+            timeout.__cause__ = exit
+            return JobStatus.TIMED_OUT, timeout
+        stopped = JobStopped(f"Job {name} was {'killed' if forced else 'stopped'}, as it was asked to stop.")
+        stopped.__cause__ = exit
+        return (JobStatus.KILLED if forced else JobStatus.STOPPED), stopped
+
+    def _settle_failure(self) -> None:
+        error: Any = self._error
+        self._error = None
+        if self._again is not None:
+            self.channel.retry(self, error, self._again)
+            return
+        future = self.future
+        del self.future  # the error's traceback refers to this call, and the future will refer to the error
+        future.set_exception(error)
+
+    def _end(self, status: JobStatus, error: BaseException | None = None) -> None:
+        self.job.end(status, error)
+        if self._appointments is not None:
+            self._call_off()
+        self.channel.ended(self.job, error)
+
+    def _watch(self) -> None:
+        attempt = self.job.attempt
+        self.appoint(self.options.timeout or 0.0, lambda: self.channel.out_of_time(self, attempt))
+
+    def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
+        """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
+        attempt = self.job.attempt
+        appointment = timer.after(seconds, fn)
+        appointments = self._appointments
+        if appointments is None:
+            appointments = self._appointments = []
+        appointments.append(appointment)
+        # The attempt may have ended in between: it changes its status first, and then calls off what it finds here.
+        if self.job.status is not JobStatus.RUNNING or self.job.attempt != attempt:
+            appointment.cancel()
+
+    def _call_off(self) -> None:
+        appointments, self._appointments = self._appointments, None
+        for appointment in appointments or ():
+            appointment.cancel()
+
+
+class PlainCall(Call):
+    """A call without contexts, for a backend that is used as a plain executor: no channel, no deadline."""
+
+    __slots__ = ("_claimed",)
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        future: Any = Future()
+        nobody: Any = None
+        contexts: Any = NO_CONTEXT
+        super().__init__(future, LiveJob(callable_name(fn)), fn, args, kwargs, contexts, nobody)
+        self._claimed: bool | None = None  # set_running_or_notify_cancel() may be asked once
+
+    def run(self, *_unused: object) -> None:
+        """Never called: backends that run calls in this process have a way of their own for plain ones."""
+        raise NotImplementedError
+
+    def post(self, message: JobMessage) -> None:
+        """Nobody can send it any."""
+
+    def wake(self) -> None:
+        """Nobody can ask it to leave."""
+
+    def interrupt(self, attempt: int) -> None:
+        """Nobody can ask it to."""
+
+    def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
+        """It has no deadline."""
+
+    def begin(self) -> bool:
+        """Claim it."""
+        if self._claimed is None:
+            self._claimed = self.future.set_running_or_notify_cancel()
+        return self._claimed
+
+    def progressed(self) -> None:
+        """Nobody looks."""
+
+    def put_back(self) -> bool:
+        """It stays claimed, as a plain future cannot go back, and can be begun again."""
+        return True
+
+    def succeed(self, result: Any, packed: bytes | None = None) -> None:
+        """Settle it."""
+        self.future.set_result(result)
+
+    def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
+        """Settle it."""
+        self.future.set_exception(error)
+
+    def give_up(self, error: BaseException) -> None:
+        """Settle it."""
+        self.fail(error)
+
+    def left(self, *, forced: bool = False) -> None:
+        """Settle it."""
+        self.fail(JobStopped(f"{self.job.name} has left."))

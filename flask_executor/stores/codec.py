@@ -1,0 +1,121 @@
+"""Keys and records as text, for stores that keep text."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Hashable
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any
+
+from flask_executor.helpers import safe_repr
+from flask_executor.jobs.model import OURS, Job, JobStatus, LogLine
+
+
+def is_ours(key: Hashable) -> bool:
+    """Whether this is a key that this package has made, and not the user."""
+    return isinstance(key, tuple) and bool(key) and isinstance(key[0], str) and key[0].startswith(OURS)
+
+
+def encode_key(key: Hashable) -> str:
+    """A key as text, different for different keys, and never empty.
+
+    A string is what it is (unless it is empty, begins with ``=`` or cannot be encoded), anything else is ``=`` and its
+    literal.
+
+    :raises TypeError: for a key that is no string, number, bytes, or tuple of such.
+    """
+    if isinstance(key, str):  # of whatever class: it is equal to the string
+        key = str.__str__(key)
+        if key and not key.startswith("=") and _can_be_encoded(key):
+            return key
+    text = ""
+    try:
+        text = ascii(key)
+        same = ast.literal_eval(text) == key
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        same = False
+    if not same:
+        raise TypeError(
+            f"the key {safe_repr(key)} cannot be stored: with a shared EXECUTOR_STORE a key is a string, a number, "
+            f"bytes, or a tuple of such; use str(key)"
+        )
+    return f"={text}"
+
+
+def _can_be_encoded(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, as the name of a file may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def decode_key(text: str) -> Any:
+    """The key that :func:`encode_key` made ``text`` of."""
+    return ast.literal_eval(text[1:]) if text.startswith("=") else text
+
+
+def encode_prefix(within: tuple[Hashable, ...]) -> str:
+    """What the text of each longer tuple begins with that begins with the elements of ``within``."""
+    return encode_key((*within, 0))[:-2]
+
+
+def clean(text: str | None) -> str | None:
+    """``text``, as it can be encoded: half of a surrogate pair may stand in the name of a file, and so in a message."""
+    return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def encode_meta(job: Job) -> str | None:
+    """The meta of a job as JSON; a value that JSON does not have is its ``repr``."""
+    if not job.meta:
+        return None
+    return json.dumps({name: plain(value) for name, value in job.meta.items()})
+
+
+def plain(value: object) -> Any:
+    """A value as JSON has it, or what it looks like."""
+    if value is None or type(value) in (str, bool):
+        return value
+    try:
+        return json.loads(json.dumps(value, default=safe_repr, allow_nan=False))
+    except (ValueError, RecursionError):  # it contains itself, or is not a number
+        return safe_repr(value)
+
+
+def decode_meta(text: str | None) -> MappingProxyType[str, Any]:
+    """The meta that :func:`encode_meta` made ``text`` of."""
+    try:
+        return MappingProxyType({} if text is None else json.loads(text))
+    except RecursionError:  # the stack is deeper here than where it was written
+        return MappingProxyType({})
+
+
+def encode_job(job: Job, **more: Any) -> str:
+    """A record as JSON, and what else belongs to it, at its end."""
+    fields = {name: getattr(job, name) for name in job.__dataclass_fields__}
+    fields["key"] = None if job.key is None else encode_key(job.key)
+    fields["meta"] = encode_meta(job)
+    return json.dumps({**fields, **more})
+
+
+def decode_job(text: str | bytes) -> tuple[Job, dict[str, Any]]:
+    """The record that :func:`encode_job` made ``text`` of, and what else was there."""
+    fields = json.loads(text)
+    more = {name: fields.pop(name) for name in fields.keys() - Job.__dataclass_fields__.keys()}
+    fields["key"] = None if fields["key"] is None else decode_key(fields["key"])
+    fields["status"] = JobStatus(fields["status"])
+    fields["meta"] = decode_meta(fields["meta"])
+    return Job(**fields), more
+
+
+def encode_line(line: LogLine) -> str:
+    """A line of a log as JSON."""
+    return json.dumps(asdict(line))
+
+
+def decode_line(text: str | bytes) -> LogLine:
+    """The line that :func:`encode_line` made ``text`` of."""
+    return LogLine(**json.loads(text))

@@ -1,0 +1,1 @@
+"""How a process keeps its jobs in a store, and sees those of other processes there."""

@@ -1,0 +1,185 @@
+"""What an executor knows of its jobs: their handles by key, and their records, in the memory of one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flask_executor.abc import JobRecords
+from flask_executor.futures import FutureCollection, FutureProxy, has_ended
+from flask_executor.jobs.current import RunningJob
+from flask_executor.jobs.model import Job, JobOptions, JobStatus, LiveJob
+from flask_executor.stores.codec import is_ours
+from flask_executor.stores.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from flask_executor.jobs.call import Call
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingOptions:
+    """What the configuration says about handles and records."""
+
+    #: ``EXECUTOR_STORE``.
+    store: str
+    #: Which jobs a shared store records: ``stored`` (those with a key) or ``all``.
+    track: str
+    #: Bound of ``executor.futures``; None for none.
+    futures_max_length: int | None
+    #: Most records of ended jobs.
+    max_records: int
+    #: Seconds for which the record and the result of an ended job are kept.
+    result_ttl: float
+    #: Most bytes of a result in a shared store.
+    result_max_bytes: int
+    #: What the app's config calls each setting.
+    config_key: Callable[[str], str]
+
+
+class Ledger:
+    """Handles and records of the jobs of this process, in its memory."""
+
+    #: Whether other processes see them.
+    shared = False
+
+    def __init__(self, options: TrackingOptions) -> None:
+        self._options = options
+        self._memory = MemoryStore(options.max_records, options.result_ttl)
+        self.records: JobRecords = self._memory
+        most, ttl = options.max_records, options.result_ttl
+        self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(options.futures_max_length, most, ttl)
+        #: Those under keys that this package has made, which the other bound would be too small for.
+        self.hidden: FutureCollection[FutureProxy[Any]] = ExpiringFutures(most, most, ttl)
+        self._next_look = 0.0  # when handles are looked through again for those that have expired
+
+    def reconfigure(self, options: TrackingOptions) -> None:
+        """Take another configuration. The store, and what it was made with, stays."""
+        self._options = options
+        self.futures.max_length = options.futures_max_length
+
+    def under(self, key: Hashable) -> FutureCollection[FutureProxy[Any]]:
+        """Where the handle with this key belongs."""
+        return self.hidden if is_ours(key) else self.futures
+
+    def find(self, options: JobOptions) -> FutureProxy[Any] | None:
+        """The handle of the job that has this key, unless it is free, or is to be used again as the job has failed."""
+        futures = self.under(options.key)
+        there = futures.get(options.key)
+        if there is None or (options.again and has_failed(there)):
+            return None
+        if options.keep:
+            futures.keep(options.key)
+        return there
+
+    def take(self, call: Call) -> FutureProxy[Any] | None:
+        """Give its key to a call; the handle of the job that has the key, when it is taken.
+
+        For one thread at a time.
+        """
+        futures, key = self.under(call.job.key), call.job.key
+        there = futures.get(key)
+        if there is not None and call.options.again and has_failed(there):
+            futures.pop(key)
+        there = futures.setdefault(key, call.future, keep=call.options.keep)
+        return None if there is call.future else there  # somebody may have added it by hand just now
+
+    def handle(self, job: Job) -> FutureProxy[Any] | None:
+        """The handle of a job that has this record, if it is held."""
+        future = None if job.key is None else self.under(job.key).get(job.key)
+        return future if getattr(future, "job_id", None) == job.id else None
+
+    def add(self, call: Call) -> None:
+        """Take up a job that is about to be queued, and has its key if it is to have one."""
+        self._memory.add(call.job)
+        self._expire(call.job.queued_at)
+
+    def _expire(self, now: float) -> None:
+        """Let go of results that nobody has asked for in time."""
+        if now < self._next_look:
+            return
+        ttl = self._options.result_ttl
+        self._next_look = now + ttl / 8  # so seldom that it costs next to nothing per job
+        for futures in self.futures, self.hidden:
+            futures.expire(now - ttl)
+
+    def remove(self, future: FutureProxy[Any]) -> None:
+        """The job was not accepted."""
+        if future.key is not None:
+            self.under(future.key).pop(future.key)
+        self._memory.remove(future.job_id)
+
+    def stepped(self, job: LiveJob) -> None:
+        """The job has started, is queued again, or has something new to report."""
+
+    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+        """What is to be told when the job has something new to report."""
+        return None
+
+    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+        """The job has returned."""
+
+    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+        """The job has ended."""
+        self._memory.end(job)
+
+    def flush(self, timeout: float | None) -> bool:
+        """Have written what is new; whether that was done within so many seconds."""
+        return True
+
+    def later(self, fn: Callable[[], object]) -> None:
+        """Have something done that may have to wait for a store or an engine, where it holds up nobody."""
+        fn()
+
+    def check(self) -> None:
+        """Raise what is wrong with the store.
+
+        :raises StoreUnavailable: saying it.
+        """
+
+    def after_fork(self) -> None:
+        """In the child of a fork: leave to the parent what is the parent's."""
+        self.futures.after_fork()
+        self.hidden.after_fork()
+
+    def abandoned(self, job: LiveJob) -> None:
+        """In the child of a fork: this job is the parent's."""
+        self._memory.end(job)
+
+    def give_up(self, timeout: float) -> None:
+        """The process ends; jobs that have not ended are lost."""
+
+    def close(self, *, wait: bool) -> None:
+        """There will be no more jobs. Can be used on, to look at those that there are."""
+
+
+class ExpiringFutures(FutureCollection[FutureProxy[Any]]):
+    """Handles in the memory of one process, which leave with the records of their jobs.
+
+    :param ttl: seconds for which the handle of a job that has ended is held.
+    """
+
+    def __init__(self, max_length: int | None, max_kept: int, ttl: float) -> None:
+        super().__init__(max_length, max_kept)
+        self._ttl = ttl
+
+    def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
+        return [key for key in super().keys(within) if self.get(key) is not None]
+
+    def __contains__(self, item: object) -> bool:
+        return super().__contains__(item) and (isinstance(item, Future) or self.get(item) is not None)
+
+    def _get(self, future_key: Hashable) -> FutureProxy[Any] | None:
+        future = super()._get(future_key)
+        if future is not None and has_ended(future, time.time() - self._ttl):
+            self.pop(future_key)
+            return None
+        return future
+
+
+def has_failed(future: Any) -> bool:
+    """Whether this is a handle, and of a job that has ended other than by success."""
+    status = getattr(future, "status", JobStatus.SUCCEEDED)  # it may be none, or a plain future added by hand
+    return bool(status.ended) and status is not JobStatus.SUCCEEDED

@@ -1,0 +1,115 @@
+"""The collection that finds the jobs of all processes by key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from concurrent.futures._base import CANCELLED, FINISHED, PENDING, RUNNING
+from typing import Any
+
+from flask_executor.abc import JobStore
+from flask_executor.exceptions import (
+    KeyExists,
+    StoreUnavailable,
+)
+from flask_executor.futures import FutureCollection, FutureProxy
+from flask_executor.jobs.model import Job, JobStatus
+from flask_executor.tracking.stored_future import StoredFuture
+
+_STATES = {JobStatus.QUEUED: PENDING, JobStatus.RUNNING: RUNNING, JobStatus.CANCELLED: CANCELLED}
+
+
+class SharedFutures(FutureCollection[FutureProxy[Any]]):
+    """``executor.futures`` with a shared store: the handles of the jobs of all processes.
+
+    The base holds those of this process, and what was added by hand, which stays in this process.
+
+    :param handle: makes the handle of a job of which the store has this record.
+    :param is_ours: whether a key belongs here.
+    """
+
+    def __init__(
+        self,
+        max_length: int | None,
+        store: JobStore,
+        handle: Callable[[Job], FutureProxy[Any]],
+        is_ours: Callable[[Hashable], bool],
+    ) -> None:
+        super().__init__(max_length)
+        self._store = store
+        self._handle = handle
+        self._is_ours = is_ours
+
+    def get(self, future_key: Hashable) -> FutureProxy[Any] | None:
+        here = super().get(future_key)
+        if here is not None and _is_by_hand(future_key, here):
+            return here
+        try:
+            job = self._store.held(future_key)
+        except StoreUnavailable:
+            if here is None:
+                raise
+            return here
+        if here is not None and (job is None or job.id != here.job_id):  # another process has popped it
+            super().pop(future_key)
+            here = None
+        return self._handle(job) if here is None and job is not None else here
+
+    def keep(self, future_key: Hashable) -> None:
+        """All stay as long as their records."""
+
+    def hold(self, future_key: Hashable, future: FutureProxy[Any]) -> None:
+        """Hold the handle of a job of this process, which has the key."""
+        with self._lock:
+            super().pop(future_key)
+            self._put(future_key, future)
+
+    def add(self, future_key: Hashable, future: FutureProxy[Any]) -> None:
+        if self.get(future_key) is not None:
+            raise KeyExists(future_key)
+        super().add(future_key, future)
+
+    def _state(self, future_key: Hashable) -> str | None:
+        """The state as :mod:`concurrent.futures` calls it; polling routes written for 1.0 show it."""
+        future = self.get(future_key)
+        if isinstance(future, StoredFuture):
+            return _STATES.get(future.status, FINISHED)
+        return None if future is None else future._state
+
+    def pop(self, future_key: Hashable) -> FutureProxy[Any] | None:
+        future = self.get(future_key)
+        if future is None or _is_by_hand(future_key, future):
+            return super().pop(future_key)
+        if not self._store.release(future_key, future.job_id):  # another process was faster
+            return None
+        super().pop(future_key)
+        return future
+
+    def clear(self) -> None:
+        """Let go of the handles of this process."""
+        with self._lock:
+            for key in list(self._futures):
+                super().pop(key)
+            self._left_unfinished.clear()
+
+    def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
+        stored = [key for key in self._store.keys(within) if self._is_ours(key)]
+        by_hand = [key for key, future in list(self._futures.items()) if _is_by_hand(key, future)]
+        return [*by_hand, *stored]
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(item, Future):
+            return super().__contains__(item) or (isinstance(item, StoredFuture) and self._has(item))
+        return self.get(item) is not None
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def _has(self, future: StoredFuture[Any]) -> bool:
+        job = self._store.held(future.key)
+        return job is not None and job.id == future.job_id
+
+
+def _is_by_hand(key: Hashable, future: Any) -> bool:
+    """Whether somebody has added this handle under this key, and not the executor."""
+    return getattr(future, "key", None) != key or not hasattr(future, "job_id")
