@@ -30,8 +30,8 @@ from flask import Flask
 
 from flask_executor import Executor, current_job
 from flask_executor.abc import Entry, JobStore
-from flask_executor.jobs.model import JobStatus, LiveJob
-from flask_executor.stores.leases import this_holder
+from flask_executor.jobs.model import JobState, JobStatus
+from flask_executor.stores.leases import new_holder_id
 
 STORES = ("memory", "sqlite", "redis")
 JOBS = 300  # of a round
@@ -56,7 +56,7 @@ class Contender:
         self._number = 0
 
     def shared(self) -> JobStore | None:
-        store: JobStore | None = getattr(self.executor._binding()[1].ledger, "store", None)
+        store: JobStore | None = getattr(self.executor._binding()[1].tracker, "store", None)
         return store
 
     def key(self) -> str:
@@ -112,9 +112,9 @@ class Contender:
         store = self.shared()
         if store is None:
             return
-        holder, entries = this_holder(), []
+        holder, entries = new_holder_id(), []
         for number in range(RECORDS):
-            job = LiveJob(f"job {number % 10}", f"filler {number}", "ada" if number % 100 else "bob")
+            job = JobState(f"job {number % 10}", f"filler {number}", "ada" if number % 100 else "bob")
             job.start()
             job.end(JobStatus.SUCCEEDED)
             entries.append(Entry(job=job.record(), holder=holder))

@@ -115,7 +115,7 @@ class Backend(concurrent.futures.Executor):
         """
         return True
 
-    def leave(self, call: PreparedCall, attempt: int, reason: JobStatus) -> None:
+    def request_stop(self, call: PreparedCall, attempt: int, reason: JobStatus) -> None:
         """Tell this attempt of a running call that it has to leave, as its job says: STOPPED or TIMED_OUT."""
         call.wake()
 
@@ -128,9 +128,9 @@ class Backend(concurrent.futures.Executor):
 
         :raises NotPicklable: for one that cannot be sent to where the call runs.
         """
-        call.post(message)
+        call.deliver(message)
 
-    def aside(self, fn: Callable[[], object]) -> None:
+    def run_user_code(self, fn: Callable[[], object]) -> None:
         """Run code of the user's that must not hold up the backend: callbacks and receivers of signals.
 
         In the order of the calls. Here and now, unless the calling thread is one that everything depends on.
@@ -138,12 +138,12 @@ class Backend(concurrent.futures.Executor):
         fn()
 
     @property
-    def lagging(self) -> bool:
+    def has_pending_user_code(self) -> bool:
         """Whether something that was passed to :meth:`aside` has not run yet."""
         return False
 
     @classmethod
-    def store_beside(cls, options: BackendOptions) -> str | None:
+    def default_store(cls, options: BackendOptions) -> str | None:
         """``EXECUTOR_STORE`` for the jobs of an engine where none was chosen; None where the app has to choose one.
 
         :raises ConfigError: when the app does not even say where the engine is.
@@ -161,7 +161,7 @@ class Backend(concurrent.futures.Executor):
         """
         raise NotImplementedError
 
-    def discard(self, job: Job) -> None:
+    def remove_queued(self, job: Job) -> None:
         """A job was cancelled that the engine has: take it off the queue, if it can. Whoever gets it drops it anyway.
 
         :raises EngineUnavailable: when the engine cannot be reached.
@@ -176,11 +176,11 @@ class Backend(concurrent.futures.Executor):
         """
         raise Unsupported(f"{type(self).__name__} cannot tell how many jobs wait, so that their number has no limit")
 
-    def crew(self) -> Sequence[WorkerState]:
+    def worker_states(self) -> Sequence[WorkerState]:
         """The worker processes that are alive; none where jobs run in threads of this one."""
         return ()
 
-    def abandon(self, grace: float) -> None:
+    def terminate(self, grace: float) -> None:
         """The process ends: end workers by force that have not ended by themselves after ``grace`` seconds."""
 
     @property
@@ -338,7 +338,7 @@ class JobStore(JobRecords):
         has not ended and nobody else has the key."""
 
     @abc.abstractmethod
-    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
+    def transfer(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
         """Take a job over from the holder who has it, and write this of it, all or nothing; of many one gets it.
 
         Done again by the same holder it is a success, which changes nothing: the first answer may have been lost.
@@ -354,7 +354,7 @@ class JobStore(JobRecords):
         """Who has a job that has not ended."""
 
     @abc.abstractmethod
-    def held(self, key: Hashable) -> Job | None:
+    def holding_key(self, key: Hashable) -> Job | None:
         """The job that has this key."""
 
     @abc.abstractmethod
@@ -410,7 +410,7 @@ class JobStore(JobRecords):
         """
 
     @abc.abstractmethod
-    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+    def acknowledge(self, holder: str, messages: Sequence[StoredMessage]) -> None:
         """Jobs of this holder have these messages, which are to leave the store."""
 
     @abc.abstractmethod
@@ -418,7 +418,7 @@ class JobStore(JobRecords):
         """Renew a lease; False when it had run out, and others may have taken this holder for dead."""
 
     @abc.abstractmethod
-    def leave(self, holder: str) -> None:
+    def drop_lease(self, holder: str) -> None:
         """This holder has no jobs any more."""
 
     @abc.abstractmethod
@@ -435,7 +435,7 @@ class JobStore(JobRecords):
 
     @property
     @abc.abstractmethod
-    def private(self) -> bool:
+    def is_private(self) -> bool:
         """Whether nobody but the user that this process runs as can write to it."""
 
     @abc.abstractmethod

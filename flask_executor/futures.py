@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from flask_executor.exceptions import JobStopped, KeyExists, WorkerLost
 from flask_executor.jobs.call import JobChannel
-from flask_executor.jobs.model import Job, JobMessage, JobStatus, LiveJob, LogLine
+from flask_executor.jobs.model import Job, JobMessage, JobState, JobStatus, LogLine
 
 __all__ = ["Future", "FutureCollection", "FutureProxy", "propagate_exceptions_callback"]
 
@@ -52,12 +52,12 @@ class FutureProxy(Future[T]):
     # cancel(), so that exactly one of them wins; and only under it it is asked to leave, or queued again. Whoever
     # wins is the only one to settle the future.
 
-    def __init__(self, job: LiveJob, channel: JobChannel) -> None:
+    def __init__(self, job: JobState, channel: JobChannel) -> None:
         super().__init__()
         self._job = job
         self._channel = channel
-        self._lookers = 0
-        self._unseen: _Unseen | None = None
+        self._retrievers = 0
+        self._unseen: _UnretrievedError | None = None
 
     @property
     def job_id(self) -> str:
@@ -97,7 +97,7 @@ class FutureProxy(Future[T]):
     @property
     def stop_requested(self) -> bool:
         """Whether the job was asked to leave; it goes on until it finds out."""
-        return self._job.leave is not None
+        return self._job.stop_reason is not None
 
     def log(self) -> Sequence[LogLine]:
         """The last lines that the job has written to the log, oldest first."""
@@ -161,24 +161,24 @@ class FutureProxy(Future[T]):
             self._state = RUNNING
             return True
 
-    def queue_again(self, error: BaseException | None = None) -> bool:
+    def requeue(self, error: BaseException | None = None) -> bool:
         """For backends: undo the claim, unless the job was asked to leave.
 
         :param error: how the attempt has ended; None when the job had not begun.
         :return: whether it is queued again. A job that was out of time is, after an attempt.
         """
         with self._condition:
-            leave = self._job.leave
+            leave = self._job.stop_reason
             if leave is JobStatus.STOPPED or (leave is not None and error is None):
                 return False
             if error is None:
-                self._job.queue_again()
+                self._job.requeue()
             else:
                 self._job.next_attempt(error)
             self._state = PENDING
             return True
 
-    def ask_to_leave(self, reason: JobStatus, attempt: int) -> bool:
+    def request_stop(self, reason: JobStatus, attempt: int) -> bool:
         """For backends: note that this attempt has to leave; False when it does not run any more.
 
         :param reason: STOPPED, or TIMED_OUT, which does not take the place of the other.
@@ -187,15 +187,15 @@ class FutureProxy(Future[T]):
             job = self._job
             if job.status is not JobStatus.RUNNING or job.attempt != attempt:
                 return False
-            if job.leave is not JobStatus.STOPPED:
-                job.leave = reason
+            if job.stop_reason is not JobStatus.STOPPED:
+                job.stop_reason = reason
             return True
 
     def set_exception(self, exception: BaseException | None) -> None:
         """For backends: settle the future with an error."""
         if exception is not None and not isinstance(exception, JobStopped):
-            unseen = self._unseen = _Unseen(self._job, self._channel, exception)
-            if self._job.key is not None and not self._waiters and not self._lookers:
+            unseen = self._unseen = _UnretrievedError(self._job, self._channel, exception)
+            if self._job.key is not None and not self._waiters and not self._retrievers:
                 # The collection holds this handle, perhaps for hours: do not wait until it is dropped.
                 unseen.tell()
         super().set_exception(exception)
@@ -207,11 +207,11 @@ class FutureProxy(Future[T]):
         :raises concurrent.futures.TimeoutError: when the job has not ended by then.
         :raises concurrent.futures.CancelledError: when it was cancelled.
         """
-        self._look(1)
+        self._retrieve(1)
         try:
             return super().result(timeout)
         finally:
-            self._look(-1)
+            self._retrieve(-1)
             self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -221,11 +221,11 @@ class FutureProxy(Future[T]):
         :raises concurrent.futures.TimeoutError: when the job has not ended by then.
         :raises concurrent.futures.CancelledError: when it was cancelled.
         """
-        self._look(1)
+        self._retrieve(1)
         try:
             return super().exception(timeout)
         finally:
-            self._look(-1)
+            self._retrieve(-1)
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call ``fn`` with this future when the job has ended, in a copy of the contexts that are active now.
@@ -260,7 +260,7 @@ class FutureProxy(Future[T]):
         """The record of the job as it stands now."""
         return self._job.record()
 
-    def abandon(self) -> LiveJob:
+    def abandon(self) -> JobState:
         """In the child of a fork: end with :class:`WorkerLost`, as the job goes on in the parent only."""
         # The lock may be held by a thread that is not here, and the callbacks run in the parent.
         self._condition = threading.Condition()
@@ -270,11 +270,11 @@ class FutureProxy(Future[T]):
             error = WorkerLost(
                 f"Job {self._job.name} was submitted before this process was forked; only its parent has it."
             )
-            self._lookers = 1  # the parent will report, not this process
+            self._retrievers = 1  # the parent will report, not this process
             if not self._job.status.ended:  # it may have, with the result on its way here
                 self._job.end(JobStatus.LOST, error)
             self.set_exception(error)
-            self._look(-1)
+            self._retrieve(-1)
         return self._job
 
     def _invoke_callbacks(self) -> None:
@@ -290,30 +290,30 @@ class FutureProxy(Future[T]):
                 LOGGER.exception("exception calling callback for %r", self)
 
     @contextlib.contextmanager
-    def looked_at(self) -> Iterator[None]:
+    def retrieving(self) -> Iterator[None]:
         """Somebody will see the error, if there is one: it need not be reported."""
-        self._look(1)
+        self._retrieve(1)
         try:
             yield
         finally:
-            self._look(-1)
+            self._retrieve(-1)
 
     def report(self) -> None:
         """Log how the job has failed, if it has, and nobody has seen it yet."""
         if self._unseen is not None:
             self._unseen.tell()
 
-    def _look(self, change: int) -> None:
+    def _retrieve(self, change: int) -> None:
         with self._condition:
-            self._lookers += change
+            self._retrievers += change
             if change < 0 and self._unseen is not None:
                 self._unseen.seen = True
 
 
-class _Unseen:
+class _UnretrievedError:
     """A failure that is reported when it is dropped, unless somebody has seen it."""
 
-    def __init__(self, job: LiveJob, channel: JobChannel, error: BaseException) -> None:
+    def __init__(self, job: JobState, channel: JobChannel, error: BaseException) -> None:
         self._job = job
         self._channel = channel
         self._error = error
@@ -362,7 +362,7 @@ class FutureCollection(Generic[F]):
         self._futures: dict[Hashable, F] = {}
         self._kept: dict[Hashable, F] = {}
         self._held: Counter[F] = Counter()
-        self._left_unfinished: weakref.WeakValueDictionary[Hashable, F] = weakref.WeakValueDictionary()
+        self._evicted_unfinished: weakref.WeakValueDictionary[Hashable, F] = weakref.WeakValueDictionary()
 
     def add(self, future_key: Hashable, future: F) -> None:
         """Hold ``future`` under ``future_key``.
@@ -385,10 +385,10 @@ class FutureCollection(Generic[F]):
                 self._put(future_key, future, keep=keep)
                 return future
             if keep:
-                self.keep(future_key)
+                self.pin(future_key)
             return there
 
-    def keep(self, future_key: Hashable) -> None:
+    def pin(self, future_key: Hashable) -> None:
         """Have the future under this key, if there is one, count no more, and stay when others have to leave."""
         with self._lock:
             if future_key not in self._kept:
@@ -413,7 +413,7 @@ class FutureCollection(Generic[F]):
         with self._lock:
             future = self._futures.pop(future_key, None) or self._kept.pop(future_key, None)
             if future is None:
-                return self._left_unfinished.pop(future_key, None)
+                return self._evicted_unfinished.pop(future_key, None)
             self._release(future)
             return future
 
@@ -457,9 +457,9 @@ class FutureCollection(Generic[F]):
         if future is None:
             future = self._kept.get(future_key)
         if future is None:
-            future = self._left_unfinished.get(future_key)
+            future = self._evicted_unfinished.get(future_key)
             if future is not None and future.done():
-                del self._left_unfinished[future_key]
+                del self._evicted_unfinished[future_key]
                 return None
         return future
 
@@ -474,7 +474,7 @@ class FutureCollection(Generic[F]):
             future = futures.pop(key)
             self._release(future)
             if not Future.done(future):
-                self._left_unfinished[key] = future
+                self._evicted_unfinished[key] = future
 
     def _release(self, future: F) -> None:
         self._held[future] -= 1

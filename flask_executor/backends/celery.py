@@ -30,7 +30,7 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.backends.engine.entrypoint import Address, address_of, leave_to_others
+from flask_executor.backends.engine.entrypoint import Address, address_of, requeue_elsewhere
 from flask_executor.backends.engine.entrypoint import run as run_sent
 from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorShutdown, MissingExtra, StoreUnavailable
 from flask_executor.helpers.fork_hooks import after_fork_in_child
@@ -88,7 +88,7 @@ class CeleryBackend(Backend):
         self._asked, self._known = -_KNOWN, 0
 
     @classmethod
-    def store_beside(cls, options: BackendOptions) -> str:
+    def default_store(cls, options: BackendOptions) -> str:
         theirs = _celery_of(options)
         url = options.url if theirs is None else theirs.conf.broker_write_url
         if url is None:
@@ -127,7 +127,7 @@ class CeleryBackend(Backend):
         if self._shutdown:
             raise ExecutorShutdown("cannot schedule new futures after shutdown")
         limit = _FOREVER if call.timeout is None else math.ceil(call.timeout + self._options.exit_grace + _SLACK)
-        with self._reaching(), self._connections.acquire(block=True) as connection:
+        with self._translate_errors(), self._connections.acquire(block=True) as connection:
             self._celery.tasks[TASK].apply_async(
                 (self._address, call.job.id, base64.b64encode(call.packed).decode()),
                 task_id=call.job.id,
@@ -154,7 +154,7 @@ class CeleryBackend(Backend):
         return normal if usual is None else usual
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """What goes wrong with the broker becomes our error."""
         try:
             yield
@@ -204,7 +204,7 @@ class CeleryBackend(Backend):
     @property
     def waiting(self) -> int:
         """How many messages are in the queue. Those that workers hold back until their time comes are not."""
-        with self._reaching(), self._connection() as connection:
+        with self._translate_errors(), self._connection() as connection:
             try:
                 return int(self._queue(connection.default_channel).queue_declare(passive=True).message_count)
             except connection.channel_errors:  # nobody has sent anything yet
@@ -225,7 +225,7 @@ class CeleryBackend(Backend):
         name, control = self._queue.name, Control(self._celery)
         control.mailbox.producer_pool = None  # Celery's own keeps its connections
         # On a new connection: the last one may still wait for replies, and would take these.
-        with self._reaching(), self._connection() as connection:
+        with self._translate_errors(), self._connection() as connection:
 
             def ask(what: str, **options: Any) -> dict[str, Any]:
                 replies = control.broadcast(what, reply=True, timeout=_ASK, connection=connection, **options)
@@ -297,7 +297,7 @@ def run(task: Any, address: Address, id: str, data: str) -> None:
         logger.warning("Job %s has to wait: %s", id, error)
         again = _PAUSE
     except ConfigError as error:
-        again = leave_to_others(id, error)
+        again = requeue_elsewhere(id, error)
     if again is not None:
         try:
             task.retry(countdown=again, argsrepr=task.request.get("argsrepr"))

@@ -9,8 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.exceptions import ExecutorShutdown
-from flask_executor.jobs.contexts import call_to_end
-from flask_executor.jobs.packing import pickled, through_pickle
+from flask_executor.jobs.contexts import call_sync
+from flask_executor.jobs.packing import pickle_or_explain, pickle_roundtrip
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class ImmediateBackend(Backend):
 
     def pack(self, call: PreparedCall) -> None:
         if self._pickle:
-            call.fn, call.args, call.kwargs = through_pickle(call)
+            call.fn, call.args, call.kwargs = pickle_roundtrip(call)
             call.fn = _PickledResult(call.fn)
             call.packed = True
 
@@ -71,4 +71,4 @@ class _PickledResult:
         self._fn = fn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return pickle.loads(b"".join(pickled(call_to_end(self._fn, args, kwargs), "The result of a job")))
+        return pickle.loads(b"".join(pickle_or_explain(call_sync(self._fn, args, kwargs), "The result of a job")))

@@ -22,7 +22,14 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.backends.engine.entrypoint import Address, address_of, ending, is_lost, leave_to_others, refuse
+from flask_executor.backends.engine.entrypoint import (
+    Address,
+    address_of,
+    is_lost,
+    refuse,
+    requeue_elsewhere,
+    shutting_down,
+)
 from flask_executor.backends.engine.entrypoint import run as run_sent
 from flask_executor.backends.engine.prefork import run_processes
 from flask_executor.exceptions import (
@@ -35,7 +42,7 @@ from flask_executor.exceptions import (
     UntrustedResult,
     WorkerLost,
 )
-from flask_executor.helpers import without_password
+from flask_executor.helpers import redact_url
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.model import Job
 
@@ -78,7 +85,7 @@ class RQBackend(Backend):
         self._shutdown = False
 
     @classmethod
-    def store_beside(cls, options: BackendOptions) -> str:
+    def default_store(cls, options: BackendOptions) -> str:
         return options.url or _URL
 
     @cached_property
@@ -112,7 +119,7 @@ class RQBackend(Backend):
             retry=rq.Retry(max=_AGAIN),
             on_failure=rq.Callback(_GIVEN_UP),
         )
-        with self._reaching():
+        with self._translate_errors():
             if call.delay:
                 due = math.ceil(time.time() + call.delay)  # RQ counts whole seconds
                 queue.schedule_job(job, datetime.datetime.fromtimestamp(due, datetime.timezone.utc))
@@ -121,17 +128,17 @@ class RQBackend(Backend):
                     queue.enqueue_job(job, pipeline=pipeline)
                     pipeline.execute()
 
-    def discard(self, job: Job) -> None:
-        with self._reaching(), suppress(rq.exceptions.NoSuchJobError, rq.exceptions.InvalidJobOperation):
+    def remove_queued(self, job: Job) -> None:
+        with self._translate_errors(), suppress(rq.exceptions.NoSuchJobError, rq.exceptions.InvalidJobOperation):
             rq.job.Job.fetch(job.id, self._queues[0].connection, JSONSerializer).delete()
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except (redis.RedisError, OSError) as error:
             where = self._options.config_key("EXECUTOR_URL")
-            raise EngineUnavailable("Redis", str(without_password(self._url)), where, str(error)) from error
+            raise EngineUnavailable("Redis", str(redact_url(self._url)), where, str(error)) from error
 
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
         def work() -> None:
@@ -142,7 +149,7 @@ class RQBackend(Backend):
             with _scheduling(queues):
                 worker.work(burst=burst, logging_level="WARNING")  # no lines for each job: the store has them
 
-        with self._reaching():
+        with self._translate_errors():
             self._queues[0].connection.ping()
         run_processes(processes, work)
 
@@ -158,12 +165,12 @@ class RQBackend(Backend):
 
     @property
     def waiting(self) -> int:
-        with self._reaching():
+        with self._translate_errors():
             return sum(queue.count for queue in self._queues)
 
     @property
     def workers(self) -> int:
-        with self._reaching():
+        with self._translate_errors():
             return rq.Worker.count(queue=self._queues[1])
 
     @property
@@ -184,7 +191,7 @@ def run(address: Address, id: str, data: str) -> rq.Retry | None:
         logger.warning("Job %s has to wait: %s", id, error)
         again = _PAUSE
     except ConfigError as error:
-        again = leave_to_others(id, error)
+        again = requeue_elsewhere(id, error)
     except (NotPicklable, UntrustedResult, WorkerLost):
         if job is not None:
             job.retries_left = 0  # it would be the same again
@@ -192,7 +199,7 @@ def run(address: Address, id: str, data: str) -> rq.Retry | None:
     return None if again is None else rq.Retry(max=_FOREVER, interval=round(again))
 
 
-def given_up(job: Any, connection: Any, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+def on_failure(job: Any, connection: Any, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
     """A job has failed in RQ, or nobody knows what has become of it: what RQ calls then.
 
     One that has begun is in the store, with what came of it, and that stays.
@@ -260,7 +267,7 @@ class _Job(rq.job.Job):
 
     @property
     def failure_callback(self) -> Any:
-        return given_up if self._is_ours else None
+        return on_failure if self._is_ours else None
 
     @property
     def success_callback(self) -> None:
@@ -306,7 +313,7 @@ class _Worker(rq.SimpleWorker):
                         self.maintain_heartbeats(*self._runs)
 
     def request_stop(self, *signal: Any) -> None:
-        ending.set()
+        shutting_down.set()
         super().request_stop(*signal)  # type: ignore[no-untyped-call]
 
     def kill_horse(self, *_: Any) -> None:

@@ -36,13 +36,13 @@ from flask_executor.cli.console import (
 )
 from flask_executor.cli.doctor import examine
 from flask_executor.exceptions import EngineUnavailable, ExecutorError
-from flask_executor.executor.app_executor import Binding
+from flask_executor.executor.app_executor import AppExecutor
 from flask_executor.executor.extension import Executor
-from flask_executor.executor.producer import sealer_of
+from flask_executor.executor.producer import call_signer
 from flask_executor.helpers import safe_repr
 from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.stores.codec import decode_key, encode_key
-from flask_executor.tracking.shared import SharedLedger
+from flask_executor.tracking.shared import SharedJobTracker
 
 _LOOK = 1.0  # seconds after which a job is looked at again of which nothing was heard: its process may have died
 _PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped
@@ -86,8 +86,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_json
 def list_jobs(status: str | None, name: str | None, owner: str | None, limit: int, as_json: bool) -> None:
     """List jobs, youngest first."""
-    binding, ledger = _shared()
-    jobs = ledger.records.list(status=status, name=name, owner=owner, limit=limit)
+    binding, tracker = _shared_tracker()
+    jobs = tracker.records.list(status=status, name=name, owner=owner, limit=limit)
     if as_json:
         _print_json([_data(job) for job in jobs])
     elif jobs:
@@ -104,9 +104,9 @@ def list_jobs(status: str | None, name: str | None, owner: str | None, limit: in
 @_json
 def show(text: str, as_json: bool) -> None:
     """Show all that is known of a job, and its log."""
-    binding, ledger = _shared()
-    job = _find(binding, ledger, text)
-    log = ledger.records.log(job.id)
+    binding, tracker = _shared_tracker()
+    job = _find(binding, tracker, text)
+    log = tracker.records.log(job.id)
     if as_json:
         _print_json({**_data(job), "log": [asdict(line) for line in log]})
         return
@@ -131,14 +131,14 @@ def show(text: str, as_json: bool) -> None:
 @click.pass_context
 def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_json: bool) -> None:
     """Stop a job. Exit code 1 when it still runs."""
-    binding, ledger = _shared()
-    job = _find(binding, ledger, text)
+    binding, tracker = _shared_tracker()
+    job = _find(binding, tracker, text)
     had_ended = job.status.ended
     if not had_ended:
-        ledger.handle(job).stop(grace)
+        tracker.handle(job).stop(grace)
         seconds = binding.config.stop_grace if grace is None else grace
         if wait:
-            job = _follow(binding, ledger, job, min(seconds, _MOST_GRACE) + _PATIENCE)
+            job = _follow(binding, tracker, job, min(seconds, _MOST_GRACE) + _PATIENCE)
     if as_json:
         _print_json(_data(job))
     elif had_ended:
@@ -158,7 +158,7 @@ def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_
 @_json
 def services(as_json: bool) -> None:
     """Show the services, if they run. Exit code 1 when not all workers are ready."""
-    _, binding = _chosen()
+    _, binding = _selected_executor()
     found = binding.services.statuses()
     if as_json:
         _print_json([asdict(service) for service in found])
@@ -172,13 +172,13 @@ def services(as_json: bool) -> None:
 @click.option("--burst", is_flag=True, help="End when the queue is empty.")
 def worker(processes: int, burst: bool) -> None:
     """Run jobs that web apps have sent to a queue, until Ctrl-C or SIGTERM."""
-    _, binding = _chosen()
+    _, binding = _selected_executor()
     if binding.consumer is None:
         key = binding.config.key("EXECUTOR_TYPE")
         raise click.ClickException(
             f"Jobs are run by the web app itself: set {key} to 'rq', 'celery' or 'dask' to have workers run them."
         )
-    sealer_of(binding.app)  # without a key it would take jobs from the queue and could not even say what is wrong
+    call_signer(binding.app)  # without a key it would take jobs from the queue and could not even say what is wrong
     many = "1 process" if processes == 1 else f"{processes} processes"
     click.echo(f"{many} for jobs from {binding.backend.engine}, queue {binding.config.queue!r}. Ctrl-C to end.")
     try:
@@ -198,9 +198,9 @@ def worker(processes: int, burst: bool) -> None:
 @_json
 def purge(older_than: float, as_json: bool) -> None:
     """Throw away the records of jobs that have ended, and their results."""
-    _, ledger = _shared()
-    ledger.store.sweep()  # finds those that ended with their process
-    count = ledger.store.purge(time.time() - older_than)
+    _, tracker = _shared_tracker()
+    tracker.store.sweep()  # finds those that ended with their process
+    count = tracker.store.purge(time.time() - older_than)
     if as_json:
         _print_json({"purged": count})
     else:
@@ -214,11 +214,11 @@ def purge(older_than: float, as_json: bool) -> None:
 @click.pass_context
 def wait(context: click.Context, text: str, timeout: float | None, as_json: bool) -> None:
     """Wait until a job has ended. Exit code 0 when it has succeeded, 1 when not, 2 when it takes longer."""
-    binding, ledger = _shared()
-    job = _find(binding, ledger, text)
+    binding, tracker = _shared_tracker()
+    job = _find(binding, tracker, text)
     shown = show_progress if sys.stderr.isatty() else None
     try:
-        job = _follow(binding, ledger, job, math.inf if timeout is None else timeout, shown)
+        job = _follow(binding, tracker, job, math.inf if timeout is None else timeout, shown)
     finally:
         if shown:
             click.echo("\r\x1b[2K", nl=False, err=True)
@@ -238,17 +238,17 @@ def wait(context: click.Context, text: str, timeout: float | None, as_json: bool
 @_json
 def top(interval: float, limit: int, once: bool, as_json: bool) -> None:
     """Watch jobs: what runs, what waits, and what has ended last. Ends with q."""
-    _, ledger = _shared()
+    _, tracker = _shared_tracker()
     terminal = sys.stdout.isatty() and not (once or as_json)
     if terminal:
         limit = min(limit, max(1, terminal_size()[1] - 5))
     with suppress(KeyboardInterrupt), screen(terminal) as draw, pressed_keys(terminal) as q_within:
         while True:
-            counts, jobs = _overview(ledger, limit)
+            counts, jobs = _overview(tracker, limit)
             if as_json:
                 _print_json({"time": time.time(), **counts, "jobs": [_data(job) for job in jobs]})
             else:
-                draw(_headline(ledger, counts), jobs)
+                draw(_headline(tracker, counts), jobs)
             if once or q_within(interval):
                 return
 
@@ -261,7 +261,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
 
     Run it in the folder, and with the environment, of the web server.
     """
-    executor, binding = _chosen()
+    executor, binding = _selected_executor()
     findings = examine(current_app._get_current_object(), executor, binding)  # type: ignore[attr-defined]
     if as_json:
         _print_json([asdict(finding) for finding in findings])
@@ -273,11 +273,11 @@ def doctor(context: click.Context, as_json: bool) -> None:
 # ---- which executor, which job ----
 
 
-def _chosen() -> tuple[Executor, Binding]:
+def _selected_executor() -> tuple[Executor, AppExecutor]:
     """The executor that is meant, and what is bound to the app."""
     parent = click.get_current_context().parent
     name = None if parent is None else parent.params.get("name")
-    bound: dict[Executor, Binding] = current_app.extensions.get("flask_executor_bindings", {})
+    bound: dict[Executor, AppExecutor] = current_app.extensions.get("flask_executor_bindings", {})
     named = {executor.name: (executor, binding) for executor, binding in bound.items()}
     if not named:
         raise click.ClickException(
@@ -292,29 +292,29 @@ def _chosen() -> tuple[Executor, Binding]:
     return named[name]
 
 
-def _shared() -> tuple[Binding, SharedLedger]:
+def _shared_tracker() -> tuple[AppExecutor, SharedJobTracker]:
     """The executor that is meant, if others can see its jobs."""
-    _, binding = _chosen()
-    if not isinstance(binding.ledger, SharedLedger):
+    _, binding = _selected_executor()
+    if not isinstance(binding.tracker, SharedJobTracker):
         key = binding.config.key("EXECUTOR_STORE")
         raise click.ClickException(
             f"{key} is 'memory': each process keeps its jobs to itself, and this command is a process of its own. "
             f"Set {key} to 'sqlite' (or 'redis://...'), and jobs can be seen from everywhere."
         )
-    return binding, binding.ledger
+    return binding, binding.tracker
 
 
-def _find(binding: Binding, ledger: SharedLedger, text: str) -> Job:
+def _find(binding: AppExecutor, tracker: SharedJobTracker, text: str) -> Job:
     """The job with this id, the beginning of one, or key."""
     text = text.encode("utf-8", "replace").decode()  # arguments that are no text have half of a surrogate pair
     keys = _keys_of(text)
-    job = ledger.records.get(text)
+    job = tracker.records.get(text)
     for key in keys:
-        job = job or ledger.records.find(key)
-    job = job or _beginning_with(ledger, text)
+        job = job or tracker.records.find(key)
+    job = job or _beginning_with(tracker, text)
     if job is not None:
         return job
-    if ledger.records.expired(text) or any(ledger.records.expired(key=key) for key in keys):
+    if tracker.records.expired(text) or any(tracker.records.expired(key=key) for key in keys):
         raise _expired(binding, text)
     hint = ""
     if binding.config.track == "stored":
@@ -322,17 +322,17 @@ def _find(binding: Binding, ledger: SharedLedger, text: str) -> Job:
     raise click.ClickException(f"There is no job with the id or key {text!r}, and none is remembered.{hint}")
 
 
-def _beginning_with(ledger: SharedLedger, text: str) -> Job | None:
+def _beginning_with(tracker: SharedJobTracker, text: str) -> Job | None:
     """The only job whose id begins so, as it is told from others in a list."""
     if not _BEGINNING.fullmatch(text):
         return None
-    found = [job for job in ledger.records.list() if job.id.startswith(text)]
+    found = [job for job in tracker.records.list() if job.id.startswith(text)]
     if len(found) > 1:
         raise click.ClickException(f"The ids of {len(found)} jobs begin with {text!r}: give more of it.")
     return found[0] if found else None
 
 
-def _expired(binding: Binding, text: str) -> click.ClickException:
+def _expired(binding: AppExecutor, text: str) -> click.ClickException:
     ttl, most = (binding.config.key(f"EXECUTOR_{name}") for name in ("RESULT_TTL", "STORE_MAX_RECORDS"))
     return click.ClickException(
         f"There was a job with the id or key {text!r}, and its record has expired: it was purged, had ended more than "
@@ -352,15 +352,19 @@ def _keys_of(text: str) -> list[Hashable]:
 
 
 def _follow(
-    binding: Binding, ledger: SharedLedger, job: Job, seconds: float, shown: Callable[[Job], None] | None = None
+    binding: AppExecutor,
+    tracker: SharedJobTracker,
+    job: Job,
+    seconds: float,
+    shown: Callable[[Job], None] | None = None,
 ) -> Job:
     """Wait until a job has ended, at most so long; how it stands then."""
     deadline = time.monotonic() + seconds
-    watch = ledger.store.watch()
+    watch = tracker.store.watch()
     try:
         while True:
             watch.begin([job.id])
-            now = ledger.records.get(job.id)
+            now = tracker.records.get(job.id)
             if now is None:
                 raise _expired(binding, job.id)
             if shown:
@@ -373,17 +377,17 @@ def _follow(
         watch.close()
 
 
-def _overview(ledger: SharedLedger, limit: int) -> tuple[dict[str, int], list[Job]]:
+def _overview(tracker: SharedJobTracker, limit: int) -> tuple[dict[str, int], list[Job]]:
     """How many jobs run and wait, and jobs to show: those first, then the youngest others."""
-    running = ledger.records.list(status=JobStatus.RUNNING, limit=_MOST)
-    queued = ledger.records.list(status=JobStatus.QUEUED, limit=_MOST)
-    jobs = {job.id: job for job in [*running, *reversed(queued), *ledger.records.list(limit=limit)]}
+    running = tracker.records.list(status=JobStatus.RUNNING, limit=_MOST)
+    queued = tracker.records.list(status=JobStatus.QUEUED, limit=_MOST)
+    jobs = {job.id: job for job in [*running, *reversed(queued), *tracker.records.list(limit=limit)]}
     return {"running": len(running), "queued": len(queued)}, list(jobs.values())[:limit]
 
 
-def _headline(ledger: SharedLedger, counts: dict[str, int]) -> str:
+def _headline(tracker: SharedJobTracker, counts: dict[str, int]) -> str:
     numbers = ", ".join(f"{number}{'+' * (number == _MOST)} {status}" for status, number in counts.items())
-    return one_line(f"{datetime.now():%H:%M:%S}  {current_app.name}  {ledger.store.where}  {numbers}")
+    return one_line(f"{datetime.now():%H:%M:%S}  {current_app.name}  {tracker.store.where}  {numbers}")
 
 
 # ---- as JSON ----

@@ -27,14 +27,14 @@ from flask_executor.executor.extension import Executor
 from flask_executor.executor.submitters import ExecutorJob
 from flask_executor.helpers import describe_error
 from flask_executor.helpers.app_import import find_import_string
-from flask_executor.stores.leases import this_holder
-from flask_executor.tracking.shared import SharedLedger
+from flask_executor.stores.leases import new_holder_id
+from flask_executor.tracking.shared import SharedJobTracker
 
 if TYPE_CHECKING:
     from flask import Flask
 
     from flask_executor.abc import Backend, JobStore
-    from flask_executor.executor.app_executor import Binding
+    from flask_executor.executor.app_executor import AppExecutor
     from flask_executor.executor.config import Config
 
 _SLOW = 0.1  # seconds that one access to the store may take
@@ -73,15 +73,15 @@ class Server:
     threadless: bool = False
 
 
-def examine(app: Flask, executor: Executor, binding: Binding) -> list[Finding]:
+def examine(app: Flask, executor: Executor, binding: AppExecutor) -> list[Finding]:
     """Check all that can be checked of an app that was just loaded, in the folder and environment of its server."""
     config, server = binding.config, read_server(os.environ, Path.cwd())
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     findings = [*check_type(config)]
     if binding.producer is not None:
         findings += check_engine(config, binding.backend)
-    if isinstance(binding.ledger, SharedLedger):
-        findings += check_store(config, binding.ledger.store)
+    if isinstance(binding.tracker, SharedJobTracker):
+        findings += check_store(config, binding.tracker.store)
         findings += check_secret_key(config, app.config.get("SECRET_KEY"), signs_jobs=binding.producer is not None)
     else:
         findings += check_memory(config, server)
@@ -113,7 +113,7 @@ def check_memory(config: Config, server: Server) -> Iterator[Finding]:
 
 def check_store(config: Config, store: JobStore) -> Iterator[Finding]:
     """A store that several processes share."""
-    holder = this_holder()
+    holder = new_holder_id()
     try:
         store.check(thoroughly=True)
         begin = time.perf_counter()
@@ -121,7 +121,7 @@ def check_store(config: Config, store: JobStore) -> Iterator[Finding]:
         read = time.perf_counter() - begin
         store.renew(holder)  # writes as any process does that has jobs, and is taken back at once
         written = time.perf_counter() - begin - read
-        store.leave(holder)
+        store.drop_lease(holder)
     except StoreUnavailable as error:
         advice = f"Mend that, or change {config.key('EXECUTOR_STORE')}; until then submit_stored() raises this error."
         yield Finding(level="problem", check="store", found=f"{error}.".replace("..", "."), advice=advice)

@@ -11,7 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from flask_executor.exceptions import MissingExtra
-from flask_executor.executor.pending import Held
+from flask_executor.executor.pending import DeferredCall
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _INFO = "flask_executor_commits"  # in session.info
 
 
-class Commits:
+class AfterCommit:
     """What waits for the transactions of one session. It lives as long as that, and listens once.
 
     It refers to transactions, and these to their session; so it must be found from the session only, or neither would
@@ -28,14 +28,14 @@ class Commits:
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
-        self._waiting: list[tuple[SessionTransaction, Held]] = []  # in the order in which they came
+        self._waiting: list[tuple[SessionTransaction, DeferredCall]] = []  # in the order in which they came
         self._committed: SessionTransaction | None = None
 
     def is_of(self, session: Session) -> bool:
         """Whether it is this session's, and was not copied with the ``info`` of another one."""
         return self._session() is session
 
-    def add(self, held: Held) -> None:
+    def add(self, held: DeferredCall) -> None:
         """Start a job when what the session is in the middle of now has been committed to the end."""
         session: Any = self._session()
         self._waiting.append((session.get_nested_transaction() or session.get_transaction(), held))
@@ -62,7 +62,7 @@ class Commits:
             held.start() if was_committed else held.drop()
 
 
-def commits_of(session: Session | scoped_session[Any]) -> Commits:
+def commits_of(session: Session | scoped_session[Any]) -> AfterCommit:
     """What waits for the transactions of this session, which is in one from now on.
 
     Otherwise nothing would tell of a rollback, or of the session being closed, before there was any SQL.
@@ -83,9 +83,9 @@ def commits_of(session: Session | scoped_session[Any]) -> Commits:
         if not session.autobegin:
             raise RuntimeError("the session has no transaction and begins none by itself: call session.begin() before")
         session.begin()
-    commits: Commits | None = session.info.get(_INFO)
+    commits: AfterCommit | None = session.info.get(_INFO)
     if commits is None or not commits.is_of(session):
-        commits = session.info[_INFO] = Commits(session)
+        commits = session.info[_INFO] = AfterCommit(session)
         event.listen(session, "after_commit", commits.committed)
         event.listen(session, "after_transaction_end", commits.ended)
     return commits

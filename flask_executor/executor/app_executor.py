@@ -17,7 +17,7 @@ from werkzeug.utils import ImportStringError, import_string
 
 from flask_executor.abc import Backend, BackendOptions, Health, JobRecords, WorkerState
 from flask_executor.backends.engine.entrypoint import register
-from flask_executor.backends.process.after_fork import forking, origin
+from flask_executor.backends.process.after_fork import forking, root_pid
 from flask_executor.exceptions import (
     ConfigError,
     EngineUnavailable,
@@ -29,27 +29,27 @@ from flask_executor.exceptions import (
     Unsupported,
 )
 from flask_executor.executor.consumer import Consumer
-from flask_executor.executor.factory import open_ledger
-from flask_executor.executor.pending import Held, Unfinished, Waiting
+from flask_executor.executor.factory import make_tracker
+from flask_executor.executor.pending import DeferredCall, InFlight, ScheduledCalls
 from flask_executor.executor.producer import Producer, oldest_wait
-from flask_executor.executor.shutdown import leave_in_order
+from flask_executor.executor.shutdown import register_for_shutdown
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
-from flask_executor.helpers import callable_name, entry_points, is_one_of_many, weakly
+from flask_executor.helpers import callable_name, entry_points, is_multiprocess_request, weak_callback
 from flask_executor.helpers.log import logger
-from flask_executor.helpers.serial_thread import callbacks_of_this_thread
+from flask_executor.helpers.serial_thread import get_thread_callbacks
 from flask_executor.jobs.call import Call, JobChannel
-from flask_executor.jobs.contexts import IN_PLACE, NO_CONTEXT, CapturedContext, call_to_end, current_app_or_none
+from flask_executor.jobs.contexts import CALLER_CONTEXT, NO_CONTEXT, CapturedContext, call_sync, current_app_or_none
 from flask_executor.jobs.current import RunningJob, running_job
-from flask_executor.jobs.log_records import know_jobs, log_failure
-from flask_executor.jobs.model import Job, JobMessage, JobOptions, JobStatus, LiveJob
-from flask_executor.jobs.packing import Chunk
+from flask_executor.jobs.log_records import install_record_factory, log_failure
+from flask_executor.jobs.model import Job, JobMessage, JobOptions, JobState, JobStatus
+from flask_executor.jobs.packing import ChunkedFunction
 from flask_executor.services.registry import Services
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.stores.leases import engine_holder
-from flask_executor.tracking.local import Ledger
-from flask_executor.tracking.shared import SharedLedger
-from flask_executor.web.events import Places
-from flask_executor.web.status import describe_job
+from flask_executor.tracking.local import JobTracker
+from flask_executor.tracking.shared import SharedJobTracker
+from flask_executor.web.events import WaitSlots
+from flask_executor.web.status import job_document
 
 if TYPE_CHECKING:
     from blinker import NamedSignal
@@ -64,7 +64,7 @@ Kwargs = dict[str, Any]
 Callback = Callable[[Future[Any]], object]
 
 
-class Binding(JobChannel):
+class AppExecutor(JobChannel):
     """What :meth:`flask_executor.Executor.init_app` makes for an app.
 
     The backend is made when it is first needed and belongs to this process: in the child of a fork
@@ -82,7 +82,7 @@ class Binding(JobChannel):
         self._backend_class = _backend_class(config)
         self.name: str = executor.name
         self._open(config, app)
-        self.unfinished = Unfinished()
+        self.unfinished = InFlight()
         self._executor = executor
         self._app = weakref.ref(app)
         self._default_callbacks = default_callbacks
@@ -90,31 +90,31 @@ class Binding(JobChannel):
         self._lock = threading.RLock()
         self._key_lock = threading.RLock()  # who has it may wait for the store
         self._warned = False
-        self._waiting = Waiting()
-        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
+        self._waiting = ScheduledCalls()
+        self._held: weakref.WeakSet[DeferredCall] = weakref.WeakSet()
         self.initializers = initializers
         self.services = self._make_services()
         self._set_config(config)
-        know_jobs(running_job)
+        install_record_factory(running_job)
 
     def _open(self, config: Config, app: Flask) -> None:
         """Open the store; and for an engine, both ends of it."""
         engine = self._backend_class.engine
-        beside = self._backend_class.store_beside(config.backend_options(weakref.ref(app)))
-        self.ledger: Ledger = open_ledger(config, app, self, engine, beside)
+        beside = self._backend_class.default_store(config.backend_options(weakref.ref(app)))
+        self.tracker: JobTracker = make_tracker(config, app, self, engine, beside)
         self.producer: Producer | None = None
         self.consumer: Consumer | None = None
-        if isinstance(self.ledger, SharedLedger) and engine is not None:
-            self.ledger.engine = engine_holder(engine)
-            self.producer = Producer(self, self.ledger)
-            self.consumer = Consumer(self, self.ledger)
+        if isinstance(self.tracker, SharedJobTracker) and engine is not None:
+            self.tracker.engine = engine_holder(engine)
+            self.producer = Producer(self, self.tracker)
+            self.consumer = Consumer(self, self.tracker)
             register(app, self.name, self.consumer)
 
     def _set_config(self, config: Config) -> None:
         self._backend_class = _backend_class(config)
         self.config = config
-        self.ledger.reconfigure(config.tracking_options())
-        self.places = Places(config.events_max)
+        self.tracker.reconfigure(config.tracking_options())
+        self.places = WaitSlots(config.events_max)
         self._own_callbacks: Sequence[Callback] = (
             (propagate_exceptions_callback,) if config.propagate_exceptions else ()
         )
@@ -138,7 +138,7 @@ class Binding(JobChannel):
         if former is not None:
             former.close(wait=False)
 
-    def _change_engine(self, config: Config) -> Ledger | None:
+    def _change_engine(self, config: Config) -> JobTracker | None:
         """Where jobs are recorded depends on whose they are, an engine's or ours; the former ledger, if it changes."""
         app, backend_class = self.app, _backend_class(config)
         if backend_class.engine == self._backend_class.engine or app is None:
@@ -147,7 +147,7 @@ class Binding(JobChannel):
         if left:
             allowed = f"what it was until {_names(left)} have ended: call shutdown()"
             raise ConfigError(config.key("EXECUTOR_TYPE"), config.type, allowed)
-        former, self._backend_class = self.ledger, backend_class
+        former, self._backend_class = self.tracker, backend_class
         self._open(config, app)
         return former
 
@@ -159,11 +159,11 @@ class Binding(JobChannel):
             with self._lock:
                 backend = self._backend
                 if backend is None:
-                    leave_in_order(self)
+                    register_for_shutdown(self)
                     self._warn_of_late_settings()
                     options = self.config.backend_options(self._app, self.initializers)
-                    if isinstance(self.ledger, SharedLedger):
-                        options = replace(options, refuse=weakly(self.ledger.refuse))
+                    if isinstance(self.tracker, SharedJobTracker):
+                        options = replace(options, refuse=weak_callback(self.tracker.refuse))
                     backend = self._backend_class(replace(options, start=_starter(self)))
                     if self._closed:
                         backend.shutdown()
@@ -178,11 +178,11 @@ class Binding(JobChannel):
             return self.name, self.config.store
         where = app.name, app.root_path, app.instance_path
         # Tests have nothing to do with a server that runs beside them, nor with each other.
-        return self.name, self.config.store, where, app.secret_key, origin() if app.testing else None
+        return self.name, self.config.store, where, app.secret_key, root_pid() if app.testing else None
 
-    def leave_in_order(self) -> None:
+    def register_for_shutdown(self) -> None:
         """See to it that jobs and services end before the process does."""
-        leave_in_order(self)
+        register_for_shutdown(self)
 
     def start_services(self, sender: object, **_: object) -> None:
         """A request has come: this process is one that serves, and no reloader or master."""
@@ -243,7 +243,7 @@ class Binding(JobChannel):
 
     def hold(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
-    ) -> Held:
+    ) -> DeferredCall:
         """Accept a job as :meth:`submit` does, for somebody else to start or to drop.
 
         Whatever can be wrong with it is raised now; when it is started nobody could do anything about it.
@@ -257,7 +257,7 @@ class Binding(JobChannel):
                 self.producer.keep(call)
         except BaseException as error:
             self._refuse(call.future, error)
-        held = Held(call, self._start_held, self._drop, self.ledger.later)
+        held = DeferredCall(call, self._start_held, self._drop, self.tracker.in_background)
         self._held.add(held)
         return held
 
@@ -276,7 +276,7 @@ class Binding(JobChannel):
                 logger.warning("Job %s (%s) was to start after a commit, and waits: %s", *_called(call), error)
             error.__traceback__ = None  # which has the transaction
             self._waiting.add(
-                call, error, _AGAIN, lambda: self.ledger.later(lambda: self._start_held(call, again=True))
+                call, error, _AGAIN, lambda: self.tracker.in_background(lambda: self._start_held(call, again=True))
             )
         except Exception:  # whoever has committed is not to blame, and must not believe that it went wrong
             logger.exception("Job %s (%s) was to start after a commit, and cannot.", *_called(call))
@@ -286,10 +286,10 @@ class Binding(JobChannel):
         """Cancel a job that was to start later; its key is free, when the store is there."""
         try:
             if call.future.cancel():
-                self.make_way(call.job.id)
+                self.release_failed_key(call.job.id)
         except StoreUnavailable as error:
             logger.info("Job %s (%s) is cancelled when the store is back: %s", *_called(call), error)
-            self._waiting.add(call, error, _AGAIN, lambda: self.ledger.later(lambda: self._drop(call)))
+            self._waiting.add(call, error, _AGAIN, lambda: self.tracker.in_background(lambda: self._drop(call)))
         except Exception:
             logger.exception("Job %s (%s) could not be cancelled.", *_called(call))
 
@@ -302,34 +302,34 @@ class Binding(JobChannel):
 
     def run_once(self, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs) -> FutureProxy[Any]:
         """The job under the key in the options; if there is none it is run here and now, in the caller's contexts."""
-        there, call = self._take_key(options, lambda: self._prepare(IN_PLACE, options, fn, args, kwargs, None))
+        there, call = self._take_key(options, lambda: self._prepare(CALLER_CONTEXT, options, fn, args, kwargs, None))
         if call is not None:
-            leave_in_order(self)
-            self.ledger.add(call)
-            with there.looked_at():  # by whoever has called this, and gets what it raises
+            register_for_shutdown(self)
+            self.tracker.add(call)
+            with there.retrieving():  # by whoever has called this, and gets what it raises
                 call.run()
         return there
 
     def call(self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: Args) -> FutureProxy[Any]:
         """Start a job of a service, without contexts, on the backend of that."""
-        call = self._prepare(NO_CONTEXT, options, fn, args, {}, None, apart=True)
+        call = self._prepare(NO_CONTEXT, options, fn, args, {}, None, uncounted=True)
         return self._start(call, backend)
 
     def find(self, options: JobOptions) -> FutureProxy[Any] | None:
         """The job under the key in the options; None when one would be started now."""
-        return self.ledger.find(options)
+        return self.tracker.find(options)
 
     def _take_key(self, options: JobOptions, prepare: Callable[[], Call]) -> tuple[FutureProxy[Any], Call | None]:
         """The handle under the key in the options; and the call to start, if it was not there already."""
         self._warn_of_memory()
         with self._key_lock:  # of many who ask at once only one takes a place in the queue
-            if not self.ledger.shared:  # where to look costs as much as to take it
-                there = self.ledger.find(options)
+            if not self.tracker.shared:  # where to look costs as much as to take it
+                there = self.tracker.find(options)
                 if there is not None:
                     return there, None
             call = prepare()
             try:
-                there = self.ledger.take(call)
+                there = self.tracker.take(call)
             except BaseException:
                 self.unfinished.discard(call.future)
                 raise
@@ -339,7 +339,7 @@ class Binding(JobChannel):
             return call.future, call
 
     def _warn_of_memory(self) -> None:
-        if self.ledger.shared or self._warned or not is_one_of_many():
+        if self.tracker.shared or self._warned or not is_multiprocess_request():
             return
         self._warned = True
         logger.warning(
@@ -372,7 +372,7 @@ class Binding(JobChannel):
         """
         if chunksize > 1:
             options = replace(options, name=options.name or callable_name(fn))
-            fn = Chunk(fn, context)
+            fn = ChunkedFunction(fn, context)
             items = iter(calls)
             calls = ((chunk,) for chunk in iter(lambda: tuple(islice(items, chunksize)), ()))
         futures: list[FutureProxy[Any]] = []
@@ -394,27 +394,27 @@ class Binding(JobChannel):
         kwargs: Kwargs,
         limit: int | None,
         *,
-        apart: bool = False,
+        uncounted: bool = False,
     ) -> Call:
-        if self._closed and not apart:  # jobs that go on when the process ends may still use services
+        if self._closed and not uncounted:  # jobs that go on when the process ends may still use services
             raise ExecutorShutdown(
                 "cannot schedule new futures after shutdown: this executor was shut down in this process"
             )
         if options.timeout is None:
-            if self.config.timeout is not None and not apart:
+            if self.config.timeout is not None and not uncounted:
                 options = replace(options, timeout=self.config.timeout)
         elif options.timeout == math.inf:
             options = replace(options, timeout=None)
-        if not apart:
+        if not uncounted:
             self._check_supported(options)
-        job = LiveJob(options.name or callable_name(fn), options.key, options.owner)
+        job = JobState(options.name or callable_name(fn), options.key, options.owner)
         if options.meta is not None:
             job.meta = dict(options.meta)
-        if self.producer is not None and not apart and context is not IN_PLACE:
+        if self.producer is not None and not uncounted and context is not CALLER_CONTEXT:
             return self.producer.prepare(job, fn, args, kwargs, context, options)
         future: FutureProxy[Any] = FutureProxy(job, self)
         call = Call(future, job, fn, args, kwargs, context, self, options)
-        if not self.unfinished.add(call, limit, apart=apart):
+        if not self.unfinished.add(call, limit, uncounted=uncounted):
             raise QueueFull(self.config.key("EXECUTOR_MAX_PENDING"), self.config.max_pending or 0)
         return call
 
@@ -454,7 +454,7 @@ class Binding(JobChannel):
             call.backend = backend or self.backend
             if call.delay and call.backend.engine is None and call.backend.capacity is not None:
                 self._start_later(call)
-            elif self.producer is not None and self.producer.has(future):
+            elif self.producer is not None and self.producer.owns(future):
                 self.producer.send(call)
             else:
                 call.backend.enqueue(call)
@@ -467,7 +467,7 @@ class Binding(JobChannel):
         self._waiting.add(call, error, call.delay, lambda: self._run_again(call, error))
 
     def _announce(self, call: Call) -> None:
-        self.ledger.add(call)
+        self.tracker.add(call)
         if self._own_callbacks or self._default_callbacks:
             for callback in (*self._own_callbacks, *self._default_callbacks):
                 call.future.add_done_callback(callback)
@@ -476,19 +476,19 @@ class Binding(JobChannel):
 
     def _refuse(self, future: FutureProxy[Any], error: BaseException) -> None:
         """A call was not accepted. Somebody may have found it by key meanwhile: end it, do not just drop it."""
-        refused = self.producer is not None and self.producer.refused(future)
+        refused = self.producer is not None and self.producer.discard_refused(future)
         if not refused and not future.cancel():
             # It has run, or a worker has got it all the same: a pool that could not start one more thread.
             if isinstance(error, Exception):
                 return
             raise error
-        self.ledger.remove(future)
+        self.tracker.remove(future)
         raise error
 
-    def crew(self) -> Sequence[WorkerState]:
+    def worker_states(self) -> Sequence[WorkerState]:
         """The workers of this process: worker processes, and where there are none the process itself."""
         services = [worker for crew in self.services.started() for worker in crew.crew()]
-        crew = () if self._backend is None else self._backend.crew()
+        crew = () if self._backend is None else self._backend.worker_states()
         if crew or self.remote:
             return [*crew, *services]
         running = [future.job_id for future in self.unfinished.all() if future.status is JobStatus.RUNNING]
@@ -502,7 +502,7 @@ class Binding(JobChannel):
     @property
     def records(self) -> JobRecords:
         """The records of the app's jobs."""
-        return self.ledger.records
+        return self.tracker.records
 
     @property
     def waiting_image(self) -> str | None:
@@ -516,11 +516,11 @@ class Binding(JobChannel):
 
     def describe(self, job: Job) -> dict[str, Any]:
         """The status document of a record."""
-        return describe_job(job, with_error=self.with_errors)
+        return job_document(job, with_error=self.with_errors)
 
     def document(self, id: str) -> dict[str, Any] | None:
         """The status document of a job; None when there is none."""
-        job = self.ledger.records.get(id)
+        job = self.tracker.records.get(id)
         return None if job is None else self.describe(job)
 
     def handle(self, id: str) -> FutureProxy[Any] | None:
@@ -528,24 +528,24 @@ class Binding(JobChannel):
         for future in self.unfinished.all():
             if future.job_id == id:
                 return future
-        job = self.ledger.records.get(id)
-        return None if job is None else self.ledger.handle(job)
+        job = self.tracker.records.get(id)
+        return None if job is None else self.tracker.handle(job)
 
     def stop_job(self, id: str) -> bool | None:
         """Ask a job to stop; False when it has ended, None when there is none."""
         future = self.handle(id)
         if future is None:
-            return None if self.ledger.records.get(id) is None else False
+            return None if self.tracker.records.get(id) is None else False
         return future.stop()
 
-    def make_way(self, id: str) -> bool | None:
+    def release_failed_key(self, id: str) -> bool | None:
         """Free the key of a job that has failed, so that it starts anew; None when there is none."""
-        job = self.ledger.records.get(id)
+        job = self.tracker.records.get(id)
         if job is None:
             return None
         if job.key is None or not job.status.ended or job.status is JobStatus.SUCCEEDED:
             return False
-        futures = self.ledger.under(job.key)
+        futures = self.tracker.futures_for(job.key)
         with self._key_lock:
             there = futures.get(job.key)
             if there is None or there.job_id != id:  # somebody was faster
@@ -560,22 +560,22 @@ class Binding(JobChannel):
         """What calls report to."""
         return self
 
-    def started(self, job: LiveJob) -> None:
-        self.ledger.stepped(job)
+    def started(self, job: JobState) -> None:
+        self.tracker.changed(job)
         if job_started.receivers:
             self._tell(job_started, job)
 
-    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
-        return self.ledger.reporter(job)
+    def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
+        return self.tracker.reporter(job)
 
-    def progressed(self, job: LiveJob) -> None:
-        self.ledger.stepped(job)
+    def progressed(self, job: JobState) -> None:
+        self.tracker.changed(job)
 
-    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
-        self.ledger.returned(job, result, packed)
+    def returned(self, job: JobState, result: Any, packed: bytes | None) -> None:
+        self.tracker.returned(job, result, packed)
 
-    def ended(self, job: LiveJob, error: BaseException | None) -> None:
-        self.ledger.ended(job, error)
+    def ended(self, job: JobState, error: BaseException | None) -> None:
+        self.tracker.ended(job, error)
         if job.error is not None and job_failed.receivers:
             self._tell(job_failed, job)
         if job_finished.receivers:
@@ -583,14 +583,14 @@ class Binding(JobChannel):
 
     def settled(self, future: Future[Any], call_back: Callable[[], object] | None) -> None:
         if call_back is not None:
-            self._aside(call_back)
-        callbacks = callbacks_of_this_thread()
-        if callbacks or (self._backend is not None and self._backend.lagging):
-            self._aside(lambda: self.unfinished.discard(future))  # behind what was passed there
+            self._run_user_code(call_back)
+        callbacks = get_thread_callbacks()
+        if callbacks or (self._backend is not None and self._backend.has_pending_user_code):
+            self._run_user_code(lambda: self.unfinished.discard(future))  # behind what was passed there
         else:
             self.unfinished.discard(future)
 
-    def unseen(self, job: LiveJob, error: BaseException) -> None:
+    def unseen(self, job: JobState, error: BaseException) -> None:
         log_failure(self.app, job.name, job.id, job.key, error)
 
     def in_contexts(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -634,15 +634,15 @@ class Binding(JobChannel):
     def _ask_to_leave(self, call: Call, attempt: int, reason: JobStatus) -> bool:
         """Ask a running job to leave; False when this attempt does not run any more."""
         future = getattr(call, "future", None)  # a call that has failed lets go of it
-        if future is None or call.backend is None or not future.ask_to_leave(reason, attempt):
+        if future is None or call.backend is None or not future.request_stop(reason, attempt):
             return False
-        self.ledger.stepped(call.job)
-        call.backend.leave(call, attempt, reason)
+        self.tracker.changed(call.job)
+        call.backend.request_stop(call, attempt, reason)
         return True
 
     def _force_after(self, grace: float, call: Call, attempt: int) -> None:
         if grace:
-            call.appoint(grace, lambda: self._force(call, attempt))
+            call.call_later(grace, lambda: self._force(call, attempt))
         else:
             self._force(call, attempt)
 
@@ -655,9 +655,9 @@ class Binding(JobChannel):
             return
         if self.consumer is not None and self.consumer.postpone(call, delay):
             return
-        self.ledger.stepped(call.job)
+        self.tracker.changed(call.job)
         if self._closed:
-            call.give_up(error)
+            call.fail_finally(error)
         elif self._backend is None or self._backend.capacity is None:
             self._run_again(call, error)
         else:
@@ -670,20 +670,20 @@ class Binding(JobChannel):
             call.backend = self.backend
             call.backend.enqueue(call)
         except ExecutorShutdown:
-            call.give_up(error)
+            call.fail_finally(error)
         except Exception as refused:
-            call.give_up(refused)
+            call.fail_finally(refused)
 
-    def _tell(self, signal: NamedSignal, job: LiveJob) -> None:
+    def _tell(self, signal: NamedSignal, job: JobState) -> None:
         record = job.record()
-        self._aside(lambda: self._send(signal, record))
+        self._run_user_code(lambda: self._send(signal, record))
 
-    def _aside(self, fn: Callable[[], object]) -> None:
-        backend, callbacks = self._backend, callbacks_of_this_thread()
+    def _run_user_code(self, fn: Callable[[], object]) -> None:
+        backend, callbacks = self._backend, get_thread_callbacks()
         if callbacks is not None:  # as in the threads that look after worker processes
             callbacks.run(fn)
         elif backend is not None:
-            backend.aside(fn)
+            backend.run_user_code(fn)
         else:
             fn()
 
@@ -699,7 +699,7 @@ class Binding(JobChannel):
             return
         for receiver in receivers:
             try:
-                call_to_end(receiver, (self._executor,), {"job": record})
+                call_sync(receiver, (self._executor,), {"job": record})
             except Exception:
                 logger.exception("A receiver of %s failed for job %s (%s).", signal.name, record.name, record.id)
 
@@ -722,7 +722,7 @@ class Binding(JobChannel):
 
     def _store_is_reachable(self) -> bool:
         try:
-            self.ledger.check()
+            self.tracker.check()
         except StoreUnavailable as error:
             logger.info("%s", error)
             return False
@@ -736,7 +736,7 @@ class Binding(JobChannel):
         if wait:
             self.wait(None)
         self.services.close(wait=wait)  # after the jobs, which may use them
-        self.ledger.close(wait=wait)
+        self.tracker.close(wait=wait)
 
     def _close(self, *, wait: bool, cancel_futures: bool = False) -> None:
         with self._lock:
@@ -746,7 +746,7 @@ class Binding(JobChannel):
             if self.producer is not None or call.future.cancelled():  # it waits for the engine, or the store
                 self._drop(call)
             elif call.job.attempt > 1 or not call.future.cancel():
-                call.give_up(error)
+                call.fail_finally(error)
         if self.consumer is not None:
             self.consumer.close(wait=wait)
         for held in list(self._held):
@@ -768,12 +768,12 @@ class Binding(JobChannel):
             if not self.unfinished.wait(deadline - time.monotonic()):
                 self._cut_off()
         if self._backend is not None:
-            self._backend.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
+            self._backend.terminate(0.0 if self.unfinished.all() else self.config.stop_grace)
         if self.consumer is not None:
             self.consumer.abandon(0.0 if self.unfinished.all() else self.config.stop_grace)
         self.services.leave(max(deadline, time.monotonic() + self.config.stop_grace))
-        self.ledger.give_up(self.config.stop_grace)
-        self.ledger.close(wait=False)
+        self.tracker.give_up(self.config.stop_grace)
+        self.tracker.close(wait=False)
 
     def _cut_off(self) -> None:
         left = [future for future in self.unfinished.all() if not future.done()]
@@ -798,7 +798,7 @@ class Binding(JobChannel):
     def after_fork(self) -> None:
         """In the child of a fork: start anew, without the threads and the jobs of the parent."""
         self._lock = threading.RLock()
-        self._waiting = Waiting()
+        self._waiting = ScheduledCalls()
         for held in list(self._held):  # the parent's
             held.forget()
         self._held.clear()
@@ -809,16 +809,16 @@ class Binding(JobChannel):
             self.consumer.after_fork()
         self.services.after_fork()
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
-            self.unfinished = Unfinished()
+            self.unfinished = InFlight()
         self._key_lock = threading.RLock()
-        self.places = Places(self.config.events_max)
-        self.ledger.after_fork()
-        inherited, self.unfinished = self.unfinished.all(), Unfinished()
+        self.places = WaitSlots(self.config.events_max)
+        self.tracker.after_fork()
+        inherited, self.unfinished = self.unfinished.all(), InFlight()
         for future in inherited:
-            self.ledger.abandoned(future.abandon())
+            self.tracker.abandoned(future.abandon())
 
 
-def _starter(binding: Binding) -> Callable[[Callable[..., Any], Args, Kwargs], FutureProxy[Any]]:
+def _starter(binding: AppExecutor) -> Callable[[Callable[..., Any], Args, Kwargs], FutureProxy[Any]]:
     """What starts a job without contexts; without keeping the app alive, which takes its backend along."""
     reference = weakref.ref(binding)
 

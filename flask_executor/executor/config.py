@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask_executor.abc import BackendOptions
 from flask_executor.exceptions import ConfigError
-from flask_executor.helpers import entry_points, without_password
+from flask_executor.helpers import entry_points, redact_url
 from flask_executor.helpers.log import logger
 from flask_executor.tracking.local import TrackingOptions
 
@@ -279,7 +279,7 @@ class Config:
             try:
                 parsed[entry.name] = entry.metadata["coerce"](value)
             except _RefusedError as refused:
-                raise ConfigError(key, without_password(value), str(refused)) from None
+                raise ConfigError(key, redact_url(value), str(refused)) from None
         return cls(prefix=prefix, name=executor_name, **parsed)
 
     def changed(self, values: Mapping[str, Any]) -> list[str]:

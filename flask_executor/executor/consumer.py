@@ -24,17 +24,17 @@ from flask_executor.abc import Backend, BackendOptions
 from flask_executor.backends.engine import entrypoint
 from flask_executor.backends.process.backend import ProcessBackend
 from flask_executor.exceptions import ExecutorShutdown, NotPicklable, StoreUnavailable, UntrustedResult
-from flask_executor.executor.engine_message import unpack_freight
-from flask_executor.executor.pending import Unfinished
-from flask_executor.executor.producer import sealer_of
-from flask_executor.executor.shutdown import leave_in_order
+from flask_executor.executor.engine_message import unpack_call_for_engine
+from flask_executor.executor.pending import InFlight
+from flask_executor.executor.producer import call_signer
+from flask_executor.executor.shutdown import register_for_shutdown
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.call import Call, JobChannel
 from flask_executor.jobs.context_snapshot import SentContexts
-from flask_executor.jobs.model import LiveJob
-from flask_executor.tracking.shared import SharedLedger
+from flask_executor.jobs.model import JobState
+from flask_executor.tracking.shared import SharedJobTracker
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -49,7 +49,7 @@ class Host(Protocol):
     """Whose consumer it is: an executor in one app."""
 
     config: Config
-    unfinished: Unfinished
+    unfinished: InFlight
 
     @property
     def app(self) -> Flask | None:
@@ -78,10 +78,10 @@ class Consumer:
 
     # _pool is made and let go under _lock. _again belongs to whoever runs the call.
 
-    def __init__(self, host: Host, ledger: SharedLedger) -> None:
+    def __init__(self, host: Host, tracker: SharedJobTracker) -> None:
         self._host = host
         #: What the engine's jobs are recorded in.
-        self.ledger = ledger
+        self.tracker = tracker
         self._lock = threading.Lock()
         self._pool: ProcessBackend | None = None
         self._closed = False
@@ -93,14 +93,14 @@ class Consumer:
         :param processes: how many, at one job each.
         :param burst: whether to end when the queue is empty.
         """
-        entrypoint.serving = self._host.app
+        entrypoint.worker_app = self._host.app
         self._host.backend.work(self._host.stop_job, processes=processes, burst=burst)
 
     def run(self, id: str, data: bytes) -> float | None:
         """Run a call that was sent to this worker; see :func:`flask_executor.remote.run`."""
         call, sender = self._unpack(id, data)
         try:
-            leave_in_order(self._host)
+            register_for_shutdown(self._host)
             workers = self._workers()
             if not self._adopt(call, sender):
                 return None
@@ -113,13 +113,13 @@ class Consumer:
         except ExecutorShutdown:
             self.postpone(call, 0.0)
         except Exception as error:  # no worker process can be made: EXECUTOR_APP is wrong, say
-            call.give_up(error)
+            call.fail_finally(error)
         wait([call.future])
         again = self._again.pop(id, None)
         if again is None:
-            self.ledger.finish(call.job)
+            self.tracker.finish(call.job)
         else:
-            self.ledger.hand_back(call.job)
+            self.tracker.return_to_engine(call.job)
         return again
 
     def _adopt(self, call: Call, sender: str) -> bool:
@@ -130,23 +130,23 @@ class Consumer:
 
         :raises ExecutorShutdown: when this process ends.
         """
-        while not (self._closed or entrypoint.ending.is_set() or call.future.done()):
+        while not (self._closed or entrypoint.shutting_down.is_set() or call.future.done()):
             self._host.unfinished.add(call, None)  # first: once it is ours it may get messages
-            is_ours = False
+            acquired = False
             try:
-                is_ours = self.ledger.adopt(call, sender)
-                return is_ours
+                acquired = self.tracker.acquire(call, sender)
+                return acquired
             except StoreUnavailable as error:
                 logger.warning("Job %s has to wait: %s", call.job.id, error)
             finally:
-                if not is_ours:
+                if not acquired:
                     self._host.unfinished.discard(call.future)
             time.sleep(_PAUSE)
         raise ExecutorShutdown("this worker is ending")
 
     def postpone(self, call: Call, delay: float) -> bool:
         """The call is to run again in ``delay`` seconds: leave that to the engine, if it has sent it."""
-        if not self.ledger.is_adopted(call.job.id):
+        if not self.tracker.is_acquired(call.job.id):
             return False
         self._again[call.job.id] = delay
         # Only to wake up run(): the handle is not the one that somebody waits with, and nothing is reported.
@@ -156,24 +156,24 @@ class Consumer:
     def _unpack(self, id: str, data: bytes) -> tuple[Call, str]:
         """The call, and who has sent it."""
         try:
-            freight = unpack_freight(id, data, sealer_of(self._host.app))
+            message = unpack_call_for_engine(id, data, call_signer(self._host.app))
         except (NotPicklable, UntrustedResult) as error:
             logger.error("Job %s is refused: %s", id, error)  # what engines make of it is their own
-            self.ledger.refuse(id, error)
+            self.tracker.refuse(id, error)
             raise
-        options = freight.options
-        job = LiveJob(options.name or callable_name(freight.fn), options.key, options.owner, id=id)
-        job.queued_at = freight.queued_at
+        options = message.options
+        job = JobState(options.name or callable_name(message.fn), options.key, options.owner, id=id)
+        job.queued_at = message.queued_at
         if options.meta is not None:
             job.meta = dict(options.meta)
         app = self._host.app
         if app is None:
             raise RuntimeError("the app of this worker is gone")
-        context: Any = SentContexts(app, freight.contexts)
+        context: Any = SentContexts(app, message.contexts)
         channel = self._host.channel
         future: FutureProxy[Any] = FutureProxy(job, channel)
-        call = Call(future, job, freight.fn, freight.args, freight.kwargs, context, channel, options)
-        return call, freight.sender
+        call = Call(future, job, message.fn, message.args, message.kwargs, context, channel, options)
+        return call, message.sender
 
     def _workers(self) -> ProcessBackend:
         with self._lock:
@@ -196,7 +196,7 @@ class Consumer:
     def abandon(self, grace: float) -> None:
         """The process ends: end the worker processes, by force after so many seconds."""
         if self._pool is not None:
-            self._pool.abandon(grace)
+            self._pool.terminate(grace)
 
     def after_fork(self) -> None:
         """In the child of a fork: the parent's worker processes are not ours."""

@@ -2,7 +2,7 @@
 
 .. code-block:: text
 
-    version (4 bytes), "S", kind, signature (43 bytes), the pickled Freight        see seals
+    version (4 bytes), "S", kind, signature (43 bytes), the pickled EngineMessage        see PayloadSigner
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from flask_executor.exceptions import NotPicklable, UntrustedResult
 from flask_executor.helpers import describe_error
-from flask_executor.jobs.context_snapshot import Snapshot, snapshot
+from flask_executor.jobs.context_snapshot import ContextSnapshot, snapshot
 from flask_executor.jobs.model import JobOptions
-from flask_executor.jobs.packing import pickled, through_pickle
-from flask_executor.tracking.signing import PayloadKind, Sealer
+from flask_executor.jobs.packing import pickle_or_explain, pickle_roundtrip
+from flask_executor.tracking.signing import PayloadKind, PayloadSigner
 
 if TYPE_CHECKING:
     from flask_executor.jobs.call import Call
@@ -26,14 +26,14 @@ _VERSION = b"FE01"
 
 
 @dataclass(frozen=True, slots=True)
-class Freight:
+class EngineMessage:
     """A call, and what a worker needs to know of its job."""
 
     id: str
     #: Who had the job before the engine.
     sender: str
     queued_at: float
-    contexts: Snapshot | None
+    contexts: ContextSnapshot | None
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -41,7 +41,7 @@ class Freight:
     options: JobOptions
 
 
-def pack_freight(call: Call, sender: str, sealer: Sealer) -> bytes:
+def pack_call_for_engine(call: Call, sender: str, sealer: PayloadSigner) -> bytes:
     """The call as bytes.
 
     :param sender: who has the job until the engine has it.
@@ -49,16 +49,18 @@ def pack_freight(call: Call, sender: str, sealer: Sealer) -> bytes:
     """
     job = call.job
     options = replace(call.options, name=job.name)
-    freight = Freight(job.id, sender, job.queued_at, snapshot(call.context), call.fn, call.args, call.kwargs, options)
+    message = EngineMessage(
+        job.id, sender, job.queued_at, snapshot(call.context), call.fn, call.args, call.kwargs, options
+    )
     try:
-        packed = pickle.dumps(freight, pickle.HIGHEST_PROTOCOL)
+        packed = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     except Exception:  # now slowly, to say which part it is
-        through_pickle(call)
-        packed = b"".join(pickled(freight, f"Job {job.name}"))
+        pickle_roundtrip(call)
+        packed = b"".join(pickle_or_explain(message, f"Job {job.name}"))
     return _VERSION + sealer.seal(job.id, PayloadKind.CALL, packed)
 
 
-def unpack_freight(id: str, data: bytes, sealer: Sealer) -> Freight:
+def unpack_call_for_engine(id: str, data: bytes, sealer: PayloadSigner) -> EngineMessage:
     """The call of this job.
 
     :raises UntrustedResult: when it was not signed with a key of ours, or packed by another version.
@@ -72,10 +74,10 @@ def unpack_freight(id: str, data: bytes, sealer: Sealer) -> Freight:
         )
     _, packed = sealer.open(id, sealed)
     try:
-        freight: Freight = pickle.loads(packed)
+        message: EngineMessage = pickle.loads(packed)
     except BaseException as error:  # whatever a foreign __reduce__ or an import leads to
         raise NotPicklable(
             f"job {id} came to its worker, but cannot be rebuilt there: {describe_error(error)}. Its function and the "
             "classes of its arguments must be importable there; is the worker as new as the web app?"
         ) from error
-    return freight
+    return message

@@ -18,7 +18,7 @@ from flask import Flask, request_started
 from flask_executor.abc import Health, JobRecords
 from flask_executor.exceptions import AppNotFound
 from flask_executor.executor.after_commit import commits_of
-from flask_executor.executor.app_executor import Binding
+from flask_executor.executor.app_executor import AppExecutor
 from flask_executor.executor.config import Config
 from flask_executor.executor.flow import Flow
 from flask_executor.executor.options import (
@@ -30,17 +30,17 @@ from flask_executor.executor.options import (
     _delayed,
     _options,
 )
-from flask_executor.executor.shutdown import take_sigterm
+from flask_executor.executor.shutdown import exit_on_sigterm
 from flask_executor.executor.submitters import ExecutorJob, ExecutorWithOptions, _results
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import InstanceProxy
-from flask_executor.helpers.fork_hooks import after_fork_in_child, notice_fork
+from flask_executor.helpers.fork_hooks import after_fork_in_child, run_missed_hooks
 from flask_executor.jobs.contexts import CapturedContext, current_app_or_none
 from flask_executor.jobs.model import JobOptions
 from flask_executor.services.definition import Service, ServiceDefinition
 from flask_executor.services.registry import ServiceHandle, Services
 from flask_executor.web.pages import job_owner, register_pages
-from flask_executor.web.waiting import require_request, result_or_answer, starts_anew, store_at_hand
+from flask_executor.web.waiting import is_retry_request, require_request, result_or_answer, store_errors_as_503
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
@@ -106,19 +106,19 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         config = Config.read(app.config, self.name)
         # The app owns what is bound to it, so that an app that is thrown away takes its jobs and threads along.
-        bindings: dict[Executor, Binding] = app.extensions.setdefault(_BINDINGS, {})
+        bindings: dict[Executor, AppExecutor] = app.extensions.setdefault(_BINDINGS, {})
         self._check_name(bindings)
         if self in bindings:
             bindings[self].reconfigure(config)
         else:
-            bindings[self] = Binding(self, app, config, self._default_done_callbacks, self._worker_initializers)
+            bindings[self] = AppExecutor(self, app, config, self._default_done_callbacks, self._worker_initializers)
             self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
         register_pages(app, self, bindings[self])
         if self.services:
             request_started.connect(bindings[self].start_services, app)
 
-    def _check_name(self, bindings: Mapping[Executor, Binding]) -> None:
+    def _check_name(self, bindings: Mapping[Executor, AppExecutor]) -> None:
         """Urls and stores tell the executors of an app apart by their names."""
         others = [(executor.name, binding) for executor, binding in bindings.items() if executor is not self]
         if any(name == self.name and not binding.closed for name, binding in others):
@@ -410,7 +410,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         definition = ServiceDefinition(name=name, cls=cls, args=args, workers=workers, per=per, max_pending=max_pending)
         if self.services.setdefault(name, definition) != definition:  # a factory may be called again
             raise ValueError(f"there is another service {name!r} already; give another name: service(..., name=...)")
-        take_sigterm()
+        exit_on_sigterm()
         for app, binding in self._bound():
             request_started.connect(binding.start_services, app)
         return ServiceHandle(name, self._services)
@@ -460,12 +460,12 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     @property
     def futures(self) -> FutureCollection[FutureProxy[Any]]:
         """The handles of stored jobs, by key."""
-        return self._binding()[1].ledger.futures
+        return self._binding()[1].tracker.futures
 
     @property
     def jobs(self) -> JobRecords:
         """The records of the app's jobs, also of those that have ended."""
-        return self._binding()[1].ledger.records
+        return self._binding()[1].tracker.records
 
     def health(self) -> Health:
         """How the executor is doing in this process: workers, jobs running and waiting."""
@@ -485,7 +485,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         for _, binding in self._bound():
             if not binding.wait(None if deadline is None else deadline - time.monotonic()):
                 return False
-            if not binding.ledger.flush(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            if not binding.tracker.flush(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return False
         return True
 
@@ -507,20 +507,20 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
     # ---- the work ----
 
-    def _bound(self) -> list[tuple[Flask, Binding]]:
+    def _bound(self) -> list[tuple[Flask, AppExecutor]]:
         found = [(app, self._bound_to(app)) for app in list(self._apps)]
         return [(app, binding) for app, binding in found if binding is not None]
 
-    def _bound_to(self, app: Flask) -> Binding | None:
-        binding: Binding | None = app.extensions.get(_BINDINGS, {}).get(self)
+    def _bound_to(self, app: Flask) -> AppExecutor | None:
+        binding: AppExecutor | None = app.extensions.get(_BINDINGS, {}).get(self)
         return binding
 
-    def _binding(self) -> tuple[Flask, Binding]:
+    def _binding(self) -> tuple[Flask, AppExecutor]:
         """The app meant and what is bound to it.
 
         :raises AppNotFound: saying what to do.
         """
-        notice_fork()
+        run_missed_hooks()
         app = current_app_or_none()
         if app is not None:
             binding = self._bound_to(app)
@@ -584,11 +584,11 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         self, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         require_request()
-        if starts_anew():
+        if is_retry_request():
             owner = options.owner or job_owner(self.name)  # or the job's page would not be shown
             options = replace(options, again=True, owner=owner)
         options = replace(options, keep=True)
-        with store_at_hand():
+        with store_errors_as_503():
             future = self._submit(options, fn, args, kwargs, once=True)
             return result_or_answer(self._binding()[1], future)
 

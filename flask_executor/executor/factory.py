@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 from flask_executor.abc import JobStore, StoreOptions
 from flask_executor.exceptions import ConfigError
 from flask_executor.executor.config import STORES, Config
-from flask_executor.helpers import entry_points, without_password
+from flask_executor.helpers import entry_points, redact_url
 from flask_executor.jobs.call import JobChannel
-from flask_executor.tracking.local import Ledger
-from flask_executor.tracking.shared import SharedLedger
+from flask_executor.tracking.local import JobTracker
+from flask_executor.tracking.shared import SharedJobTracker
 
 if TYPE_CHECKING:
     from flask import Flask
 
 
-def open_ledger(
+def make_tracker(
     config: Config, app: Flask, channel: JobChannel, engine: str | None = None, beside: str | None = None
-) -> Ledger:
+) -> JobTracker:
     """What an executor with this configuration writes to.
 
     :param engine: whose workers run its jobs, where it is not this process.
@@ -33,7 +33,7 @@ def open_ledger(
     if url == "memory" and engine is not None:
         url = _store_beside(config, beside)
     if url == "memory":
-        return Ledger(config.tracking_options())
+        return JobTracker(config.tracking_options())
     if url == "sqlite":
         url = f"sqlite:///{config.prefix.lower()}executor.sqlite"
     scheme, _, place = url.partition("://")
@@ -46,8 +46,8 @@ def open_ledger(
         store = store_class(options)
     except (TypeError, ValueError):  # its text may have the password in it
         allowed = "a url that can be used, such as 'sqlite:///jobs.sqlite' or 'redis://user:password@host:6379/0'"
-        raise ConfigError(config.key("EXECUTOR_STORE"), without_password(config.store), allowed) from None
-    return SharedLedger(config.tracking_options(), store, weakref.ref(app), channel)
+        raise ConfigError(config.key("EXECUTOR_STORE"), redact_url(config.store), allowed) from None
+    return SharedJobTracker(config.tracking_options(), store, weakref.ref(app), channel)
 
 
 def store_class_of(url: str, key: str = "EXECUTOR_STORE") -> type[JobStore]:
@@ -59,7 +59,7 @@ def store_class_of(url: str, key: str = "EXECUTOR_STORE") -> type[JobStore]:
     """
     scheme = url.partition("://")[0]
     if scheme not in STORES:
-        value = without_password(url)
+        value = redact_url(url)
         return entry_points.load_plugin(entry_points.STORES, scheme, JobStore, key, value)  # type: ignore[type-abstract]
     module, _, name = STORES[scheme].partition(":")
     store_class: type[JobStore] = getattr(importlib.import_module(module), name)

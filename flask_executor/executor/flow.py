@@ -11,14 +11,14 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import callable_name
-from flask_executor.jobs.model import OURS, JobOptions
-from flask_executor.tracking.local import Ledger
+from flask_executor.jobs.model import RESERVED_PREFIX, JobOptions
+from flask_executor.tracking.local import JobTracker
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_FLOW = f"{OURS}flow"  # what the key of a step begins with
+_FLOW = f"{RESERVED_PREFIX}flow"  # what the key of a step begins with
 
 #: The keys of the steps that run here, one inside the other.
 _running: ContextVar[frozenset[Hashable]] = ContextVar("flask_executor_steps", default=frozenset())
@@ -27,7 +27,7 @@ _running: ContextVar[frozenset[Hashable]] = ContextVar("flask_executor_steps", d
 class RunsOnce(Protocol):
     """What a flow needs of an executor."""
 
-    ledger: Ledger
+    tracker: JobTracker
 
     def run_once(
         self, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -97,6 +97,6 @@ class Flow:
     def reset(self) -> None:
         """Forget all steps."""
         self._calls.clear()
-        steps: FutureCollection[FutureProxy[Any]] = self._binding.ledger.hidden
+        steps: FutureCollection[FutureProxy[Any]] = self._binding.tracker.internal_futures
         for key in steps.keys((_FLOW, self.key)):
             steps.pop(key)

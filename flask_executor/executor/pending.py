@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from flask_executor.futures import FutureProxy
-from flask_executor.helpers.timer import Appointment, timer
+from flask_executor.helpers.timer import TimerHandle, timer
 from flask_executor.jobs.call import Call
 
 
-class Unfinished:
+class InFlight:
     """The calls that are not settled yet, by their futures, in the order of submission.
 
     Every future of a binding is in here from before it is queued until its callbacks have run. Single
@@ -22,23 +22,23 @@ class Unfinished:
 
     def __init__(self) -> None:
         self._calls: dict[FutureProxy[Any], Call] = {}
-        self._apart: set[FutureProxy[Any]] = set()
+        self._uncounted: set[FutureProxy[Any]] = set()
         self._held: set[FutureProxy[Any]] = set()  # those of _calls that nobody waits for
         self._changed = threading.Condition(threading.Lock())
         self._watchers = 0
 
-    def add(self, call: Call, limit: int | None, *, apart: bool = False) -> bool:
+    def add(self, call: Call, limit: int | None, *, uncounted: bool = False) -> bool:
         """Take in a call; False, and it is not taken in, when there are ``limit`` already.
 
         :param apart: whether it does not count.
         """
-        if apart:
-            self._apart.add(call.future)
+        if uncounted:
+            self._uncounted.add(call.future)
         if limit is None:
             self._calls[call.future] = call
             return True
         with self._changed:
-            if len(self._calls) - len(self._apart) >= limit:
+            if len(self._calls) - len(self._uncounted) >= limit:
                 return False
             self._calls[call.future] = call
             return True
@@ -61,7 +61,7 @@ class Unfinished:
         """The future is settled."""
         self._held.discard(future)  # first: wait() may count in between
         self._calls.pop(future, None)  # type: ignore[call-overload]
-        self._apart.discard(future)
+        self._uncounted.discard(future)
         self._tell()
 
     def _tell(self) -> None:
@@ -83,7 +83,7 @@ class Unfinished:
         return list(self._calls)
 
 
-class Held:
+class DeferredCall:
     """A call that was accepted, and waits for somebody to say whether it is to start.
 
     Nobody but whoever is to say so keeps it: when it is thrown away unsaid, it is dropped.
@@ -132,15 +132,15 @@ class Held:
     def __del__(self) -> None:
         call = self.forget()
         if call is not None:  # this may be in the middle of anything, so with any lock held
-            timer.after(0.0, partial(self._later, partial(self._drop, call)))
+            timer.call_later(0.0, partial(self._later, partial(self._drop, call)))
 
 
-class Waiting:
+class ScheduledCalls:
     """The calls that wait for their time, or their next attempt. Whoever takes one out is the one to go on with it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[Any, tuple[Appointment, BaseException]] = {}
+        self._waiting: dict[Any, tuple[TimerHandle, BaseException]] = {}
 
     def add(self, call: Call, error: BaseException, delay: float, go_on: Callable[[], object]) -> None:
         """Call ``go_on`` in ``delay`` seconds, unless the call was taken out by then."""
@@ -150,7 +150,7 @@ class Waiting:
                 go_on()
 
         with self._lock:
-            self._waiting[call] = (timer.after(delay, due), error)
+            self._waiting[call] = (timer.call_later(delay, due), error)
 
     def discard(self, call: Call) -> bool:
         """Take a call out; False when it was not here."""

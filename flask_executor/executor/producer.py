@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flask_executor.abc import Backend, Health
 from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, ResultExpired, StoreUnavailable
-from flask_executor.executor.engine_message import pack_freight
+from flask_executor.executor.engine_message import pack_call_for_engine
 from flask_executor.futures import FutureProxy
-from flask_executor.helpers import weakly
+from flask_executor.helpers import weak_callback
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.call import Call, JobChannel
-from flask_executor.jobs.model import Job, JobOptions, JobStatus, LiveJob
-from flask_executor.tracking.shared import SharedLedger
-from flask_executor.tracking.signing import CALL, Sealer, secret_keys
+from flask_executor.jobs.model import Job, JobOptions, JobState, JobStatus
+from flask_executor.tracking.shared import SharedJobTracker
+from flask_executor.tracking.signing import CALL, PayloadSigner, secret_keys
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -54,10 +54,10 @@ class Host(Protocol):
 class Producer:
     """Makes the calls that an engine is to have, and knows their handles."""
 
-    def __init__(self, host: Host, ledger: SharedLedger) -> None:
+    def __init__(self, host: Host, tracker: SharedJobTracker) -> None:
         self._host = host
-        self._ledger = ledger
-        ledger.discard = weakly(self._discard)
+        self._ledger = tracker
+        tracker.discard = weak_callback(self._discard)
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -68,7 +68,7 @@ class Producer:
 
     def prepare(
         self,
-        job: LiveJob,
+        job: JobState,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -85,7 +85,7 @@ class Producer:
         options = replace(options, grace=self._host.config.stop_grace)  # the worker's may be another
         handle = self._ledger.handle(job.record(), is_written=False)
         call = Call(handle, job, fn, args, kwargs, context, self._host.channel, options)
-        call.packed = pack_freight(call, self._ledger.holder, sealer_of(self._host.app))
+        call.packed = pack_call_for_engine(call, self._ledger.holder, call_signer(self._host.app))
         self._sent.add(handle)
         return call
 
@@ -96,7 +96,7 @@ class Producer:
 
     def keep(self, call: Call) -> None:
         """The call is to wait in this process for a while."""
-        self._ledger.keep(call.job)
+        self._ledger.hold_locally(call.job)
         self._sent.discard(call.future)
 
     def send_kept(self, call: Call) -> None:
@@ -104,7 +104,7 @@ class Producer:
 
         :raises EngineUnavailable: also without a look, for a while: a commit must not wait again and again.
         """
-        if not self._ledger.is_kept(call.job.id):
+        if not self._ledger.is_held(call.job.id):
             return
         was = self._trouble
         if was is not None and time.monotonic() < self._away:
@@ -119,14 +119,14 @@ class Producer:
 
     def send(self, call: Call) -> None:
         """Have the engine take a call."""
-        with self._ledger.handing_over(call.job):
+        with self._ledger.transferring(call.job):
             self._host.backend.enqueue(call)
 
-    def has(self, future: FutureProxy[Any]) -> bool:
+    def owns(self, future: FutureProxy[Any]) -> bool:
         """Whether the engine has the call of this handle, or is to have it."""
         return future in self._sent
 
-    def refused(self, future: FutureProxy[Any]) -> bool:
+    def discard_refused(self, future: FutureProxy[Any]) -> bool:
         """The engine has not taken the call of this handle; False if it is none of an engine's."""
         if future not in self._sent:
             return False
@@ -136,7 +136,7 @@ class Producer:
 
     def _discard(self, job: Job) -> None:
         try:
-            self._host.backend.discard(job)
+            self._host.backend.remove_queued(job)
         except EngineUnavailable as error:  # then it is dropped by the worker that gets it
             logger.info("Job %s (%s) was cancelled, and stays in the queue: %s", job.name, job.id, error)
 
@@ -207,7 +207,7 @@ def oldest_wait(jobs: Sequence[Job]) -> float:
     return max((time.time() - job.queued_at for job in jobs), default=0.0)
 
 
-def sealer_of(app: Flask | None) -> Sealer:
+def call_signer(app: Flask | None) -> PayloadSigner:
     """What signs and checks calls that are sent to an engine.
 
     :raises ConfigError: without a secret key.
@@ -215,4 +215,4 @@ def sealer_of(app: Flask | None) -> Sealer:
     keys = secret_keys(app)
     if not keys:
         raise ConfigError("SECRET_KEY", None, "set, and the same for all workers: they run only what is signed")
-    return Sealer(keys, CALL)
+    return PayloadSigner(keys, CALL)

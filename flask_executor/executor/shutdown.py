@@ -31,7 +31,7 @@ _with_backends: weakref.WeakKeyDictionary[Leaves, None] = weakref.WeakKeyDiction
 _registered = False
 
 
-def leave_in_order(binding: Leaves) -> None:
+def register_for_shutdown(binding: Leaves) -> None:
     """See to it that the jobs of ``binding`` end before the process does.
 
     :raises ExecutorShutdown: when it is ending already.
@@ -58,7 +58,7 @@ def _leave() -> None:
         binding.leave(begin + binding.config.shutdown_timeout)
 
 
-def take_sigterm() -> None:
+def exit_on_sigterm() -> None:
     """Have SIGTERM end this process in order, as Ctrl-C does, where it would end it at once.
 
     Not where a server has signal handlers that Python does not know of, or takes it ill that somebody sets one.

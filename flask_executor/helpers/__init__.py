@@ -27,7 +27,7 @@ def safe_repr(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
-def is_one_of_many() -> bool:
+def is_multiprocess_request() -> bool:
     """Whether the request that is handled here is handled by one of several processes, as the server says."""
     return has_request_context() and bool(request.environ.get("wsgi.multiprocess"))
 
@@ -44,7 +44,7 @@ def callable_name(fn: Any) -> str:
             fn = wrapped
 
 
-def without_password(value: object) -> object:
+def redact_url(value: object) -> object:
     """A url as it may be shown and logged; anything else as it is."""
     if not isinstance(value, str) or "://" not in value:
         return value
@@ -87,7 +87,7 @@ class InstanceProxy:
         return f"<{type(self).__name__}({self._self!r})>"
 
 
-def weakly(method: Callable[P, None]) -> Callable[P, None]:
+def weak_callback(method: Callable[P, None]) -> Callable[P, None]:
     """A method, without keeping its object alive."""
     reference = weakref.WeakMethod(method)
 

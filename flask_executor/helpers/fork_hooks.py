@@ -20,7 +20,7 @@ def around_fork(before: Callable[[], object], after_in_parent: Callable[[], obje
         os.register_at_fork(before=before, after_in_parent=after_in_parent)
 
 
-def notice_fork() -> None:
+def run_missed_hooks() -> None:
     """Do now what was to be done at a fork that Python was not told of; uWSGI's, without ``py-call-osafterfork``."""
     if os.getpid() != _pid:
         _run()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Message:
+class CompactPickle:
     """Something with fields that travels; pickled as its class and its fields, half the work of a plain dataclass."""
 
     __slots__: tuple[str, ...] = ()
@@ -21,11 +21,11 @@ class Message:
 
 
 @functools.cache
-def _fields_of(cls: Any) -> Callable[[Message], Any]:
+def _fields_of(cls: Any) -> Callable[[CompactPickle], Any]:
     return operator.attrgetter(*cls.__slots__) if cls.__slots__ else _no_fields
 
 
-def _no_fields(_: Message) -> tuple[()]:
+def _no_fields(_: CompactPickle) -> tuple[()]:
     return ()
 
 

@@ -69,12 +69,12 @@ class SerialThread:
 _here = threading.local()
 
 
-def serve_this_thread(callbacks: SerialThread) -> None:
+def set_thread_callbacks(callbacks: SerialThread) -> None:
     """Have ``callbacks`` run what must not hold up the thread that calls this."""
     _here.callbacks = callbacks
 
 
-def callbacks_of_this_thread() -> SerialThread | None:
+def get_thread_callbacks() -> SerialThread | None:
     """What runs code of the user's for this thread; None where it may run it itself."""
     callbacks: SerialThread | None = getattr(_here, "callbacks", None)
     return callbacks

@@ -13,7 +13,7 @@ from flask_executor.helpers.fork_hooks import after_fork_in_child
 from flask_executor.helpers.log import logger
 
 
-class Appointment:
+class TimerHandle:
     """One call to come; :meth:`cancel` calls it off."""
 
     __slots__ = ("_timer", "fn")
@@ -24,7 +24,7 @@ class Appointment:
 
     def cancel(self) -> None:
         """Call it off. It may be in the middle of being called."""
-        self._timer.discard(self)
+        self._timer.cancel(self)
 
 
 class Timer:
@@ -38,14 +38,14 @@ class Timer:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # a finalizer may come here in the middle
-        self._heap: list[tuple[float, int, Appointment]] = []
+        self._heap: list[tuple[float, int, TimerHandle]] = []
         self._numbers = itertools.count()
         self._live = 0
         self._thread: threading.Thread | None = None
 
-    def after(self, seconds: float, fn: Callable[[], object]) -> Appointment:
+    def call_later(self, seconds: float, fn: Callable[[], object]) -> TimerHandle:
         """Call ``fn`` in so many seconds."""
-        appointment = Appointment(self, fn)
+        appointment = TimerHandle(self, fn)
         due = time.monotonic() + max(0.0, seconds)
         with self._changed:
             heapq.heappush(self._heap, (due, next(self._numbers), appointment))
@@ -63,7 +63,7 @@ class Timer:
             thread.start()
             self._thread = thread
 
-    def discard(self, appointment: Appointment) -> None:
+    def cancel(self, appointment: TimerHandle) -> None:
         """Call an appointment off."""
         with self._changed:
             if appointment.fn is None:

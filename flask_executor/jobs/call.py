@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from flask_executor.exceptions import JobExit, JobStopped, JobTimeout
 from flask_executor.helpers import callable_name
-from flask_executor.helpers.timer import Appointment, timer
-from flask_executor.jobs.contexts import NO_CONTEXT, CapturedContext, call_to_end
+from flask_executor.helpers.timer import TimerHandle, timer
+from flask_executor.jobs.contexts import NO_CONTEXT, CapturedContext, call_sync
 from flask_executor.jobs.current import RunningJob
-from flask_executor.jobs.model import JobMessage, JobOptions, JobStatus, LiveJob
+from flask_executor.jobs.model import JobMessage, JobOptions, JobState, JobStatus
 
 if TYPE_CHECKING:
     from flask_executor.abc import Backend
@@ -28,19 +28,19 @@ class JobChannel(abc.ABC):
     """What connects a running job with those who watch over it. Safe to call from any thread; never raises."""
 
     @abc.abstractmethod
-    def started(self, job: LiveJob) -> None:
+    def started(self, job: JobState) -> None:
         """A worker has taken the job; called in the job's contexts."""
 
     @abc.abstractmethod
-    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+    def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
         """What is to be told when a job that runs here has something new to report; None for nobody."""
 
     @abc.abstractmethod
-    def progressed(self, job: LiveJob) -> None:
+    def progressed(self, job: JobState) -> None:
         """A job that runs elsewhere has reported something new."""
 
     @abc.abstractmethod
-    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+    def returned(self, job: JobState, result: Any, packed: bytes | None) -> None:
         """The job has returned, and will have succeeded unless this raises; quick.
 
         :param packed: the result as it came from a worker process, pickled.
@@ -49,7 +49,7 @@ class JobChannel(abc.ABC):
         """
 
     @abc.abstractmethod
-    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+    def ended(self, job: JobState, error: BaseException | None) -> None:
         """The job has its final status; its future is not settled yet."""
 
     @abc.abstractmethod
@@ -80,7 +80,7 @@ class JobChannel(abc.ABC):
         """Give up the call of this future if it has not started; False when it has."""
 
     @abc.abstractmethod
-    def unseen(self, job: LiveJob, error: BaseException) -> None:
+    def unseen(self, job: JobState, error: BaseException) -> None:
         """The job failed and nobody has asked."""
 
     @abc.abstractmethod
@@ -97,10 +97,10 @@ class Call:
 
     __slots__ = (
         "_again",
-        "_appointments",
         "_error",
-        "_mail",
         "_running",
+        "_timers",
+        "_undelivered",
         "args",
         "backend",
         "channel",
@@ -116,7 +116,7 @@ class Call:
     def __init__(
         self,
         future: FutureProxy[Any],
-        job: LiveJob,
+        job: JobState,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -136,8 +136,8 @@ class Call:
         #: What the backend has made of it and wants again for the next attempt.
         self.packed: Any = None
         self._running: RunningJob | None = None
-        self._mail: list[JobMessage] | None = None  # that came before it ran
-        self._appointments: list[Appointment] | None = None
+        self._undelivered: list[JobMessage] | None = None  # that came before it ran
+        self._timers: list[TimerHandle] | None = None
         #: How an attempt ended, between its end and the settling: the error, and seconds until the next attempt.
         self._error: BaseException | None = None
         self._again: float | None = None
@@ -178,26 +178,26 @@ class Call:
             self._watch()
         running = RunningJob(self.job, self.channel.reporter(self.job))
         with _posting:  # what comes from now on it gets at once
-            for message in self._mail or ():
-                running.post(message)
-            self._mail, self._running = None, running
+            for message in self._undelivered or ():
+                running.deliver(message)
+            self._undelivered, self._running = None, running
         try:
             result = self.context.run(self._report_and_call)
         except BaseException as error:
             if self._error is None:  # it did not get as far as the function
-                self._conclude(error)
-            self._settle_failure()
+                self._finish_attempt(error)
+            self._settle()
             self = None  # type: ignore[assignment]  # the error's traceback refers to this frame
         else:
             self.future.set_result(result)
 
-    def post(self, message: JobMessage) -> None:
+    def deliver(self, message: JobMessage) -> None:
         """Give a message to its job, now or when it starts."""
         with _posting:
             if self._running is None:
-                self._mail = [*(self._mail or ()), message]
+                self._undelivered = [*(self._undelivered or ()), message]
             else:
-                self._running.post(message)
+                self._running.deliver(message)
 
     def wake(self) -> None:
         """It may have to leave: wake it from its sleep."""
@@ -215,11 +215,11 @@ class Call:
         self.channel.started(self.job)
         running: RunningJob = self._running  # type: ignore[assignment]
         try:
-            result = running.call(call_to_end, self.fn, self.args, self.kwargs)
+            result = running.call(call_sync, self.fn, self.args, self.kwargs)
             self.channel.returned(self.job, result, None)
         except BaseException as error:
             running.uninterruptible()
-            self._conclude(error, forced=running.interrupted)
+            self._finish_attempt(error, forced=running.interrupted)
             raise
         self._end(JobStatus.SUCCEEDED)
         return result
@@ -239,11 +239,11 @@ class Call:
         """Its job has something new to report."""
         self.channel.progressed(self.job)
 
-    def put_back(self) -> bool:
+    def requeue(self) -> bool:
         """The worker that it was claimed for never began: it is queued again, unless it was asked to leave."""
-        if not self.future.queue_again():
+        if not self.future.requeue():
             return False
-        self._call_off()
+        self._cancel_timers()
         return True
 
     def succeed(self, result: Any, packed: bytes | None = None) -> None:
@@ -258,27 +258,29 @@ class Call:
 
     def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
         """Settle the call with an error, or have it run again after a while."""
-        self._conclude(error, status)
-        self._settle_failure()
+        self._finish_attempt(error, status)
+        self._settle()
 
-    def left(self, *, forced: bool = False) -> None:
+    def stopped(self, *, forced: bool = False) -> None:
         """Settle the call as one that has left as it was asked to, or was forced to."""
-        self._conclude(JobExit(), forced=forced)
-        self._settle_failure()
+        self._finish_attempt(JobExit(), forced=forced)
+        self._settle()
 
     # ---- both ----
 
-    def give_up(self, error: BaseException) -> None:
+    def fail_finally(self, error: BaseException) -> None:
         """There was to be another attempt, and there is none: settle the call with the error of the last one."""
         if self.future.set_running_or_notify_cancel():
             self._end(JobStatus.FAILED, error)
             self._error, self._again = error, None
-            self._settle_failure()
+            self._settle()
 
-    def _conclude(self, error: BaseException, status: JobStatus = JobStatus.FAILED, *, forced: bool = False) -> None:
+    def _finish_attempt(
+        self, error: BaseException, status: JobStatus = JobStatus.FAILED, *, forced: bool = False
+    ) -> None:
         """An attempt has ended with ``error``: decide what that makes of the job."""
         if isinstance(error, JobExit):
-            status, error = self._departure(error, forced=forced)
+            status, error = self._stop_outcome(error, forced=forced)
         self._error, self._again = error, None
         if self.options.retry is not None and not isinstance(error, JobStopped):
             self._again = self.options.retry.delay(self.job.attempt, error)
@@ -286,15 +288,15 @@ class Call:
         if self._again is not None:
             with _posting:  # what comes from now on is for the next attempt
                 self._running = None
-        if self._again is not None and self.future.queue_again(error):
-            self._call_off()
+        if self._again is not None and self.future.requeue(error):
+            self._cancel_timers()
         else:
             self._again = None
             self._end(status, None if isinstance(error, JobStopped) else error)
 
-    def _departure(self, exit: JobExit, *, forced: bool) -> tuple[JobStatus, Exception]:
+    def _stop_outcome(self, exit: JobExit, *, forced: bool) -> tuple[JobStatus, Exception]:
         name = self.job.name
-        if self.job.leave is JobStatus.TIMED_OUT:
+        if self.job.stop_reason is JobStatus.TIMED_OUT:
             timeout = JobTimeout(f"Job {name} ran longer than its timeout of {self.options.timeout:g} s.")
             timeout.__cause__ = exit
             return JobStatus.TIMED_OUT, timeout
@@ -302,7 +304,7 @@ class Call:
         stopped.__cause__ = exit
         return (JobStatus.KILLED if forced else JobStatus.STOPPED), stopped
 
-    def _settle_failure(self) -> None:
+    def _settle(self) -> None:
         error: Any = self._error
         self._error = None
         if self._again is not None:
@@ -314,28 +316,28 @@ class Call:
 
     def _end(self, status: JobStatus, error: BaseException | None = None) -> None:
         self.job.end(status, error)
-        if self._appointments is not None:
-            self._call_off()
+        if self._timers is not None:
+            self._cancel_timers()
         self.channel.ended(self.job, error)
 
     def _watch(self) -> None:
         attempt = self.job.attempt
-        self.appoint(self.options.timeout or 0.0, lambda: self.channel.out_of_time(self, attempt))
+        self.call_later(self.options.timeout or 0.0, lambda: self.channel.out_of_time(self, attempt))
 
-    def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
+    def call_later(self, seconds: float, fn: Callable[[], object]) -> None:
         """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
         attempt = self.job.attempt
-        appointment = timer.after(seconds, fn)
-        appointments = self._appointments
+        appointment = timer.call_later(seconds, fn)
+        appointments = self._timers
         if appointments is None:
-            appointments = self._appointments = []
+            appointments = self._timers = []
         appointments.append(appointment)
         # The attempt may have ended in between: it changes its status first, and then calls off what it finds here.
         if self.job.status is not JobStatus.RUNNING or self.job.attempt != attempt:
             appointment.cancel()
 
-    def _call_off(self) -> None:
-        appointments, self._appointments = self._appointments, None
+    def _cancel_timers(self) -> None:
+        appointments, self._timers = self._timers, None
         for appointment in appointments or ():
             appointment.cancel()
 
@@ -349,14 +351,14 @@ class PlainCall(Call):
         future: Any = Future()
         nobody: Any = None
         contexts: Any = NO_CONTEXT
-        super().__init__(future, LiveJob(callable_name(fn)), fn, args, kwargs, contexts, nobody)
+        super().__init__(future, JobState(callable_name(fn)), fn, args, kwargs, contexts, nobody)
         self._claimed: bool | None = None  # set_running_or_notify_cancel() may be asked once
 
     def run(self, *_unused: object) -> None:
         """Never called: backends that run calls in this process have a way of their own for plain ones."""
         raise NotImplementedError
 
-    def post(self, message: JobMessage) -> None:
+    def deliver(self, message: JobMessage) -> None:
         """Nobody can send it any."""
 
     def wake(self) -> None:
@@ -365,7 +367,7 @@ class PlainCall(Call):
     def interrupt(self, attempt: int) -> None:
         """Nobody can ask it to."""
 
-    def appoint(self, seconds: float, fn: Callable[[], object]) -> None:
+    def call_later(self, seconds: float, fn: Callable[[], object]) -> None:
         """It has no deadline."""
 
     def begin(self) -> bool:
@@ -377,7 +379,7 @@ class PlainCall(Call):
     def progressed(self) -> None:
         """Nobody looks."""
 
-    def put_back(self) -> bool:
+    def requeue(self) -> bool:
         """It stays claimed, as a plain future cannot go back, and can be begun again."""
         return True
 
@@ -389,10 +391,10 @@ class PlainCall(Call):
         """Settle it."""
         self.future.set_exception(error)
 
-    def give_up(self, error: BaseException) -> None:
+    def fail_finally(self, error: BaseException) -> None:
         """Settle it."""
         self.fail(error)
 
-    def left(self, *, forced: bool = False) -> None:
+    def stopped(self, *, forced: bool = False) -> None:
         """Settle it."""
         self.fail(JobStopped(f"{self.job.name} has left."))

@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 
 from flask import Flask
 
-from flask_executor.helpers.pickling import Message
+from flask_executor.helpers.pickling import CompactPickle
 from flask_executor.jobs.contexts import (
     CapturedContext,
     _job_context_class,
     _NoContext,
     _run_in,
-    call_to_end,
+    call_sync,
 )
 from flask_executor.jobs.flask_internals import MERGED, REQUEST, SESSION, RequestContext, cv_request
-from flask_executor.jobs.partial_pickle import CONTAINERS, SIMPLE, Parcel, SentEnviron, explaining
-from flask_executor.jobs.uploads import KEPT, UploadSnapshot, rebuild_uploads, snapshot_uploads
+from flask_executor.jobs.partial_pickle import CONTAINERS, SIMPLE, PartialEnviron, PartialPickle, with_missing
+from flask_executor.jobs.uploads import STATE_KEY, UploadSnapshot, rebuild_uploads, snapshot_uploads
 
 T = TypeVar("T")
 
@@ -32,22 +32,22 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class RequestSnapshot(Message):
+class RequestSnapshot(CompactPickle):
     """A request as values."""
 
     environ: dict[str, Any]
-    attributes: Parcel
+    attributes: PartialPickle
     session_class: bytes | None
-    session: Parcel | None
+    session: PartialPickle | None
     uploads: list[UploadSnapshot]
 
 
 @dataclass(slots=True)
-class Snapshot(Message):
+class ContextSnapshot(CompactPickle):
     """Captured contexts in a form that can be sent to another process."""
 
     #: What was on ``g``, None for nothing.
-    globals: Parcel | None
+    globals: PartialPickle | None
     #: A :class:`RequestSnapshot`, pickled, as most jobs never look at it; None where there was no request.
     request: bytes | None
 
@@ -63,13 +63,13 @@ class Snapshot(Message):
         if self.globals is not None:
             values, left_out = self.globals.unpack()
             if left_out:
-                made = explaining(made, "g", left_out)
+                made = with_missing(made, "g", left_out)
             for name, value in values.items():
                 setattr(made, name, value)
         app_context.g = made
         if request_context is not None:
-            request_context._captured = _Sent(app, self.request, made)
-        result: T = _run_in(app_context, request_context, call_to_end, (fn, args, kwargs))
+            request_context._captured = _RequestFromSnapshot(app, self.request, made)
+        result: T = _run_in(app_context, request_context, call_sync, (fn, args, kwargs))
         return result
 
 
@@ -78,20 +78,22 @@ class SentContexts:
     """Contexts that have come with a call, in the place of a :class:`~flask_executor.jobs.contexts.CapturedContext`."""
 
     app: Flask
-    snapshot: Snapshot | None
+    snapshot: ContextSnapshot | None
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
         """Call ``fn`` in them, and in a :class:`contextvars.Context` with nothing else."""
         if self.snapshot is None:
-            return contextvars.Context().run(call_to_end, fn, args, {})
+            return contextvars.Context().run(call_sync, fn, args, {})
         return contextvars.Context().run(self.snapshot.call, self.app, fn, args, {})
 
 
 # Rebuilt in the worker, or bound to objects of this process.
-_NOT_SENT = frozenset({"environ", "headers", "stream", "files", "json_module", "url_rule", "shallow", "close", KEPT})
+_NOT_SENT = frozenset(
+    {"environ", "headers", "stream", "files", "json_module", "url_rule", "shallow", "close", STATE_KEY}
+)
 
 
-def snapshot(captured: CapturedContext | SentContexts | _NoContext) -> Snapshot | None:
+def snapshot(captured: CapturedContext | SentContexts | _NoContext) -> ContextSnapshot | None:
     """The same contexts as values; None where there are none to be pushed."""
     if isinstance(captured, SentContexts):
         return captured.snapshot
@@ -100,7 +102,7 @@ def snapshot(captured: CapturedContext | SentContexts | _NoContext) -> Snapshot 
     if captured.sent is None:
         values = captured.globals if isinstance(captured.globals, dict) else None
         request = None if captured.request_context is None else _pickled_request(captured)
-        captured.sent = Snapshot(Parcel.pack(values) if values else None, request)
+        captured.sent = ContextSnapshot(PartialPickle.pack(values) if values else None, request)
     return captured.sent
 
 
@@ -125,16 +127,16 @@ def _snapshot_request(captured: CapturedContext, simple: Collection[type]) -> Re
     return RequestSnapshot(
         # The rest are streams, sockets and other parts of the server.
         environ={name: value for name, value in state["environ"].items() if isinstance(value, (str, int, tuple))},
-        attributes=Parcel.pack(state, _NOT_SENT, simple),
+        attributes=PartialPickle.pack(state, _NOT_SENT, simple),
         # Flask's own holds a callback, so that it is rebuilt from its items.
         session_class=None if items is None else _pickled_class(captured.session_class),
-        session=Parcel.pack(items, (), simple) if items else None,
+        session=PartialPickle.pack(items, (), simple) if items else None,
         uploads=snapshot_uploads(state),
     )
 
 
-class _Sent:
-    """The request that came with a call, which becomes one when something is looked up in it; see ``_Unfilled``."""
+class _RequestFromSnapshot:
+    """The request of a call, rebuilt when something is first looked up in it; see ``_LazyRequestContext``."""
 
     def __init__(self, app: Flask, request: bytes | None, globals: Any) -> None:
         self.app = app
@@ -145,7 +147,7 @@ class _Sent:
         """What a request context lacks: its request, session and the rest."""
         sent: RequestSnapshot = pickle.loads(self.request or b"")
         # Bodies are sent as attributes, so there is nothing to read from the environ.
-        environ = SentEnviron(sent.environ, **{"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr})
+        environ = PartialEnviron(sent.environ, **{"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr})
         context: Any = self.app.request_context(environ)
         if MERGED:
             context.g = self.globals
@@ -166,6 +168,6 @@ class _Sent:
         values, left_out = sent.attributes.unpack()
         request = context.request
         if left_out:
-            request = context.__dict__[REQUEST] = explaining(request, "the request", left_out)
+            request = context.__dict__[REQUEST] = with_missing(request, "the request", left_out)
         request.__dict__.update(values)
         rebuild_uploads(request, sent.uploads)

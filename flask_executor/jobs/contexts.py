@@ -31,10 +31,10 @@ from flask.signals import appcontext_popped, appcontext_pushed, appcontext_teari
 from werkzeug.datastructures import EnvironHeaders
 
 from flask_executor.jobs.flask_internals import FLASHES, MERGED, REQUEST, SESSION, cv_request
-from flask_executor.jobs.uploads import outlive, own_uploads
+from flask_executor.jobs.uploads import give_own_streams, keep_uploads_open
 
 if TYPE_CHECKING:
-    from flask_executor.jobs.context_snapshot import Snapshot
+    from flask_executor.jobs.context_snapshot import ContextSnapshot
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def current_app_or_none() -> Flask | None:
     return None if context is None else context.app
 
 
-def call_to_end(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+def call_sync(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     """Call ``fn``; where that gives a coroutine, run it the way the app runs its async views.
 
     :raises RuntimeError: for a coroutine when Flask's extra ``async`` is not installed.
@@ -103,7 +103,7 @@ class CapturedContext:
         outer = _cv_app.get(None)
         context = cv_request.get(None)
         self.app_context: Any = app.app_context() if outer is None else outer
-        self.sent: Snapshot | None = None  # the same as values, once somebody has asked
+        self.sent: ContextSnapshot | None = None  # the same as values, once somebody has asked
         self.globals: Any = None  # most often there are none, and then nothing is kept
         if outer is not None and push_app_context:
             state = getattr(outer.g, "__dict__", None)
@@ -120,7 +120,7 @@ class CapturedContext:
                 return
         else:
             request, session = getattr(context, REQUEST), getattr(context, SESSION)
-            outlive(request)
+            keep_uploads_open(request)
             self.request_class: type[Request] = type(request)
             self.request: dict[str, Any] = request.__dict__.copy()
             self.flashes: Any = getattr(context, FLASHES)
@@ -166,7 +166,7 @@ class CapturedContext:
         request.__dict__.update(self.request)
         request.environ = request.environ.copy()
         request.headers = EnvironHeaders(request.environ)
-        own_uploads(request)
+        give_own_streams(request)
         own = {
             REQUEST: request,
             SESSION: self._make_session(),
@@ -203,7 +203,7 @@ class _NoContext:
 NO_CONTEXT = _NoContext()
 
 
-class _InPlace(_NoContext):
+class _CallerContext(_NoContext):
     """Stands for captured contexts where a call is run in those of its caller."""
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
@@ -211,7 +211,7 @@ class _InPlace(_NoContext):
         return contextvars.copy_context().run(fn, *args)
 
 
-IN_PLACE = _InPlace()
+CALLER_CONTEXT = _CallerContext()
 
 
 def _with_own_flashes(items: dict[str, Any]) -> dict[str, Any]:
@@ -227,12 +227,12 @@ def _job_context_class(base: type) -> type:
 
     Most jobs never look at the request; making it for all would cost more than the rest of their contexts.
     """
-    if issubclass(base, _Unfilled):  # a job that submits a job
+    if issubclass(base, _LazyRequestContext):  # a job that submits a job
         return base
-    return type(f"Job{base.__name__}", (_Unfilled, base), {})
+    return type(f"Job{base.__name__}", (_LazyRequestContext, base), {})
 
 
-class _Unfilled:
+class _LazyRequestContext:
     _captured: CapturedContext | None
 
     def __getattr__(self, name: str) -> Any:

@@ -24,8 +24,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from flask_executor.exceptions import JobExit
-from flask_executor.jobs.log_records import line_of
-from flask_executor.jobs.model import OURS, JobMessage, JobStatus, LiveJob
+from flask_executor.jobs.log_records import to_log_line
+from flask_executor.jobs.model import RESERVED_PREFIX, JobMessage, JobState, JobStatus
 
 T = TypeVar("T")
 
@@ -45,16 +45,26 @@ class RunningJob:
     # Who writes what: the job itself its progress, message and meta; whoever stops it `leave` of the record, once.
     # For _thread and _interrupted see interrupt().
 
-    __slots__ = ("_arrived", "_inbox", "_interrupted", "_is_remote", "_job", "_report", "_thread", "_woken", "reported")
+    __slots__ = (
+        "_arrived",
+        "_inbox",
+        "_interrupted",
+        "_is_remote",
+        "_job",
+        "_report",
+        "_thread",
+        "_woken",
+        "report_pending",
+    )
 
     def __init__(
-        self, job: LiveJob, report: Callable[[RunningJob], None] | None = None, *, is_remote: bool = False
+        self, job: JobState, report: Callable[[RunningJob], None] | None = None, *, is_remote: bool = False
     ) -> None:
         self._job = job
         self._report = report
         self._is_remote = is_remote
         #: Whether those who are told know already that there is something new; they set it back when they have read it.
-        self.reported = False
+        self.report_pending = False
         self._woken: threading.Event | None = None
         self._arrived: threading.Event | None = None  # a message, or the wish that it leaves
         self._inbox: deque[JobMessage] | None = None
@@ -89,7 +99,7 @@ class RunningJob:
     @property
     def stop_requested(self) -> bool:
         """Whether the job is to leave: it was asked to stop, or is out of time."""
-        return self._job.leave is not None
+        return self._job.stop_reason is not None
 
     def update(self, progress: float | None = None, message: str | None = None, **meta: object) -> None:
         """Report how far the job is. Cheap enough for every step: some times a second the latest is sent on.
@@ -111,17 +121,17 @@ class RunningJob:
         if message is not None:
             job.message = str(message)
         if meta:
-            if any(name.startswith(OURS) for name in meta):
-                raise ValueError(f"names that begin with {OURS!r} are the package's own: {', '.join(meta)}")
+            if any(name.startswith(RESERVED_PREFIX) for name in meta):
+                raise ValueError(f"names that begin with {RESERVED_PREFIX!r} are the package's own: {', '.join(meta)}")
             if job.meta is None:
                 job.meta = meta
             else:
                 job.meta.update(meta)
-        if self._report is not None and not self.reported:
+        if self._report is not None and not self.report_pending:
             self._tell(self._report)
 
     def _tell(self, report: Callable[[RunningJob], None]) -> None:
-        self.reported = True
+        self.report_pending = True
         report(self)
 
     def checkpoint(self) -> None:
@@ -129,7 +139,7 @@ class RunningJob:
 
         :raises JobExit: if so; a :exc:`BaseException`.
         """
-        leave = self._job.leave
+        leave = self._job.stop_reason
         if leave is not None:
             raise JobExit("the job is out of time" if leave is JobStatus.TIMED_OUT else "the job was asked to stop")
 
@@ -175,7 +185,7 @@ class RunningJob:
 
     # ---- for those who run it ----
 
-    def post(self, message: JobMessage) -> None:
+    def deliver(self, message: JobMessage) -> None:
         """Put a message where :meth:`receive` finds it."""
         with _mail:
             if self._inbox is None:
@@ -186,21 +196,21 @@ class RunningJob:
             arrived.set()
 
     @property
-    def record(self) -> LiveJob:
+    def record(self) -> JobState:
         """Its record in the making."""
         return self._job
 
     def logged(self, record: logging.LogRecord) -> None:
         """A log record was made in this job."""
         if not self._is_remote:  # or it is kept where the job's record is
-            self._job.add_log(line_of(record))
-            if self._report is not None and not self.reported:
+            self._job.add_log(to_log_line(record))
+            if self._report is not None and not self.report_pending:
                 self._tell(self._report)
 
-    def leave(self, reason: JobStatus) -> None:
+    def request_stop(self, reason: JobStatus) -> None:
         """Ask the job to leave: STOPPED, or TIMED_OUT, which does not take the place of the other."""
-        if self._job.leave is not JobStatus.STOPPED:
-            self._job.leave = reason
+        if self._job.stop_reason is not JobStatus.STOPPED:
+            self._job.stop_reason = reason
         self.wake()
 
     def wake(self) -> None:
@@ -224,7 +234,7 @@ class RunningJob:
             # uninterruptible() is called again by whoever catches it.
             self.uninterruptible()
 
-    def within(self, fn: Callable[..., T], *args: Any) -> T:
+    def run_nested(self, fn: Callable[..., T], *args: Any) -> T:
         """Call ``fn`` as a part of the work of this job, in a context of its own."""
         _running.set(self)
         return fn(*args)
@@ -334,7 +344,7 @@ def track(iterable: Iterable[T], message: str | None = None, total: int | None =
     report()
     due = clock() + _INTERVAL
     for item in iterable:
-        if live.leave is not None:
+        if live.stop_reason is not None:
             report()
             job.checkpoint()
         yield item

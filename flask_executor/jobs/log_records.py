@@ -53,7 +53,7 @@ def log_failure(app: Flask | None, name: str, id: str, key: Hashable | None, err
     )
 
 
-class _JobFields:
+class _JobRecordMixin:
     """Mixed into the class of each record: the fields are there, but come last.
 
     Were they set when the record is made, ``log.info(..., extra={"job_id": 5})`` would raise a :exc:`KeyError` in an
@@ -85,7 +85,7 @@ def _rebuild(base: type, state: dict[str, Any]) -> Any:
 
 @functools.cache
 def _with_fields(base: Any) -> Any:
-    return type(base.__name__, (_JobFields, base), {"__module__": base.__module__})
+    return type(base.__name__, (_JobRecordMixin, base), {"__module__": base.__module__})
 
 
 class _Factory:
@@ -98,7 +98,7 @@ class _Factory:
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         record = self._make(*args, **kwargs)
         job = self._running_job()
-        if not isinstance(record, _JobFields):
+        if not isinstance(record, _JobRecordMixin):
             made: Any = type(record)
             record.__class__ = _with_fields(made)
         record._job = (None, None) if job is None else (job.id, job.key)
@@ -107,7 +107,7 @@ class _Factory:
         return record
 
 
-def know_jobs(running_job: Callable[[], LoggingJob | None]) -> None:
+def install_record_factory(running_job: Callable[[], LoggingJob | None]) -> None:
     """From now on log records know the job that they are made in.
 
     :param running_job: gives the job that the calling code runs in.
@@ -120,10 +120,10 @@ def know_jobs(running_job: Callable[[], LoggingJob | None]) -> None:
 _formatter = logging.Formatter()
 
 
-def line_of(record: logging.LogRecord) -> LogLine:
+def to_log_line(record: logging.LogRecord) -> LogLine:
     """A record as a job keeps it. Never raises."""
     try:
-        text = logging.LogRecord.getMessage(record)  # not our own, see _JobFields
+        text = logging.LogRecord.getMessage(record)  # not our own, see _JobRecordMixin
     except Exception:  # arguments that do not fit the format: logging itself complains of that
         text = str(record.msg)
     trace = record.exc_text

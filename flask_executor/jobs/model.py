@@ -16,7 +16,7 @@ from flask_executor.helpers.fork_hooks import after_fork_in_child
 from flask_executor.jobs.retry import Retry
 
 #: What the first element of a key begins with, or a name in ``meta``, that this package has made and not the user.
-OURS = "flask_executor."
+RESERVED_PREFIX = "flask_executor."
 
 #: Most lines of its log that are kept with a job; the oldest leave first.
 LOG_LINES = 500
@@ -143,7 +143,7 @@ class Job:
     stop_requested: bool
 
 
-class LiveJob:
+class JobState:
     """A job as the process that runs it sees it; :meth:`record` gives the frozen :class:`Job` of the moment.
 
     A frozen record replaced at every step would cost more than many a job does, so the steps are
@@ -163,7 +163,7 @@ class LiveJob:
     #: Only whoever runs the job changes it; None for nothing.
     meta: dict[str, Any] | None = None
     #: Why the job has to leave: STOPPED or TIMED_OUT, None when it need not. Set once an attempt.
-    leave: JobStatus | None = None
+    stop_reason: JobStatus | None = None
     log: deque[LogLine] | None = None
 
     def __init__(
@@ -188,7 +188,7 @@ class LiveJob:
         self.ended_at = time.time()
         self.status = status
 
-    def queue_again(self) -> None:
+    def requeue(self) -> None:
         """Go from ``running`` back to ``queued``, as if it had not started."""
         self._check(JobStatus.QUEUED)
         self.started_at = None
@@ -199,9 +199,9 @@ class LiveJob:
         self._check(JobStatus.QUEUED)
         self.error = describe_error(error)
         self.attempt += 1
-        self.progress = self.message = self.leave = None
+        self.progress = self.message = self.stop_reason = None
         self.queued_at = time.time()
-        self.queue_again()
+        self.requeue()
 
     def add_log(self, line: LogLine) -> None:
         """Keep a line of the job's log; the oldest leave when there are too many."""
@@ -237,7 +237,7 @@ class LiveJob:
             progress=self.progress,
             message=self.message,
             meta=MappingProxyType(dict(self.meta or ())),
-            stop_requested=self.leave is not None,
+            stop_requested=self.stop_reason is not None,
         )
 
     def _check(self, status: JobStatus) -> None:

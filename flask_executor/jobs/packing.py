@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flask_executor.exceptions import JobExit, NotPicklable, RemoteTraceback
 from flask_executor.helpers import describe_error
-from flask_executor.helpers.pickling import Message, pickle_parts
+from flask_executor.helpers.pickling import CompactPickle, pickle_parts
 from flask_executor.jobs.call import Call
-from flask_executor.jobs.context_snapshot import Snapshot, snapshot
-from flask_executor.jobs.contexts import CapturedContext, call_to_end
+from flask_executor.jobs.context_snapshot import ContextSnapshot, snapshot
+from flask_executor.jobs.contexts import CapturedContext, call_sync
 from flask_executor.jobs.current import RunningJob, running_job
-from flask_executor.jobs.model import LiveJob
+from flask_executor.jobs.model import JobState
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -39,7 +39,7 @@ class Outcome(enum.IntEnum):
 T = TypeVar("T")
 
 
-class Chunk:
+class ChunkedFunction:
     """One function over several sets of arguments, each call in contexts of its own: a job of ``map``."""
 
     __slots__ = ("context", "fn")
@@ -52,19 +52,19 @@ class Chunk:
         context: Any = self.context
         return [context.run(_in_job, running_job(), self.fn, args) for args in chunk]
 
-    def __reduce__(self) -> tuple[type[Chunk], tuple[Callable[..., Any], None]]:
-        return Chunk, (self.fn, None)  # in a worker process the contexts are made of the snapshot
+    def __reduce__(self) -> tuple[type[ChunkedFunction], tuple[Callable[..., Any], None]]:
+        return ChunkedFunction, (self.fn, None)  # in a worker process the contexts are made of the snapshot
 
 
 def _in_job(job: RunningJob | None, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
     # The contexts of a chunk were captured before it became a job.
-    return call_to_end(fn, args, {}) if job is None else job.within(call_to_end, fn, args, {})
+    return call_sync(fn, args, {}) if job is None else job.run_nested(call_sync, fn, args, {})
 
 
 # ---- calls that travel ----
 
 
-def pickled(value: object, what: str, cannot: str = "be sent to a worker process") -> list[bytes]:
+def pickle_or_explain(value: object, what: str, cannot: str = "be sent to a worker process") -> list[bytes]:
     """``value`` as bytes, in parts.
 
     :param what: what the value is, to begin an error message with.
@@ -81,14 +81,14 @@ def pickled(value: object, what: str, cannot: str = "be sent to a worker process
 
 
 @dataclass(slots=True)
-class Shipment(Message):
+class CallMessage(CompactPickle):
     """A call that travels, and what its job knows of itself."""
 
     id: str
     name: str
     key: Hashable | None
     owner: str | None
-    contexts: Snapshot | None
+    contexts: ContextSnapshot | None
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -101,16 +101,16 @@ def pack_call(call: Call) -> list[bytes]:
     """
     job = call.job
     contexts = snapshot(call.context)
-    shipment = Shipment(job.id, job.name, job.key, job.owner, contexts, call.fn, call.args, call.kwargs)
+    message = CallMessage(job.id, job.name, job.key, job.owner, contexts, call.fn, call.args, call.kwargs)
     try:
-        return pickle_parts(shipment)
+        return pickle_parts(message)
     except Exception:  # now slowly, to say which part it is
-        through_pickle(call)
-        pickled(job.key, f"The key of job {job.name}")
-        return pickled(shipment, f"Job {job.name}")
+        pickle_roundtrip(call)
+        pickle_or_explain(job.key, f"The key of job {job.name}")
+        return pickle_or_explain(message, f"Job {job.name}")
 
 
-def through_pickle(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def pickle_roundtrip(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The function and arguments of a call, as a worker process would get them.
 
     :raises NotPicklable: naming the part that cannot travel.
@@ -118,7 +118,7 @@ def through_pickle(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dic
     name = call.job.name
 
     def there_and_back(value: Any, what: str) -> Any:
-        return pickle.loads(b"".join(pickled(value, what)))
+        return pickle.loads(b"".join(pickle_or_explain(value, what)))
 
     return (
         there_and_back(call.fn, f"The function of job {name}"),
@@ -128,30 +128,32 @@ def through_pickle(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dic
 
 
 def run_packed(
-    app: Flask, attempt: int, payload: bytes | memoryview, adopt: Callable[[LiveJob], RunningJob]
+    app: Flask, attempt: int, payload: bytes | memoryview, adopt: Callable[[JobState], RunningJob]
 ) -> tuple[Outcome, list[bytes]]:
     """In a worker process: run a call that :func:`pack_call` packed. Never raises.
 
     :param adopt: makes the job known to the worker.
     """
     try:
-        shipment = _unpacked(payload)
-        job = LiveJob(shipment.name, shipment.key, shipment.owner, id=shipment.id)
+        message = _unpacked(payload)
+        job = JobState(message.name, message.key, message.owner, id=message.id)
         job.attempt = attempt
         running = adopt(job)
         # A context with nothing in it of what was active when this worker was forked.
-        result = contextvars.Context().run(running.call, _call, app, shipment)
-        return Outcome.RESULT, pickled(result, f"The result of job {job.name}", "be sent back from its worker process")
+        result = contextvars.Context().run(running.call, _call, app, message)
+        return Outcome.RESULT, pickle_or_explain(
+            result, f"The result of job {job.name}", "be sent back from its worker process"
+        )
     except JobExit:
         return Outcome.STOPPED, []
     except BaseException as error:
         return Outcome.ERROR, [pack_error(error)]
 
 
-def _unpacked(payload: bytes | memoryview) -> Shipment:
+def _unpacked(payload: bytes | memoryview) -> CallMessage:
     try:
-        shipment: Shipment = pickle.loads(payload)
-        return shipment
+        message: CallMessage = pickle.loads(payload)
+        return message
     except Exception as error:  # whatever a foreign __reduce__ or an import leads to
         raise NotPicklable(
             f"a job came to its worker process, but cannot be rebuilt there: {describe_error(error)}. Its function and "
@@ -159,15 +161,15 @@ def _unpacked(payload: bytes | memoryview) -> Shipment:
         ) from error
 
 
-def _call(app: Flask, shipment: Shipment) -> Any:
-    call = call_to_end if shipment.contexts is None else functools.partial(shipment.contexts.call, app)
-    fn, args = shipment.fn, shipment.args
-    if type(fn) is Chunk:
+def _call(app: Flask, message: CallMessage) -> Any:
+    call = call_sync if message.contexts is None else functools.partial(message.contexts.call, app)
+    fn, args = message.fn, message.args
+    if type(fn) is ChunkedFunction:
         return [contextvars.copy_context().run(call, fn.fn, each, {}) for each in args[0]]
-    return call(fn, args, shipment.kwargs)
+    return call(fn, args, message.kwargs)
 
 
-def settle_packed(call: Call, kind: int, payload: bytes) -> None:
+def settle_from_bytes(call: Call, kind: int, payload: bytes) -> None:
     """Settle the call with what came back from the worker process."""
     if kind == Outcome.RESULT:
         try:
@@ -177,7 +179,7 @@ def settle_packed(call: Call, kind: int, payload: bytes) -> None:
         else:
             call.succeed(result, payload)
     elif kind == Outcome.STOPPED:
-        call.left()
+        call.stopped()
     else:
         call.fail(unpack_error(payload))
 

@@ -11,7 +11,7 @@ from typing import Any
 from werkzeug.datastructures import ImmutableMultiDict
 
 from flask_executor.helpers import describe_error
-from flask_executor.helpers.pickling import Message
+from flask_executor.helpers.pickling import CompactPickle
 
 #: Types whose values can always be pickled and rebuilt; and those with which that depends on what is in them.
 SIMPLE: frozenset[Any] = frozenset({str, bytes, int, float, bool, type(None)})
@@ -19,26 +19,28 @@ CONTAINERS: frozenset[Any] = SIMPLE | {tuple, list, dict, ImmutableMultiDict}
 
 
 @dataclass(slots=True)
-class Parcel(Message):
+class PartialPickle(CompactPickle):
     """Values by name, pickled one by one: what cannot be pickled stays behind, the rest comes along."""
 
     simple: dict[str, Any]
-    pickled: dict[str, bytes] | None
+    pickle_or_explain: dict[str, bytes] | None
     #: What stayed behind, with the reason.
     left_out: dict[str, str] | None
 
     @classmethod
-    def pack(cls, values: dict[str, Any], leave_out: Collection[str] = (), simple: Collection[type] = SIMPLE) -> Parcel:
+    def pack(
+        cls, values: dict[str, Any], leave_out: Collection[str] = (), simple: Collection[type] = SIMPLE
+    ) -> PartialPickle:
         """Pack ``values``, silently without those in ``leave_out``; those of ``simple`` types are taken as they are."""
-        parcel = cls({}, None, None)
+        packed = cls({}, None, None)
         for name, value in values.items():
             if name in leave_out:
                 continue
             if type(value) in simple:
-                parcel.simple[name] = value
+                packed.simple[name] = value
             else:
-                parcel._pickle(name, value)
-        return parcel
+                packed._pickle(name, value)
+        return packed
 
     def _pickle(self, name: str, value: Any) -> None:
         try:
@@ -46,12 +48,12 @@ class Parcel(Message):
         except Exception as error:  # whatever a foreign __reduce__ raises
             self.left_out = {**(self.left_out or {}), name: describe_error(error)}
         else:
-            self.pickled = {**(self.pickled or {}), name: data}
+            self.pickle_or_explain = {**(self.pickle_or_explain or {}), name: data}
 
     def unpack(self) -> tuple[dict[str, Any], dict[str, str]]:
         """The values again; and what was left out, also as it cannot be rebuilt here, with the reasons."""
         values, left_out = self.simple.copy(), dict(self.left_out or ())
-        for name, data in (self.pickled or {}).items():
+        for name, data in (self.pickle_or_explain or {}).items():
             try:
                 values[name] = pickle.loads(data)
             except Exception as error:
@@ -59,7 +61,7 @@ class Parcel(Message):
         return values, left_out
 
 
-def explaining(plain: Any, where: str, left_out: dict[str, str]) -> Any:
+def with_missing(plain: Any, where: str, left_out: dict[str, str]) -> Any:
     """The same object, but where an attribute was left out it says why, with an :exc:`AttributeError`.
 
     So that "make one if there is none" works in a job as it does in a view.
@@ -74,11 +76,11 @@ def explaining(plain: Any, where: str, left_out: dict[str, str]) -> Any:
 
 @functools.cache
 def _explaining_class(base: Any) -> Any:
-    bases = (_Explains, base) if hasattr(base, "__getattr__") else (_Explains, base, _NoAttribute)
+    bases = (_ExplainsMissing, base) if hasattr(base, "__getattr__") else (_ExplainsMissing, base, _NoAttribute)
     return type(base.__name__, bases, {"__slots__": ("_left_out", "_where"), "__module__": base.__module__})
 
 
-class _Explains:
+class _ExplainsMissing:
     __slots__ = ()
     _left_out: dict[str, str]
     _where: str
@@ -100,7 +102,7 @@ class _NoAttribute:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-class SentEnviron(dict[str, Any]):
+class PartialEnviron(dict[str, Any]):
     """A WSGI environ in a worker process."""
 
     def __missing__(self, name: str) -> Any:

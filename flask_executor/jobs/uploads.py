@@ -20,18 +20,18 @@ from werkzeug.exceptions import HTTPException
 
 _SMALL = 500 * 1024  # bytes; what Werkzeug keeps in memory instead of a temporary file
 _LARGE = 16 * 1024 * 1024  # bytes of a body that is no form with files, and would be kept in memory
-KEPT = "_flask_executor_uploads"  # in a request's state once it was prepared; None where it has no files
+STATE_KEY = "_flask_executor_uploads"  # in a request's state once it was prepared; None where it has no files
 
 
-def outlive(request: Request) -> None:
+def keep_uploads_open(request: Request) -> None:
     """See to it that the body and the files of ``request`` outlive it, as long as a copy of it exists."""
     state = request.__dict__
-    if KEPT in state:
+    if STATE_KEY in state:
         return
     _read_body(request)
-    state[KEPT] = None
+    state[STATE_KEY] = None
     if state.get("files"):
-        state[KEPT] = KeptUploads(state["files"])
+        state[STATE_KEY] = KeptUploads(state["files"])
         state["close"] = _Release(state)
 
 
@@ -71,12 +71,12 @@ class _Refused(io.RawIOBase):
         raise self._error
 
 
-def own_uploads(request: Request) -> None:
+def give_own_streams(request: Request) -> None:
     """Give ``request``, a copy made for one job, streams of its own."""
     state = request.__dict__
     if "_cached_data" in state:
         state["stream"] = io.BytesIO(state["_cached_data"])
-    kept = state[KEPT]
+    kept = state[STATE_KEY]
     if kept is not None:
         state.pop("close", None)
         state["files"] = kept.independent()
@@ -89,7 +89,7 @@ class _Release:
         self._state = state
 
     def __call__(self) -> None:
-        self._state[KEPT] = None
+        self._state[STATE_KEY] = None
         self._state.pop("close", None)
 
 
@@ -185,11 +185,11 @@ class UploadSnapshot:
 
 
 def snapshot_uploads(state: dict[str, Any]) -> list[UploadSnapshot]:
-    """The files of a request that :func:`outlive` has prepared, read from their beginning.
+    """The files of a request that :func:`keep_uploads_open` has prepared, read from their beginning.
 
     :param state: what the request's ``__dict__`` was when it was captured.
     """
-    kept = state[KEPT]
+    kept = state[STATE_KEY]
     if kept is None:
         return []
     return [
@@ -203,7 +203,7 @@ def rebuild_uploads(request: Request, sent: list[UploadSnapshot]) -> None:
     state = request.__dict__
     if "_cached_data" in state:
         state["stream"] = io.BytesIO(state["_cached_data"])
-    state[KEPT] = None
+    state[STATE_KEY] = None
     if sent:
         request.__dict__["files"] = ImmutableMultiDict(
             (

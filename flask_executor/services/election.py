@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from flask_executor.abc import ServiceStatus
-from flask_executor.backends.process.after_fork import is_worker, not_for_children
-from flask_executor.backends.process.channel import Wire
+from flask_executor.backends.process.after_fork import close_in_child, is_worker
+from flask_executor.backends.process.channel import FrameStream
 from flask_executor.helpers.log import logger
-from flask_executor.helpers.serial_thread import serve_this_thread
+from flask_executor.helpers.serial_thread import set_thread_callbacks
 from flask_executor.services.follower import Relay
 from flask_executor.services.leader import Desk
 from flask_executor.services.protocol import Errand, Leader, RelayFrame
@@ -121,7 +121,7 @@ class Seat:
         with self._lock:
             if self._closed.is_set() or time.monotonic() < self._lead_from or not self._get_lock():
                 return False
-            listener = not_for_children(socket.socket(socket.AF_UNIX))
+            listener = close_in_child(socket.socket(socket.AF_UNIX))
             try:
                 path = self._place() / "socket"
                 path.unlink(missing_ok=True)
@@ -139,7 +139,7 @@ class Seat:
         if self._file is None:
             # A lock of this kind belongs to the open file, also if there are two in one process; a child would have it
             # too, if it did not close it.
-            self._file = not_for_children(path.open("ab"))
+            self._file = close_in_child(path.open("ab"))
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -165,7 +165,7 @@ class Seat:
 
     def _follow(self) -> None:
         """In a thread: serve the relay to the leader; lead when there is none."""
-        serve_this_thread(self.relay.callbacks)
+        set_thread_callbacks(self.relay.callbacks)
         pause, longest = _PAUSES
         while not self._closed.is_set():
             try:
@@ -216,7 +216,7 @@ class Seat:
         except OSError:  # it is about to listen, or has just ended
             end.close()
             return False
-        self.relay.serve(Wire(not_for_children(end)))
+        self.relay.serve(FrameStream(close_in_child(end)))
         return True
 
     def ask(self, service: str, patience: float = PATIENCE) -> ServiceStatus | None:
@@ -226,7 +226,7 @@ class Seat:
             try:
                 end.settimeout(max(0.01, patience))
                 end.connect(str(self._place() / "socket"))
-                wire = Wire(end)
+                wire = FrameStream(end)
                 wire.say(Errand("status", service))
                 while selector.select(patience):
                     for kind, _, body in wire.receive():

@@ -18,16 +18,16 @@ from operator import itemgetter
 from types import MappingProxyType
 
 from flask_executor.abc import Backend
-from flask_executor.backends.process.after_fork import not_for_children
-from flask_executor.backends.process.channel import Wire
-from flask_executor.backends.process.protocol import Progressed
+from flask_executor.backends.process.after_fork import close_in_child
+from flask_executor.backends.process.channel import FrameStream
+from flask_executor.backends.process.protocol import ProgressReport
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.helpers.log import logger
 from flask_executor.helpers.pickling import pickle_parts
 from flask_executor.helpers.serial_thread import SerialThread
 from flask_executor.jobs.call import Call
 from flask_executor.jobs.model import JobMessage, JobStatus
-from flask_executor.jobs.packing import pickled, settle_packed, unpack_error, unpack_meta
+from flask_executor.jobs.packing import pickle_or_explain, settle_from_bytes, unpack_error, unpack_meta
 from flask_executor.services.protocol import SHUT, WELCOME, Errand, Leader, RelayFrame, StopCall, Talk
 
 _MOST_WAITING = 100_000  # messages for a service that wait here
@@ -173,7 +173,7 @@ class Relay(Backend):
         self._last: tuple[int, int, Errand] | None = None  # the last message: its end on the wire, and its number
         self._numbers = count(1)
         self._question: int | None = None  # the number of one that the leader has not answered
-        self._wakes, self._wake_up = map(not_for_children, socket.socketpair())
+        self._wakes, self._wake_up = map(close_in_child, socket.socketpair())
         self._wake_up.setblocking(False)
         self._closed = False
 
@@ -255,7 +255,7 @@ class Relay(Backend):
                 return not sent.begun
         return call.backend.withdraw(call)  # this process leads since
 
-    def leave(self, call: Call, attempt: int, reason: JobStatus) -> None:
+    def request_stop(self, call: Call, attempt: int, reason: JobStatus) -> None:
         with self._lock:
             number, sent = self._find(call)
             if sent is not None:
@@ -285,7 +285,7 @@ class Relay(Backend):
     def deliver(self, call: Call, message: JobMessage) -> None:
         with self._lock:
             if call.backend is self or call.backend is None:
-                data = b"".join(pickled(message, f"The message for job {call.job.name}"))
+                data = b"".join(pickle_or_explain(message, f"The message for job {call.job.name}"))
                 number, sent = self._find(call)
                 if sent is not None:
                     self._tell("tell", number, sent, data)
@@ -294,7 +294,7 @@ class Relay(Backend):
                 return
         call.backend.deliver(call, message)  # this process leads since
 
-    def aside(self, fn: Callable[[], object]) -> None:
+    def run_user_code(self, fn: Callable[[], object]) -> None:
         self.callbacks.run(fn)
 
     @property
@@ -360,7 +360,7 @@ class Relay(Backend):
 
     # ---- the thread ----
 
-    def serve(self, wire: Wire) -> None:
+    def serve(self, wire: FrameStream) -> None:
         """Talk to the leader, until it is gone."""
         talk = Talk(wire, self.wake)
         ended = False
@@ -398,7 +398,7 @@ class Relay(Backend):
                         self._talk = talk
                 elif kind == RelayFrame.MESSAGE:
                     message = pickle.loads(body)
-                    if isinstance(message, Progressed):
+                    if isinstance(message, ProgressReport):
                         self._progressed(number, message)
                     else:
                         ended = self._given_back(number, message) or ended
@@ -406,7 +406,7 @@ class Relay(Backend):
                     self._hear_of(number, kind, body)
         return ended
 
-    def _progressed(self, number: int, message: Progressed) -> None:
+    def _progressed(self, number: int, message: ProgressReport) -> None:
         sent = self._sent.get(number)
         if sent is not None and sent.begun:
             job = sent.call.job
@@ -517,9 +517,9 @@ def _do_here(item: Item, leader: Leader, mail: Mapping[str, Sequence[bytes]] = M
 def _settle(sent: SentCall, kind: int, body: bytes) -> None:
     call = sent.call
     if kind == RelayFrame.STOPPED:
-        call.left(forced=sent.forced)
+        call.stopped(forced=sent.forced)
     elif kind == RelayFrame.ERROR:
         error = unpack_error(body)
         call.fail(error, JobStatus.LOST if isinstance(error, WorkerLost) else JobStatus.FAILED)
     else:
-        settle_packed(call, kind, body)
+        settle_from_bytes(call, kind, body)

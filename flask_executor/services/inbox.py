@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection
 
-from flask_executor.backends.process.protocol import Sent
+from flask_executor.backends.process.protocol import ServiceMessage
 from flask_executor.helpers.log import logger
 from flask_executor.helpers.serial_thread import SerialThread
 
@@ -21,7 +21,7 @@ class Incoming:
     :param deliver: does it, given the name of the sender and a message; a method whose object is not kept alive.
     """
 
-    def __init__(self, deliver: Callable[[str, Sent], None]) -> None:
+    def __init__(self, deliver: Callable[[str, ServiceMessage], None]) -> None:
         self._deliver = weakref.WeakMethod(deliver)
         self._to_app = SerialThread("flask-executor-messages")
         self._to_services = SerialThread("flask-executor-post")
@@ -37,7 +37,7 @@ class Incoming:
         """How many messages for services were not handed on."""
         return len(self._to_services)
 
-    def take(self, sender: str, message: Sent) -> None:
+    def take(self, sender: str, message: ServiceMessage) -> None:
         """Take a message, in the thread of a supervisor, which waits for nothing."""
         thread = self._to_app if message.to is None else self._to_services
         if not self._has_room(thread, sender):

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from flask_executor.backends.process.after_fork import not_for_children
-from flask_executor.backends.process.channel import Wire
-from flask_executor.backends.process.protocol import Progressed
+from flask_executor.backends.process.after_fork import close_in_child
+from flask_executor.backends.process.channel import FrameStream
+from flask_executor.backends.process.protocol import ProgressReport
 from flask_executor.exceptions import ExecutorShutdown, JobStopped, QueueFull
 from flask_executor.helpers.log import logger
 from flask_executor.helpers.pickling import pickle_parts
 from flask_executor.jobs.call import Call
-from flask_executor.jobs.model import LiveJob
-from flask_executor.jobs.packing import pack_error, pickled
+from flask_executor.jobs.model import JobState
+from flask_executor.jobs.packing import pack_error, pickle_or_explain
 from flask_executor.services.protocol import WELCOME, Errand, Leader, RelayFrame, StopCall, Talk, Workforce
 
 _GOODBYE = 2.0  # seconds in which others may still be given back what they have sent
@@ -30,7 +30,7 @@ _CARE = 3600.0  # seconds after which one sees to it that the files are not take
 class Visitor(Talk):
     """Another process, seen from the leader."""
 
-    def __init__(self, wire: Wire, wake: Callable[[], object]) -> None:
+    def __init__(self, wire: FrameStream, wake: Callable[[], object]) -> None:
         super().__init__(wire, wake)
         #: What it has asked for and waits for, by number.
         self.calls: dict[int, tuple[Workforce, Call]] = {}
@@ -54,7 +54,7 @@ class Visitor(Talk):
             self.send(RelayFrame.ERROR, [pack_error(error)], number)
         else:
             try:
-                self.send(RelayFrame.RESULT, pickled(future.result(), "The result"), number)
+                self.send(RelayFrame.RESULT, pickle_or_explain(future.result(), "The result"), number)
             except Exception as refused:
                 self.send(RelayFrame.ERROR, [pack_error(refused)], number)
 
@@ -74,12 +74,12 @@ class Teller:
         """A worker begins with it."""
         self._visitor.send(RelayFrame.BEGUN, [], self._number)
 
-    def progressed(self, job: LiveJob) -> None:
+    def progressed(self, job: JobState) -> None:
         """It has something new to report."""
         if not self._visitor.wire.pending:  # or it reads slowly: later, with what is new then
             with contextlib.suppress(Exception):  # what cannot be pickled again
                 meta = None if job.meta is None else b"".join(pickle_parts(job.meta))
-                message = Progressed(job.id, job.progress, job.message, meta)
+                message = ProgressReport(job.id, job.progress, job.message, meta)
                 self._visitor.send(RelayFrame.MESSAGE, pickle_parts(message), self._number)
 
 
@@ -98,7 +98,7 @@ class Desk:
         self._listener = listener
         self._leader = leader
         self._care = care
-        self._wakes, self._wake_up = map(not_for_children, socket.socketpair())
+        self._wakes, self._wake_up = map(close_in_child, socket.socketpair())
         self._wake_up.setblocking(False)
         self._closing = False
         self._visitors: set[Visitor] = set()
@@ -155,7 +155,7 @@ class Desk:
             logger.error("Another process of the app could not be let in: %s", error)
             time.sleep(0.1)  # most likely there are too many open files, and it is asked again at once
             return
-        visitor = Visitor(Wire(not_for_children(end)), self.wake)
+        visitor = Visitor(FrameStream(close_in_child(end)), self.wake)
         self._visitors.add(visitor)
         selector.register(visitor.wire, selectors.EVENT_READ, visitor)
         visitor.send(RelayFrame.BEGUN, [], WELCOME)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flask_executor.abc import Backend, BackendOptions, ServiceStatus, WorkerState
 from flask_executor.backends.process.backend import ProcessBackend
-from flask_executor.backends.process.protocol import Sent
-from flask_executor.backends.process.worker_main import Resident
+from flask_executor.backends.process.protocol import ServiceMessage
+from flask_executor.backends.process.worker_main import WorkerPlugin
 from flask_executor.exceptions import QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.call import Call, PlainCall
-from flask_executor.jobs.model import JobOptions, JobStatus, LiveJob
-from flask_executor.jobs.packing import pickled
+from flask_executor.jobs.model import JobOptions, JobState, JobStatus
+from flask_executor.jobs.packing import pickle_or_explain
 from flask_executor.services.batches import Mailbox
 from flask_executor.services.definition import ServiceDefinition, check_handler
 from flask_executor.services.follower import Relay
@@ -41,7 +41,7 @@ class Owner(Protocol):
     def identity(self) -> tuple[object, ...]:
         """What tells the app, and this executor of it, from others on this machine."""
 
-    def leave_in_order(self) -> None:
+    def register_for_shutdown(self) -> None:
         """See to it that services end before the process does."""
 
     def call(
@@ -56,8 +56,8 @@ class Tenant:
     :param route: takes the messages that the service sends, with its name.
     """
 
-    def __init__(self, definition: ServiceDefinition, route: Callable[[str, Sent], None]) -> None:
-        self.resident: Callable[[], Resident] = functools.partial(
+    def __init__(self, definition: ServiceDefinition, route: Callable[[str, ServiceMessage], None]) -> None:
+        self.resident: Callable[[], WorkerPlugin] = functools.partial(
             ServiceResident, definition.name, definition.cls, definition.args
         )
         self.failures = 0
@@ -78,7 +78,7 @@ class Tenant:
             exc_info=None if died else error,
         )
 
-    def sent(self, message: Sent) -> None:
+    def sent(self, message: ServiceMessage) -> None:
         """The service has sent a message."""
         self._route(self._name, message)
 
@@ -92,7 +92,7 @@ class RelayedCall(PlainCall):
     def __init__(
         self,
         args: tuple[Any, ...],
-        job: LiveJob,
+        job: JobState,
         watcher: Watcher,
     ) -> None:
         super().__init__(answer, args, {})
@@ -117,13 +117,17 @@ class Crew:
     """
 
     def __init__(
-        self, definition: ServiceDefinition, owner: Owner, options: BackendOptions, route: Callable[[str, Sent], None]
+        self,
+        definition: ServiceDefinition,
+        owner: Owner,
+        options: BackendOptions,
+        route: Callable[[str, ServiceMessage], None],
     ) -> None:
         self.definition = definition
         self._owner = owner
         self._tenant = Tenant(definition, route)
         if multiprocessing.get_context(options.start_method).get_start_method() != "fork":
-            pickled(self._tenant.resident, f"Service {definition.name!r} with its arguments")
+            pickle_or_explain(self._tenant.resident, f"Service {definition.name!r} with its arguments")
         options = replace(options, max_workers=definition.workers, max_tasks_per_child=None)
         self._backend = ProcessBackend(options, self._tenant)
         self._mailbox = Mailbox(
@@ -170,7 +174,7 @@ class Crew:
     def start_call(self, type: str, message: bytes, id: str, watcher: Watcher) -> Call:
         """Have a worker handle a message for another process, which is told how it goes on."""
         self._check_room()
-        job = LiveJob(name_of(self.definition, type), id=id)
+        job = JobState(name_of(self.definition, type), id=id)
         call = RelayedCall(self._next_call(type, message), job, watcher)
         self._backend.enqueue_relayed(call, watcher.given)
         return call
@@ -193,7 +197,7 @@ class Crew:
         elif forced:
             self._backend.kill(call, call.job.attempt)
         else:
-            self._backend.leave(call, call.job.attempt, JobStatus.STOPPED)
+            self._backend.request_stop(call, call.job.attempt, JobStatus.STOPPED)
 
     # ---- the work ----
 
@@ -207,7 +211,7 @@ class Crew:
 
     def status(self) -> ServiceStatus:
         """How it is doing."""
-        workers = self._backend.crew()
+        workers = self._backend.worker_states()
         return ServiceStatus(
             name=self.definition.name,
             pids=tuple(worker.pid for worker in workers),
@@ -222,12 +226,12 @@ class Crew:
 
     def crew(self) -> list[WorkerState]:
         """The workers."""
-        return [replace(worker, service=self.definition.name) for worker in self._backend.crew()]
+        return [replace(worker, service=self.definition.name) for worker in self._backend.worker_states()]
 
     @property
     def busy(self) -> bool:
         """Whether there are messages to be handled."""
-        return self._waiting() > 0 or any(worker.busy for worker in self._backend.crew())
+        return self._waiting() > 0 or any(worker.busy for worker in self._backend.worker_states())
 
     @property
     def ended(self) -> bool:
@@ -243,7 +247,7 @@ class Crew:
         """End the workers, after what was accepted; by force, if that takes longer than so many seconds."""
         self.close(wait=timeout is None)
         if timeout is not None:
-            self._backend.abandon(timeout)
+            self._backend.terminate(timeout)
 
 
 class Remote:
@@ -288,4 +292,4 @@ def packed(type: str, body: object) -> bytes:
 
     :raises NotPicklable: for a body that cannot be sent.
     """
-    return b"".join(pickled((type, body), f"The body of message {type!r}", "be sent to a worker process"))
+    return b"".join(pickle_or_explain((type, body), f"The body of message {type!r}", "be sent to a worker process"))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flask_executor.abc import ServiceStatus
-from flask_executor.backends.process.channel import Wire
-from flask_executor.helpers.pickling import Message
+from flask_executor.backends.process.channel import FrameStream
+from flask_executor.helpers.pickling import CompactPickle
 from flask_executor.jobs.call import Call, PlainCall
-from flask_executor.jobs.model import LiveJob
+from flask_executor.jobs.model import JobState
 from flask_executor.jobs.packing import Outcome
 
 #: The number of the frame by which a leader says that it listens: what is sent from then on arrives.
@@ -36,7 +36,7 @@ class RelayFrame(enum.IntEnum):
 
 
 @dataclass(slots=True)
-class Errand(Message):
+class Errand(CompactPickle):
     """Something that the leader is to do for another process; and word from it that it ends.
 
     What the leader does not do now it gives back.
@@ -63,7 +63,7 @@ class Watcher(Protocol):
     def begun(self) -> None:
         """A worker begins with it."""
 
-    def progressed(self, job: LiveJob) -> None:
+    def progressed(self, job: JobState) -> None:
         """It has something new to report."""
 
 
@@ -145,7 +145,7 @@ class Talk:
     :param wake: has that one look whether something is left to be sent.
     """
 
-    def __init__(self, wire: Wire, wake: Callable[[], object]) -> None:
+    def __init__(self, wire: FrameStream, wake: Callable[[], object]) -> None:
         self.wire = wire
         self._wake = wake
         self._lock = threading.Lock()

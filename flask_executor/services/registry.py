@@ -11,11 +11,11 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from flask_executor.abc import BackendOptions, ServiceStatus
-from flask_executor.backends.process.protocol import Sent
+from flask_executor.backends.process.protocol import ServiceMessage
 from flask_executor.exceptions import ExecutorShutdown, QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers.log import logger
-from flask_executor.jobs.contexts import call_to_end
+from flask_executor.jobs.contexts import call_sync
 from flask_executor.services.definition import ServiceDefinition
 from flask_executor.services.election import PATIENCE, Seat, meeting_place
 from flask_executor.services.inbox import Incoming
@@ -79,7 +79,7 @@ class Services:
     def _seat_here(self) -> Seat:
         with self._lock:
             if self._seat is None:
-                self._owner.leave_in_order()
+                self._owner.register_for_shutdown()
                 identity = self._owner.identity
                 self._seat = Seat(lambda: meeting_place(*identity), weakref.ref(self))
                 finalizer = weakref.finalize(self, self._seat.close)
@@ -107,7 +107,7 @@ class Services:
             if crew is None:
                 if self._ended:
                     raise ExecutorShutdown(SHUT)
-                self._owner.leave_in_order()
+                self._owner.register_for_shutdown()
                 crew = Crew(self._definitions[name], self._owner, self._options(), self._incoming.take)
                 crew.start()
                 self._crews[name] = crew
@@ -236,7 +236,7 @@ class Services:
         """In the child of a fork: those of the parent are not here."""
         self._reset()
 
-    def _deliver(self, sender: str, message: Sent) -> None:
+    def _deliver(self, sender: str, message: ServiceMessage) -> None:
         body = pickle.loads(message.body)
         if message.to is not None:
             try:
@@ -256,7 +256,7 @@ class Services:
             )
             return
         with app.app_context():
-            call_to_end(handler, (body,), {})
+            call_sync(handler, (body,), {})
 
 
 class ServiceHandle:

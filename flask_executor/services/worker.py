@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flask_executor.backends.process.protocol import Broadcast, Sent
+from flask_executor.backends.process.protocol import Broadcast, ServiceMessage
 from flask_executor.helpers.log import logger
-from flask_executor.helpers.pickling import Message
-from flask_executor.jobs.contexts import call_to_end
-from flask_executor.jobs.packing import Outcome, pickled
+from flask_executor.helpers.pickling import CompactPickle
+from flask_executor.jobs.contexts import call_sync
+from flask_executor.jobs.packing import Outcome, pickle_or_explain
 from flask_executor.services.definition import Main, Service, check_handler
 
 if TYPE_CHECKING:
@@ -56,14 +56,16 @@ class ServiceResident:
         self._due: dict[str, float] = {}  # when each method of the schedule is to be called (monotonic)
         self._app: Flask
         self._service: Service
-        self._say: Callable[[Message], None]
+        self._say: Callable[[CompactPickle], None]
         self._leave_child: Callable[[Outcome], None]
         self._outside: contextvars.Context  # of all jobs
 
-    def move_in(self, app: Flask, send: Callable[[Message], None], leave_child: Callable[[Outcome], None]) -> None:
+    def move_in(
+        self, app: Flask, send: Callable[[CompactPickle], None], exit_if_forked_child: Callable[[Outcome], None]
+    ) -> None:
         global _resident
         _resident = self
-        self._app, self._say, self._leave_child = app, send, leave_child
+        self._app, self._say, self._leave_child = app, send, exit_if_forked_child
         with app.app_context():
             service = self._service = self._cls(*self._args)
             service.name, service._send, service.main = self._name, self._post, Main(self._post)
@@ -132,7 +134,7 @@ class ServiceResident:
 
     def _call(self, method: str, *args: object) -> Any:
         with self._app.app_context():
-            return call_to_end(getattr(self._service, method), args, {})
+            return call_sync(getattr(self._service, method), args, {})
 
     def _try(self, what: str, fn: Callable[..., object], *args: object) -> bool:
         well = False
@@ -146,7 +148,7 @@ class ServiceResident:
 
     def _post(self, to: str | None, type: str, body: object) -> None:
         what = f"The body of message {type!r} from service {self._name!r}"
-        self._say(Sent(to, type, b"".join(pickled(body, what, "be sent"))))
+        self._say(ServiceMessage(to, type, b"".join(pickle_or_explain(body, what, "be sent"))))
 
 
 _resident: ServiceResident

@@ -24,20 +24,20 @@ MAIL_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredRecord:
     """A record as it was read, and who has the job."""
 
     job: Job
     holder: str
 
 
-def loss(stored: Stored) -> Job:
+def as_lost(stored: StoredRecord) -> Job:
     """The record of a job whose holder is dead."""
     error = f"WorkerLost: process {pid_of(stored.holder)}, which had the job, is gone"
     return replace(stored.job, status=JobStatus.LOST, ended_at=time.time(), error=error)
 
 
-def is_taken(there: Stored, entry: Entry) -> bool:
+def was_transferred(there: StoredRecord, entry: Entry) -> bool:
     """Whether a job that cannot be taken was taken with this very entry before, and only the answer was lost."""
     job = entry.job
     if there.holder != entry.holder:
@@ -53,7 +53,7 @@ def report_loss(lost: Job) -> None:
     logger.error("Job %s (%s) is lost. %s", lost.name, lost.id, lost.error, extra=extra)
 
 
-def mail_is_full(id: str) -> QueueFull:
+def message_limit_error(id: str) -> QueueFull:
     """There is no room for one more message to this job."""
     return QueueFull(
         "messages to one job",
@@ -82,26 +82,26 @@ class SharedStore(JobStore):
     # ---- the adapter's ----
 
     @abc.abstractmethod
-    def _read(self, id: str) -> Stored | None:
+    def _read(self, id: str) -> StoredRecord | None:
         """The record with this id."""
 
     @abc.abstractmethod
-    def _youngest(self, key: str) -> Stored | None:
+    def _youngest(self, key: str) -> StoredRecord | None:
         """The youngest record under this key."""
 
     @abc.abstractmethod
-    def _holding(self, key: str) -> Stored | None:
+    def _holding(self, key: str) -> StoredRecord | None:
         """The record of the job that has this key."""
 
     @abc.abstractmethod
     def _select(
         self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None
-    ) -> Iterable[Stored]:
+    ) -> Iterable[StoredRecord]:
         """The records that match, youngest first."""
 
     @abc.abstractmethod
-    def _lose(self, stored: Stored) -> Job:
-        """Write that a job is lost, as :func:`loss` says, unless it has ended meanwhile; its record then."""
+    def _mark_lost(self, stored: StoredRecord) -> Job:
+        """Write that a job is lost, as :func:`as_lost` says, unless it has ended meanwhile; its record then."""
 
     @abc.abstractmethod
     def _has_lease(self, holder: str) -> bool:
@@ -119,7 +119,7 @@ class SharedStore(JobStore):
 
     def get(self, id: str) -> Job | None:
         with self.reaching():
-            return self._truth(self._read(id))
+            return self._detect_loss(self._read(id))
 
     def holder(self, id: str) -> str | None:
         with self.reaching():
@@ -128,29 +128,29 @@ class SharedStore(JobStore):
 
     def find(self, key: Hashable) -> Job | None:
         with self.reaching():
-            return self._truth(self._youngest(encode_key(key)))
+            return self._detect_loss(self._youngest(encode_key(key)))
 
-    def held(self, key: Hashable) -> Job | None:
+    def holding_key(self, key: Hashable) -> Job | None:
         with self.reaching():
-            return self._truth(self._holding(encode_key(key)))
+            return self._detect_loss(self._holding(encode_key(key)))
 
     def _list(self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None) -> Sequence[Job]:
         with self.reaching():
             found = list(self._select(status, name, owner, limit))
             dead = self._dead({stored.holder for stored in found if not stored.job.status.ended})
             jobs = (
-                self._lose(stored) if stored.holder in dead and not stored.job.status.ended else stored.job
+                self._mark_lost(stored) if stored.holder in dead and not stored.job.status.ended else stored.job
                 for stored in found
             )
             return [job for job in jobs if status is None or job.status is status]
 
-    def _truth(self, stored: Stored | None) -> Job | None:
+    def _detect_loss(self, stored: StoredRecord | None) -> Job | None:
         """The record, now that it was looked whether the job is lost."""
         if stored is None:
             return None
         if stored.job.status.ended or not self._dead({stored.holder}):
             return stored.job
-        return self._lose(stored)
+        return self._mark_lost(stored)
 
     def _dead(self, holders: Iterable[str]) -> set[str]:
         """Those of the holders that are dead: gone from this machine, or not heard of from another."""

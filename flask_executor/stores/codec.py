@@ -10,12 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from flask_executor.helpers import safe_repr
-from flask_executor.jobs.model import OURS, Job, JobStatus, LogLine
+from flask_executor.jobs.model import RESERVED_PREFIX, Job, JobStatus, LogLine
 
 
-def is_ours(key: Hashable) -> bool:
+def is_internal_key(key: Hashable) -> bool:
     """Whether this is a key that this package has made, and not the user."""
-    return isinstance(key, tuple) and bool(key) and isinstance(key[0], str) and key[0].startswith(OURS)
+    return isinstance(key, tuple) and bool(key) and isinstance(key[0], str) and key[0].startswith(RESERVED_PREFIX)
 
 
 def encode_key(key: Hashable) -> str:
@@ -63,7 +63,7 @@ def encode_prefix(within: tuple[Hashable, ...]) -> str:
     return encode_key((*within, 0))[:-2]
 
 
-def clean(text: str | None) -> str | None:
+def replace_surrogates(text: str | None) -> str | None:
     """``text``, as it can be encoded: half of a surrogate pair may stand in the name of a file, and so in a message."""
     return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
 
@@ -72,10 +72,10 @@ def encode_meta(job: Job) -> str | None:
     """The meta of a job as JSON; a value that JSON does not have is its ``repr``."""
     if not job.meta:
         return None
-    return json.dumps({name: plain(value) for name, value in job.meta.items()})
+    return json.dumps({name: jsonable(value) for name, value in job.meta.items()})
 
 
-def plain(value: object) -> Any:
+def jsonable(value: object) -> Any:
     """A value as JSON has it, or what it looks like."""
     if value is None or type(value) in (str, bool):
         return value

@@ -16,11 +16,11 @@ from pathlib import Path
 from flask_executor.jobs.model import new_id
 
 #: Seconds that a holder counts as alive after it was heard of last, and after how many it lets itself be heard.
-LEASE, BEAT = 12.0, 4.0
+LEASE_SECONDS, HEARTBEAT_SECONDS = 12.0, 4.0
 _ENGINE = "engine"
 
 
-def this_holder() -> str:
+def new_holder_id() -> str:
     """This process, as a new holder."""
     pid = os.getpid()
     return f"{_machine()}.{pid}.{_own_start(pid)}.{new_id()[:8]}"

@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import islice
 
 from flask_executor.abc import JobRecords
-from flask_executor.jobs.model import Job, JobStatus, LiveJob, LogLine
+from flask_executor.jobs.model import Job, JobState, JobStatus, LogLine
 
 
 class MemoryStore(JobRecords):
@@ -25,18 +25,20 @@ class MemoryStore(JobRecords):
     def __init__(self, max_records: int, ttl: float) -> None:
         self._max_records = max_records
         self._ttl = ttl
-        self._gone: dict[str | tuple[Hashable], float] = {}  # ids, and keys in a tuple: when they left, in that order
-        self._jobs: dict[str, LiveJob] = {}
-        self._ended: deque[LiveJob] = deque()  # in the order in which they ended
-        self._by_key: dict[Hashable, LiveJob] = {}
+        self._expired: dict[
+            str | tuple[Hashable], float
+        ] = {}  # ids, and keys in a tuple: when they left, in that order
+        self._jobs: dict[str, JobState] = {}
+        self._ended: deque[JobState] = deque()  # in the order in which they ended
+        self._by_key: dict[Hashable, JobState] = {}
 
-    def add(self, job: LiveJob) -> None:
+    def add(self, job: JobState) -> None:
         """Take up a job that is about to be queued."""
         self._jobs[job.id] = job
         if job.key is not None:
             self._by_key[job.key] = job
 
-    def end(self, job: LiveJob) -> None:
+    def end(self, job: JobState) -> None:
         """The job has ended."""
         self._ended.append(job)
         self._clean()
@@ -52,13 +54,13 @@ class MemoryStore(JobRecords):
             self._forget(job)
             self._remember(job, now)
 
-    def _remember(self, job: LiveJob, now: float) -> None:
-        self._gone[job.id] = now
+    def _remember(self, job: JobState, now: float) -> None:
+        self._expired[job.id] = now
         if job.key is not None:
-            self._gone[(job.key,)] = now
-        while len(self._gone) > 2 * self._max_records:
+            self._expired[(job.key,)] = now
+        while len(self._expired) > 2 * self._max_records:
             with suppress(StopIteration, RuntimeError, KeyError):  # another thread was faster
-                del self._gone[next(iter(self._gone))]
+                del self._expired[next(iter(self._expired))]
 
     def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
         self._clean()
@@ -67,7 +69,7 @@ class MemoryStore(JobRecords):
         return id is not None and id not in self._jobs and self._is_remembered(id)
 
     def _is_remembered(self, name: str | tuple[Hashable]) -> bool:
-        left = self._gone.get(name)
+        left = self._expired.get(name)
         return left is not None and time.time() - left < max(self._ttl, 3600.0)
 
     def remove(self, id: str) -> None:
@@ -80,7 +82,7 @@ class MemoryStore(JobRecords):
 
     def clear(self) -> None:
         """Forget all."""
-        for records in (self._jobs, self._by_key, self._ended, self._gone):
+        for records in (self._jobs, self._by_key, self._ended, self._expired):
             records.clear()
 
     def get(self, id: str) -> Job | None:
@@ -110,7 +112,7 @@ class MemoryStore(JobRecords):
         )
         return [*islice(matching, limit)]
 
-    def _forget(self, job: LiveJob) -> None:
+    def _forget(self, job: JobState) -> None:
         self._jobs.pop(job.id, None)
         if job.key is not None and self._by_key.get(job.key) is job:
             self._by_key.pop(job.key, None)

@@ -32,20 +32,19 @@ from typing import Any
 
 from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import MissingExtra, StoreUnavailable
-from flask_executor.helpers import without_password
+from flask_executor.helpers import redact_url
 from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LogLine, new_id
 from flask_executor.stores.base import (
     MAIL_AT_ONCE,
     SharedStore,
-    Stored,
-    is_taken,
-    loss,
-    mail_is_full,
+    StoredRecord,
+    as_lost,
+    message_limit_error,
     report_loss,
     skipped,
+    was_transferred,
 )
 from flask_executor.stores.codec import (
-    clean,
     decode_job,
     decode_key,
     decode_line,
@@ -53,8 +52,9 @@ from flask_executor.stores.codec import (
     encode_key,
     encode_line,
     encode_prefix,
+    replace_surrogates,
 )
-from flask_executor.stores.leases import LEASE
+from flask_executor.stores.leases import LEASE_SECONDS
 
 try:
     import redis
@@ -243,7 +243,7 @@ class RedisStore(SharedStore):
         self._url = options.url
         self._prefix = f"flask-executor:{{{options.space}}}:"
         self._connect()
-        self.where = str(without_password(options.url)).partition("?")[0].replace("***@", "")
+        self.where = str(redact_url(options.url)).partition("?")[0].replace("***@", "")
 
     def _connect(self) -> None:
         pool = redis.ConnectionPool.from_url(
@@ -270,7 +270,7 @@ class RedisStore(SharedStore):
         while True:
             with self.reaching():
                 there = self._call(_PUT, *self._arguments("claim", entry, instead))
-                job = self._truth(_stored(there))
+                job = self._detect_loss(_stored(there))
             if job is None:
                 return None
             if not again or not job.status.ended or job.status is JobStatus.SUCCEEDED or job.id == instead:
@@ -281,16 +281,16 @@ class RedisStore(SharedStore):
         with self.reaching():
             self._call_each(_PUT, [self._arguments("write", entry) for entry in entries])
 
-    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
+    def transfer(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
         with self.reaching():
             text = self._call(_PUT, *self._arguments("take" if new else "pass", entry, former or ""))
             there = _stored(text)
             if lost and there is not None and there.job.status is JobStatus.LOST:
                 there = _stored(self._call(_PUT, *self._arguments("revive", entry, text)))
-        return None if there is None or is_taken(there, entry) else there.job
+        return None if there is None or was_transferred(there, entry) else there.job
 
-    def _lose(self, stored: Stored) -> Job:
-        lost = loss(stored)
+    def _mark_lost(self, stored: StoredRecord) -> Job:
+        lost = as_lost(stored)
         there = _stored(self._call(_PUT, *self._arguments("lose", Entry(job=lost, holder=stored.holder))))
         if there is not None:
             return there.job
@@ -311,8 +311,8 @@ class RedisStore(SharedStore):
             repr(time.time()),
             entry.outcome or "",
             instead,
-            _milliseconds(LEASE),
-            clean(job.owner) or "",
+            _milliseconds(LEASE_SECONDS),
+            replace_surrogates(job.owner) or "",
             _names(job),
             *map(encode_line, entry.log),
         ]
@@ -337,16 +337,16 @@ class RedisStore(SharedStore):
 
     # ---- looking ----
 
-    def _youngest(self, key: str) -> Stored | None:
+    def _youngest(self, key: str) -> StoredRecord | None:
         return self._by_name(f"last:{key}")
 
-    def _holding(self, key: str) -> Stored | None:
+    def _holding(self, key: str) -> StoredRecord | None:
         return self._by_name(f"key:{key}")
 
-    def _by_name(self, name: str) -> Stored | None:
+    def _by_name(self, name: str) -> StoredRecord | None:
         return _stored(self._call(_BY_NAME, name))
 
-    def _read(self, id: str) -> Stored | None:
+    def _read(self, id: str) -> StoredRecord | None:
         return _stored(self._redis.get(f"{self._prefix}job:{id}"))
 
     def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
@@ -370,7 +370,7 @@ class RedisStore(SharedStore):
 
     def _select(
         self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None
-    ) -> Iterable[Stored]:
+    ) -> Iterable[StoredRecord]:
         if limit == 0:
             return
         mark = b"" if status is None else f'"status": "{status}"'.encode()  # to save the work of decoding
@@ -428,7 +428,7 @@ class RedisStore(SharedStore):
                     break
                 sent = self._call(_SEND, id, stored.holder, text, data, number, _milliseconds(_DOUBT))
                 if sent == -1:
-                    raise mail_is_full(id)
+                    raise message_limit_error(id)
                 if sent:
                     return True
         return False
@@ -448,7 +448,7 @@ class RedisStore(SharedStore):
                 requests.append(StoredMessage(id=id.decode(), number=number.decode(), data=data))
         return requests
 
-    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+    def acknowledge(self, holder: str, messages: Sequence[StoredMessage]) -> None:
         by_job: dict[str, list[str]] = {}
         for message in messages:
             by_job.setdefault(message.id, []).append(message.number)
@@ -458,11 +458,11 @@ class RedisStore(SharedStore):
     def renew(self, holder: str) -> bool:
         name = f"{self._prefix}lease:{holder}"
         with self.reaching(), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.exists(name).set(name, "", px=_milliseconds(LEASE))
+            pipeline.exists(name).set(name, "", px=_milliseconds(LEASE_SECONDS))
             had_it, _ = pipeline.execute()
         return bool(had_it)
 
-    def leave(self, holder: str) -> None:
+    def drop_lease(self, holder: str) -> None:
         with self.reaching():
             self._redis.delete(f"{self._prefix}lease:{holder}")
 
@@ -484,7 +484,7 @@ class RedisStore(SharedStore):
         with self.reaching():
             for dead in self._dead(holder.decode() for holder in self._redis.smembers(f"{self._prefix}holders")):
                 for id in self._redis.smembers(f"{self._prefix}open:{dead}"):
-                    if self._truth(self._read(id.decode())) is None:
+                    if self._detect_loss(self._read(id.decode())) is None:
                         self._redis.srem(f"{self._prefix}open:{dead}", id)
                 self._redis.srem(f"{self._prefix}holders", dead)
 
@@ -506,7 +506,7 @@ class RedisStore(SharedStore):
             self._redis.set(f"{self._prefix}check", "", px=1000)
 
     @property
-    def private(self) -> bool:
+    def is_private(self) -> bool:
         return False
 
     def after_fork(self) -> None:
@@ -639,15 +639,15 @@ def _digest(script: str) -> str:
 
 def _names(job: Job) -> str:
     """What a job is found by, as it stands in ``ended``."""
-    return json.dumps([job.id, "" if job.key is None else encode_key(job.key), clean(job.owner) or ""])
+    return json.dumps([job.id, "" if job.key is None else encode_key(job.key), replace_surrogates(job.owner) or ""])
 
 
-def _stored(text: bytes | None) -> Stored | None:
+def _stored(text: bytes | None) -> StoredRecord | None:
     if text is None:
         return None
     try:
         job, more = decode_job(text)
-        return Stored(job, more["holder"])
+        return StoredRecord(job, more["holder"])
     except (KeyError, TypeError, ValueError) as error:
         skipped(error)
         return None

@@ -26,15 +26,22 @@ from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LogLine
 from flask_executor.stores.base import (
     MAIL_AT_ONCE,
     SharedStore,
-    Stored,
-    is_taken,
-    loss,
-    mail_is_full,
+    StoredRecord,
+    as_lost,
+    message_limit_error,
     report_loss,
     skipped,
+    was_transferred,
 )
-from flask_executor.stores.codec import clean, decode_key, decode_meta, encode_key, encode_meta, encode_prefix
-from flask_executor.stores.leases import LEASE
+from flask_executor.stores.codec import (
+    decode_key,
+    decode_meta,
+    encode_key,
+    encode_meta,
+    encode_prefix,
+    replace_surrogates,
+)
+from flask_executor.stores.leases import LEASE_SECONDS
 
 _BUSY = 3.0  # seconds to wait for others who write
 _GONE = 10  # times as many as there may be records are remembered to have been
@@ -107,22 +114,22 @@ class SQLiteStore(SharedStore):
     # ---- one job ----
 
     def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
-        if self._leases.get(entry.holder, 0.0) < time.time() + LEASE / 2:
+        if self._leases.get(entry.holder, 0.0) < time.time() + LEASE_SECONDS / 2:
             self.renew(entry.holder)
         with self._writing_alone() as connection, suppress(sqlite3.IntegrityError):
             self._insert(connection, entry)  # a transaction of one statement, which is quicker than any other
             return None
         with self._writing() as connection:
-            there = self._in_the_way(connection, entry, again=again)
+            there = self._current_claimant(connection, entry, again=again)
             if there is None:
                 self._insert(connection, entry)
         return None if there is None or there.id == entry.job.id else there
 
-    def _in_the_way(self, connection: sqlite3.Connection, entry: Entry, *, again: bool) -> Job | None:
+    def _current_claimant(self, connection: sqlite3.Connection, entry: Entry, *, again: bool) -> Job | None:
         """The job that has the key; None, and it has the key no more, when it may be taken from it."""
         there = self._holding_in(connection, encode_key(entry.job.key))
         if there is not None and not there.job.status.ended and self._dead({there.holder}):
-            there = Stored(self._lose_in(connection, there), there.holder)
+            there = StoredRecord(self._lose_in(connection, there), there.holder)
         if there is not None:
             status = there.job.status
             if there.job.id == entry.job.id or not (again and status.ended and status is not JobStatus.SUCCEEDED):
@@ -141,7 +148,7 @@ class SQLiteStore(SharedStore):
                     self._restore(connection, entry)
                 _write_more(connection, entry)
 
-    def take(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
+    def transfer(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
         with self._writing() as connection:
             there = self._one(connection, "id = ?", entry.job.id)
             if there is None and not new:
@@ -153,9 +160,9 @@ class SQLiteStore(SharedStore):
                 there = None
             if there is None:
                 _write_more(connection, entry)
-        return None if there is None or is_taken(there, entry) else there.job
+        return None if there is None or was_transferred(there, entry) else there.job
 
-    def _may_take(self, connection: sqlite3.Connection, there: Stored, former: str | None, *, lost: bool) -> bool:
+    def _may_take(self, connection: sqlite3.Connection, there: StoredRecord, former: str | None, *, lost: bool) -> bool:
         job = there.job
         if not job.status.ended:
             return there.holder == former
@@ -198,12 +205,12 @@ class SQLiteStore(SharedStore):
         with self._writing() as connection:
             connection.execute("DELETE FROM jobs WHERE id = ?", (id,))
 
-    def _lose(self, stored: Stored) -> Job:
+    def _mark_lost(self, stored: StoredRecord) -> Job:
         with self._writing() as connection:
             return self._lose_in(connection, stored)
 
-    def _lose_in(self, connection: sqlite3.Connection, stored: Stored) -> Job:
-        lost = loss(stored)
+    def _lose_in(self, connection: sqlite3.Connection, stored: StoredRecord) -> Job:
+        lost = as_lost(stored)
         changed = connection.execute(
             "UPDATE jobs SET status = ?, ended_at = ?, error = ? WHERE id = ? AND holder = ? AND ended_at IS NULL",
             (lost.status.value, lost.ended_at, lost.error, lost.id, stored.holder),
@@ -238,22 +245,22 @@ class SQLiteStore(SharedStore):
             ).fetchall()
         return [decode_key(text) for (text,) in rows]
 
-    def _read(self, id: str) -> Stored | None:
+    def _read(self, id: str) -> StoredRecord | None:
         with self._reading() as connection:
             return self._one(connection, "id = ? AND space = ?", id, self._space)
 
-    def _youngest(self, key: str) -> Stored | None:
+    def _youngest(self, key: str) -> StoredRecord | None:
         with self._reading() as connection:
             return self._one(connection, "space = ? AND key = ?", self._space, key)
 
-    def _holding(self, key: str) -> Stored | None:
+    def _holding(self, key: str) -> StoredRecord | None:
         with self._reading() as connection:
             return self._holding_in(connection, key)
 
-    def _holding_in(self, connection: sqlite3.Connection, key: str) -> Stored | None:
+    def _holding_in(self, connection: sqlite3.Connection, key: str) -> StoredRecord | None:
         return self._one(connection, "has_key AND space = ? AND key = ?", self._space, key)
 
-    def _one(self, connection: sqlite3.Connection, condition: str, *values: object) -> Stored | None:
+    def _one(self, connection: sqlite3.Connection, condition: str, *values: object) -> StoredRecord | None:
         """The youngest record that a condition holds for."""
         query = f"SELECT {_COLUMNS} FROM jobs WHERE {condition} AND {_CURRENT} ORDER BY number DESC LIMIT 1"
         row = connection.execute(query, (*values, self._oldest())).fetchone()
@@ -261,7 +268,7 @@ class SQLiteStore(SharedStore):
 
     def _select(
         self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None
-    ) -> Iterable[Stored]:
+    ) -> Iterable[StoredRecord]:
         given = {"name": name, "owner": owner, "status": status and status.value}
         wanted = {column: value for column, value in given.items() if value is not None}
         conditions = ["+space = ?", _CURRENT, *(f"{column} = ?" for column in wanted)]
@@ -303,7 +310,7 @@ class SQLiteStore(SharedStore):
                 return False
             (waiting,) = connection.execute("SELECT count(*) FROM messages WHERE number = ?", row).fetchone()
             if waiting >= MOST_MESSAGES:
-                raise mail_is_full(id)
+                raise message_limit_error(id)
             connection.execute("INSERT INTO messages (number, data) VALUES (?, ?)", (*row, data))
             connection.execute("UPDATE jobs SET has_mail = 1 WHERE number = ? AND NOT has_mail", row)
         return True
@@ -349,7 +356,7 @@ class SQLiteStore(SharedStore):
                 )
             ]
 
-    def received(self, holder: str, messages: Sequence[StoredMessage]) -> None:
+    def acknowledge(self, holder: str, messages: Sequence[StoredMessage]) -> None:
         with self._writing() as connection:
             connection.executemany("DELETE FROM messages WHERE message = ?", [(int(each.number),) for each in messages])
             connection.executemany(
@@ -358,18 +365,20 @@ class SQLiteStore(SharedStore):
             )
 
     def renew(self, holder: str) -> bool:
-        self._look_for_the_file()
+        self._reopen_if_replaced()
         with self._writing() as connection:
             return self._renew(connection, holder)
 
     def _renew(self, connection: sqlite3.Connection, holder: str) -> bool:
         now = time.time()
-        self._leases[holder] = now + LEASE
+        self._leases[holder] = now + LEASE_SECONDS
         row = connection.execute("SELECT until FROM holders WHERE holder = ?", (holder,)).fetchone()
-        connection.execute("INSERT OR REPLACE INTO holders (holder, until) VALUES (?, ?)", (holder, now + LEASE))
+        connection.execute(
+            "INSERT OR REPLACE INTO holders (holder, until) VALUES (?, ?)", (holder, now + LEASE_SECONDS)
+        )
         return row is not None and row[0] >= now
 
-    def leave(self, holder: str) -> None:
+    def drop_lease(self, holder: str) -> None:
         self._leases.pop(holder, None)
         with self._writing() as connection:
             connection.execute("DELETE FROM holders WHERE holder = ?", (holder,))
@@ -451,7 +460,7 @@ class SQLiteStore(SharedStore):
         return _FileWatch(self)
 
     def check(self, *, thoroughly: bool = False) -> None:
-        self._look_for_the_file()
+        self._reopen_if_replaced()
         with self._writing() as connection:
             connection.execute("UPDATE holders SET until = until WHERE holder = ''")
         if thoroughly:
@@ -461,7 +470,7 @@ class SQLiteStore(SharedStore):
                 raise StoreUnavailable(self.where, _CORRUPT.format(broken))
 
     @property
-    def private(self) -> bool:
+    def is_private(self) -> bool:
         with self._reading():  # makes the file, if there is none
             status = self._path.stat()
         if not hasattr(os, "geteuid"):  # Windows, where the folder decides
@@ -479,7 +488,7 @@ class SQLiteStore(SharedStore):
             with connection.lock:
                 connection.close()
 
-    def _look_for_the_file(self) -> None:
+    def _reopen_if_replaced(self) -> None:
         """Open the file anew if somebody has deleted or replaced it: what is written now would be seen by nobody."""
         for connection in (self._reads, self._writes):
             with connection.lock:
@@ -685,23 +694,23 @@ def _values(entry: Entry) -> list[Any]:
     return [
         job.id,
         None if job.key is None else encode_key(job.key),
-        clean(job.name),
-        clean(job.owner),
+        replace_surrogates(job.name),
+        replace_surrogates(job.owner),
         job.status.value,
         job.queued_at,
         job.started_at,
         job.ended_at,
-        clean(job.error),
+        replace_surrogates(job.error),
         job.attempt,
         job.progress,
-        clean(job.message),
+        replace_surrogates(job.message),
         encode_meta(job),
         job.stop_requested,
         entry.holder,
     ]
 
 
-def _stored(row: tuple[Any, ...]) -> Stored | None:
+def _stored(row: tuple[Any, ...]) -> StoredRecord | None:
     fields = dict(zip(_FIELDS, row, strict=True))
     holder = fields.pop("holder")
     try:
@@ -712,7 +721,7 @@ def _stored(row: tuple[Any, ...]) -> Stored | None:
         skipped(error)
         return None
     fields["stop_requested"] = bool(fields["stop_requested"])
-    return Stored(Job(**fields), holder)
+    return StoredRecord(Job(**fields), holder)
 
 
 def _write_more(connection: sqlite3.Connection, entry: Entry) -> None:
@@ -730,7 +739,17 @@ def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]
     (number,) = connection.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
     connection.executemany(
         f"INSERT INTO log (number, {_LINE}) VALUES (?, ?, ?, ?, ?, ?)",
-        [(number, line.time, line.level, clean(line.logger), clean(line.text), clean(line.trace)) for line in lines],
+        [
+            (
+                number,
+                line.time,
+                line.level,
+                replace_surrogates(line.logger),
+                replace_surrogates(line.text),
+                replace_surrogates(line.trace),
+            )
+            for line in lines
+        ],
     )
     connection.execute(
         "DELETE FROM log WHERE number = ? AND line <= "

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from flask_executor.abc import JobRecords
 from flask_executor.futures import FutureCollection, FutureProxy, has_ended
 from flask_executor.jobs.current import RunningJob
-from flask_executor.jobs.model import Job, JobOptions, JobStatus, LiveJob
-from flask_executor.stores.codec import is_ours
+from flask_executor.jobs.model import Job, JobOptions, JobState, JobStatus
+from flask_executor.stores.codec import is_internal_key
 from flask_executor.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class TrackingOptions:
     config_key: Callable[[str], str]
 
 
-class Ledger:
+class JobTracker:
     """Handles and records of the jobs of this process, in its memory."""
 
     #: Whether other processes see them.
@@ -52,7 +52,7 @@ class Ledger:
         most, ttl = options.max_records, options.result_ttl
         self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(options.futures_max_length, most, ttl)
         #: Those under keys that this package has made, which the other bound would be too small for.
-        self.hidden: FutureCollection[FutureProxy[Any]] = ExpiringFutures(most, most, ttl)
+        self.internal_futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(most, most, ttl)
         self._next_look = 0.0  # when handles are looked through again for those that have expired
 
     def reconfigure(self, options: TrackingOptions) -> None:
@@ -60,13 +60,13 @@ class Ledger:
         self._options = options
         self.futures.max_length = options.futures_max_length
 
-    def under(self, key: Hashable) -> FutureCollection[FutureProxy[Any]]:
+    def futures_for(self, key: Hashable) -> FutureCollection[FutureProxy[Any]]:
         """Where the handle with this key belongs."""
-        return self.hidden if is_ours(key) else self.futures
+        return self.internal_futures if is_internal_key(key) else self.futures
 
     def find(self, options: JobOptions) -> FutureProxy[Any] | None:
         """The handle of the job that has this key, unless it is free, or is to be used again as the job has failed."""
-        futures = self.under(options.key)
+        futures = self.futures_for(options.key)
         there = futures.get(options.key)
         if there is None or (options.again and has_failed(there)):
             return None
@@ -79,7 +79,7 @@ class Ledger:
 
         For one thread at a time.
         """
-        futures, key = self.under(call.job.key), call.job.key
+        futures, key = self.futures_for(call.job.key), call.job.key
         there = futures.get(key)
         if there is not None and call.options.again and has_failed(there):
             futures.pop(key)
@@ -88,7 +88,7 @@ class Ledger:
 
     def handle(self, job: Job) -> FutureProxy[Any] | None:
         """The handle of a job that has this record, if it is held."""
-        future = None if job.key is None else self.under(job.key).get(job.key)
+        future = None if job.key is None else self.futures_for(job.key).get(job.key)
         return future if getattr(future, "job_id", None) == job.id else None
 
     def add(self, call: Call) -> None:
@@ -102,26 +102,26 @@ class Ledger:
             return
         ttl = self._options.result_ttl
         self._next_look = now + ttl / 8  # so seldom that it costs next to nothing per job
-        for futures in self.futures, self.hidden:
+        for futures in self.futures, self.internal_futures:
             futures.expire(now - ttl)
 
     def remove(self, future: FutureProxy[Any]) -> None:
         """The job was not accepted."""
         if future.key is not None:
-            self.under(future.key).pop(future.key)
+            self.futures_for(future.key).pop(future.key)
         self._memory.remove(future.job_id)
 
-    def stepped(self, job: LiveJob) -> None:
+    def changed(self, job: JobState) -> None:
         """The job has started, is queued again, or has something new to report."""
 
-    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+    def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
         """What is to be told when the job has something new to report."""
         return None
 
-    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+    def returned(self, job: JobState, result: Any, packed: bytes | None) -> None:
         """The job has returned."""
 
-    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+    def ended(self, job: JobState, error: BaseException | None) -> None:
         """The job has ended."""
         self._memory.end(job)
 
@@ -129,7 +129,7 @@ class Ledger:
         """Have written what is new; whether that was done within so many seconds."""
         return True
 
-    def later(self, fn: Callable[[], object]) -> None:
+    def in_background(self, fn: Callable[[], object]) -> None:
         """Have something done that may have to wait for a store or an engine, where it holds up nobody."""
         fn()
 
@@ -142,9 +142,9 @@ class Ledger:
     def after_fork(self) -> None:
         """In the child of a fork: leave to the parent what is the parent's."""
         self.futures.after_fork()
-        self.hidden.after_fork()
+        self.internal_futures.after_fork()
 
-    def abandoned(self, job: LiveJob) -> None:
+    def abandoned(self, job: JobState) -> None:
         """In the child of a fork: this job is the parent's."""
         self._memory.end(job)
 

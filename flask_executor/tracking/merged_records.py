@@ -10,7 +10,7 @@ from flask_executor.jobs.model import Job, JobStatus, LogLine
 from flask_executor.stores.memory import MemoryStore
 
 
-class SharedRecords(JobRecords):
+class MergedRecords(JobRecords):
     """The records of the jobs of this process, in its memory, and of all others that are in the store.
 
     :param is_written: whether the store can be asked about a job of this process. It may have purged the record since.

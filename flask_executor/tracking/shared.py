@@ -46,23 +46,31 @@ from flask_executor.exceptions import (
     UntrustedResult,
 )
 from flask_executor.futures import FutureCollection, FutureProxy
-from flask_executor.helpers import describe_error, weakly
+from flask_executor.helpers import describe_error, weak_callback
 from flask_executor.helpers.log import logger
 from flask_executor.helpers.serial_thread import SerialThread
 from flask_executor.helpers.timer import timer
 from flask_executor.jobs.call import JobChannel
 from flask_executor.jobs.current import RunningJob
-from flask_executor.jobs.model import Job, JobMessage, JobStatus, LiveJob
-from flask_executor.jobs.packing import pack_error, pickled, unpack_error, unpack_result
-from flask_executor.stores.codec import encode_key, is_ours
-from flask_executor.stores.leases import BEAT, LEASE, is_alive
-from flask_executor.tracking.local import Ledger, TrackingOptions, has_failed
-from flask_executor.tracking.merged_records import SharedRecords
-from flask_executor.tracking.signing import MESSAGE, OUTCOME, PayloadKind, Sealer, open_letter, pack_letter, secret_keys
+from flask_executor.jobs.model import Job, JobMessage, JobState, JobStatus
+from flask_executor.jobs.packing import pack_error, pickle_or_explain, unpack_error, unpack_result
+from flask_executor.stores.codec import encode_key, is_internal_key
+from flask_executor.stores.leases import HEARTBEAT_SECONDS, LEASE_SECONDS, is_alive
+from flask_executor.tracking.local import JobTracker, TrackingOptions, has_failed
+from flask_executor.tracking.merged_records import MergedRecords
+from flask_executor.tracking.signing import (
+    MESSAGE,
+    OUTCOME,
+    PayloadKind,
+    PayloadSigner,
+    pack_message,
+    secret_keys,
+    unpack_message,
+)
 from flask_executor.tracking.stored_future import StoredFuture, error_of
-from flask_executor.tracking.stored_futures import SharedFutures
-from flask_executor.tracking.watcher import Followed, Follower
-from flask_executor.tracking.writer import Recorder
+from flask_executor.tracking.stored_futures import StoredFutureCollection
+from flask_executor.tracking.watcher import CompletionWatcher, Followed
+from flask_executor.tracking.writer import StoreWriter
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -74,7 +82,7 @@ _AGAIN = 0.5  # seconds until a store that was not available is tried again
 _MOMENT = 0.02  # seconds between two looks
 
 
-class SharedLedger(Ledger):
+class SharedJobTracker(JobTracker):
     """Handles and records of the jobs of all processes of an app.
 
     This process answers from memory about the jobs that it has itself, and from the store about others.
@@ -91,26 +99,26 @@ class SharedLedger(Ledger):
         self._channel = weakref.ref(channel)
         self._closed = False
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
-        self._sealers: dict[str, Sealer] = {}  # by what they seal
+        self._sealers: dict[str, PayloadSigner] = {}  # by what they seal
         self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
-        self._kept: set[str] = set()  # ids of jobs that wait here for the engine to get them
-        self._adopted: set[str] = set()  # ids of jobs of this process that an engine has sent
+        self._held: set[str] = set()  # ids of jobs that wait here for the engine to get them
+        self._acquired: set[str] = set()  # ids of jobs of this process that an engine has sent
         self._adopting = threading.Lock()
         self._parts: list[Any] = []
-        self._make_parts()
-        self.records = SharedRecords(self._memory, store, self._is_written)
+        self._start_threads()
+        self.records = MergedRecords(self._memory, store, self._is_written)
         length = options.futures_max_length
-        self.futures = SharedFutures(length, store, self.handle, lambda key: not is_ours(key))
-        self.hidden = SharedFutures(options.max_records, store, self.handle, is_ours)
+        self.futures = StoredFutureCollection(length, store, self.handle, lambda key: not is_internal_key(key))
+        self.internal_futures = StoredFutureCollection(options.max_records, store, self.handle, is_internal_key)
         weakref.finalize(self, _dispose, self._parts)
 
-    def _make_parts(self) -> None:
+    def _start_threads(self) -> None:
         """What has threads."""
-        self._follower = Follower(self.store)
-        self._recorder = Recorder(self.store, weakly(self._requested))
-        self._make_threads()
+        self._follower = CompletionWatcher(self.store)
+        self._recorder = StoreWriter(self.store, weak_callback(self._on_request))
+        self._make_serial_threads()
 
-    def _make_threads(self) -> None:
+    def _make_serial_threads(self) -> None:
         """Callbacks may take long, also those of a job that is cancelled; so may what is unpickled, and an engine or a
         store that is asked again.
         """
@@ -127,7 +135,7 @@ class SharedLedger(Ledger):
         super().reconfigure(options)
         if self._closed:  # and there are to be jobs again
             self._closed = False
-            self._make_threads()
+            self._make_serial_threads()
 
     @property
     def holder(self) -> str:
@@ -137,8 +145,8 @@ class SharedLedger(Ledger):
     # ---- jobs of this process ----
 
     def take(self, call: Call) -> FutureProxy[Any] | None:
-        self._seal()  # or the result could not be kept
-        job, futures = call.job, self.under(call.job.key)
+        self._signer()  # or the result could not be kept
+        job, futures = call.job, self.futures_for(call.job.key)
         here = FutureCollection.get(futures, job.key)
         if here is not None and getattr(here, "key", None) != job.key:  # added by hand
             return here
@@ -151,7 +159,7 @@ class SharedLedger(Ledger):
                     self._recorder.add(job, claimed=True)
                 futures.hold(job.key, call.future)
         except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
-            self._recorder.retract(job.id)
+            self._recorder.remove_when_possible(job.id)
             raise
         return there
 
@@ -168,11 +176,11 @@ class SharedLedger(Ledger):
         if _is_sent(call):  # its worker writes it, if nobody has to find it before
             if call.job.key is None and self._options.track == "all":
                 self._recorder.ensure_lease()
-                self.store.take(Entry(job=call.job.record(), holder=self.holder), None)
+                self.store.transfer(Entry(job=call.job.record(), holder=self.holder), None)
             return
         super().add(call)
         if self._options.track == "all" and call.job.key is None:
-            self._seal()
+            self._signer()
             self._handles[call.job.id] = call.future
             self._recorder.add(call.job, claimed=False)
 
@@ -180,15 +188,15 @@ class SharedLedger(Ledger):
         self._recorder.forget(future.job_id)
         self._memory.remove(future.job_id)
         if future.key is not None:
-            FutureCollection.pop(self.under(future.key), future.key)
+            FutureCollection.pop(self.futures_for(future.key), future.key)
         if future.key is not None or self._options.track == "all":
             try:
                 self.store.remove(future.job_id)
             except StoreUnavailable as error:
                 logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
-                self._recorder.retract(future.job_id)
+                self._recorder.remove_when_possible(future.job_id)
 
-    def adopt(self, call: Call, sender: str) -> bool:
+    def acquire(self, call: Call, sender: str) -> bool:
         """Have a job that an engine has given to this process; False when it was cancelled, or it is being run.
 
         An engine may give a job to somebody else when a worker has died, and twice to the same one.
@@ -197,18 +205,18 @@ class SharedLedger(Ledger):
         """
         id = call.job.id
         with self._adopting:
-            if id in self._adopted or self._recorder.tracks(id):  # the store would give it to us once more
+            if id in self._acquired or self._recorder.tracks(id):  # the store would give it to us once more
                 return False
-            self._adopted.add(id)
-        is_ours = False
+            self._acquired.add(id)
+        acquired = False
         try:
-            is_ours = self._adopt(call, sender)
+            acquired = self._acquire(call, sender)
         finally:
-            if not is_ours:
-                self._adopted.discard(id)
-        return is_ours
+            if not acquired:
+                self._acquired.discard(id)
+        return acquired
 
-    def _adopt(self, call: Call, sender: str) -> bool:
+    def _acquire(self, call: Call, sender: str) -> bool:
         job = call.job
         if self.store.expired(job.id):  # it had ended, or was cancelled, and nobody knows any more
             return False
@@ -218,8 +226,8 @@ class SharedLedger(Ledger):
                 job.attempt, job.error = known.attempt, known.error
         entry = Entry(job=job.record(), holder=self.holder)
         # The engine twice: its sender may hand it over between the first two.
-        is_ours = any(self.store.take(entry, former) is None for former in (self.engine, sender, self.engine))
-        if is_ours or self._take_from_the_dead(entry):
+        acquired = any(self.store.transfer(entry, former) is None for former in (self.engine, sender, self.engine))
+        if acquired or self._take_over_from_dead(entry):
             self._handles[job.id] = call.future
             self._memory.add(job)
             self._recorder.add(job, claimed=True)
@@ -228,12 +236,12 @@ class SharedLedger(Ledger):
             return True
         return False
 
-    def _take_from_the_dead(self, entry: Entry) -> bool:
+    def _take_over_from_dead(self, entry: Entry) -> bool:
         """Take over a job whose process is dead; whether it is, on another machine, is known when its lease ends."""
-        deadline = time.monotonic() + LEASE + BEAT
+        deadline = time.monotonic() + LEASE_SECONDS + HEARTBEAT_SECONDS
         while True:
             self.store.get(entry.job.id)  # which finds out whether it is lost
-            there = self.store.take(entry, self.holder, lost=True)
+            there = self.store.transfer(entry, self.holder, lost=True)
             if there is None or there.status.ended:
                 return there is None
             holder = self.store.holder(entry.job.id)
@@ -241,92 +249,92 @@ class SharedLedger(Ledger):
                 return False
             time.sleep(_AGAIN)
 
-    def finish(self, job: LiveJob) -> None:
+    def finish(self, job: JobState) -> None:
         """Wait until the store knows what came of a job that has ended."""
         self._recorder.finish(job.id)
         self._memory.remove(job.id)  # a worker lives long, and the store has it all
 
-    def is_adopted(self, id: str) -> bool:
+    def is_acquired(self, id: str) -> bool:
         """Whether this process has a job from an engine."""
-        return id in self._adopted
+        return id in self._acquired
 
-    def hand_back(self, job: LiveJob) -> None:
+    def return_to_engine(self, job: JobState) -> None:
         """Have a job belong to the engine again, which waits until the store has that."""
         self._handles.pop(job.id, None)
         log = self._recorder.release(job.id)
         while True:
             try:
                 entry = Entry(job=job.record(), holder=self.engine or "", log=log)
-                self.store.take(entry, self.holder, lost=True)  # or somebody has it who took us for dead
+                self.store.transfer(entry, self.holder, lost=True)  # or somebody has it who took us for dead
                 for request in self.store.take_requests(self.holder):  # that came for it until now
                     if isinstance(request, StopRequest):  # messages follow the job
-                        self._requested(request)
+                        self._on_request(request)
                 break
             except StoreUnavailable as error:
                 logger.warning("Job %s is to be tried again, and has to wait: %s", job.id, error)
                 time.sleep(_AGAIN)
-        self._adopted.discard(job.id)
+        self._acquired.discard(job.id)
         self._memory.remove(job.id)
 
-    def keep(self, job: LiveJob) -> None:
+    def hold_locally(self, job: JobState) -> None:
         """A job is to wait in this process before the engine gets it; it is lost if the process ends meanwhile."""
         self.store.write([Entry(job=job.record(), holder=self.holder)])
-        self._kept.add(job.id)
+        self._held.add(job.id)
         self._recorder.add(job, claimed=True, kept=True)
 
-    def is_kept(self, id: str) -> bool:
+    def is_held(self, id: str) -> bool:
         """Whether a job waits in this process, and was not cancelled."""
-        return id in self._kept
+        return id in self._held
 
     @contextmanager
-    def handing_over(self, job: LiveJob) -> Iterator[None]:
+    def transferring(self, job: JobState) -> Iterator[None]:
         """While the engine gets a job. Until it has it the job is ours, as nobody would have it if we died.
 
         A worker may be quicker than what is done after that, and takes the job over from us.
         """
-        is_kept = job.id in self._kept
-        if is_kept:
+        is_held = job.id in self._held
+        if is_held:
             self._recorder.release(job.id)  # first: what it is about to write would come after the worker's
         try:
             yield
         except BaseException:
-            if job.id in self._kept:  # it was not cancelled meanwhile
+            if job.id in self._held:  # it was not cancelled meanwhile
                 self._recorder.add(job, claimed=True, kept=True)
             raise
-        if is_kept or job.key is not None or self._options.track == "all":
+        if is_held or job.key is not None or self._options.track == "all":
             self._hand_over(job.record())
 
     def _hand_over(self, job: Job) -> None:
         entry = Entry(job=job, holder=self.engine or "")
         try:
-            there = self.store.take(entry, self.holder, new=False)
+            there = self.store.transfer(entry, self.holder, new=False)
             if there is not None and there.status is JobStatus.LOST and there.started_at is None:
                 # The store was not there for a while, but we were.
-                there = self.store.take(entry, self.holder, lost=True, new=False)
+                there = self.store.transfer(entry, self.holder, lost=True, new=False)
         except StoreUnavailable as error:
             logger.info("Job %s (%s) is in the queue, and its record still here: %s", job.name, job.id, error)
-            timer.after(_AGAIN, partial(weakly(self._hand_over_later), job))
+            timer.call_later(_AGAIN, partial(weak_callback(self._hand_over_later), job))
             return
-        self._kept.discard(job.id)
+        self._held.discard(job.id)
         if there is not None and there.status is JobStatus.CANCELLED:  # meanwhile
             self.discard(there)
 
     def _hand_over_later(self, job: Job) -> None:
-        self.later(lambda: self._hand_over(job))
+        self.in_background(lambda: self._hand_over(job))
 
     def refuse(self, id: str, error: Exception, name: str = "unknown") -> None:
         """A job that waits in the queue of an engine cannot be run.
 
         :param name: what it is called, for one that has no record yet.
         """
-        deadline = time.monotonic() + LEASE
+        deadline = time.monotonic() + LEASE_SECONDS
         while True:
-            job = self.store.get(id) or LiveJob(name, None, None, id=id).record()
+            job = self.store.get(id) or JobState(name, None, None, id=id).record()
             if job.status is not JobStatus.QUEUED or self.engine is None:
                 return
             failed = replace(job, status=JobStatus.FAILED, error=describe_error(error), ended_at=time.time())
-            outcome = self._seal().seal(id, PayloadKind.ERROR, self._packed_error(error))
-            there = self.store.take(Entry(job=failed, holder=self.engine, outcome=outcome), self.engine)
+            outcome = self._signer().seal(id, PayloadKind.ERROR, self._packed_error(error))
+            there = self.store.transfer(Entry(job=failed, holder=self.engine, outcome=outcome), self.engine)
             if there is None or time.monotonic() > deadline:
                 return
             time.sleep(_MOMENT)  # its sender is about to hand it over
@@ -335,11 +343,11 @@ class SharedLedger(Ledger):
         if self.engine is None or job.status is not JobStatus.QUEUED:
             return False
         cancelled = Entry(job=replace(job, status=JobStatus.CANCELLED, ended_at=time.time()), holder=self.engine)
-        if self.store.take(cancelled, self.engine) is not None:
-            runs_here = job.id in self._adopted or (self._recorder.tracks(job.id) and job.id not in self._kept)
-            if runs_here or self.store.take(cancelled, self.holder) is not None:
+        if self.store.transfer(cancelled, self.engine) is not None:
+            runs_here = job.id in self._acquired or (self._recorder.tracks(job.id) and job.id not in self._held)
+            if runs_here or self.store.transfer(cancelled, self.holder) is not None:
                 return False
-            self._kept.discard(job.id)
+            self._held.discard(job.id)
             self._recorder.forget(job.id)
         self.discard(cancelled.job)
         return True
@@ -349,30 +357,30 @@ class SharedLedger(Ledger):
         is_recorded = job.key is not None or self._options.track == "all"
         return is_recorded and job.status.ended and not self._recorder.tracks(job.id)
 
-    def stepped(self, job: LiveJob) -> None:
-        self._recorder.stepped(job)
+    def changed(self, job: JobState) -> None:
+        self._recorder.changed(job)
 
-    def reporter(self, job: LiveJob) -> Callable[[RunningJob], None] | None:
+    def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
         return self._recorder.report if self._recorder.tracks(job.id) else None
 
-    def returned(self, job: LiveJob, result: Any, packed: bytes | None) -> None:
+    def returned(self, job: JobState, result: Any, packed: bytes | None) -> None:
         if not self._recorder.tracks(job.id):
             return
         if packed is None:
-            packed = b"".join(pickled(result, f"The result of job {job.name}", "be kept in the store"))
+            packed = b"".join(pickle_or_explain(result, f"The result of job {job.name}", "be kept in the store"))
         limit = self._options.result_max_bytes
         if len(packed) > limit:
             raise ResultTooLarge(job.name, len(packed), limit, self._options.config_key("EXECUTOR_RESULT_MAX_BYTES"))
-        self._outcomes[job.id] = self._seal().seal(job.id, PayloadKind.RESULT, packed)
+        self._outcomes[job.id] = self._signer().seal(job.id, PayloadKind.RESULT, packed)
 
-    def ended(self, job: LiveJob, error: BaseException | None) -> None:
+    def ended(self, job: JobState, error: BaseException | None) -> None:
         self._memory.end(job)
-        self._adopted.discard(job.id)
+        self._acquired.discard(job.id)
         if self._recorder.tracks(job.id):
             outcome = self._outcomes.pop(job.id, None)
             try:
                 if error is not None:
-                    outcome = self._seal().seal(job.id, PayloadKind.ERROR, self._packed_error(error))
+                    outcome = self._signer().seal(job.id, PayloadKind.ERROR, self._packed_error(error))
             finally:
                 self._recorder.ended(job, outcome)
 
@@ -385,14 +393,14 @@ class SharedLedger(Ledger):
         what = f"a job's error has {len(packed)} bytes and {key} allows {limit}; it was: {describe_error(error)}"
         return pack_error(NotPicklable(what))
 
-    def _requested(self, request: StopRequest | StoredMessage) -> None:
+    def _on_request(self, request: StopRequest | StoredMessage) -> None:
         """Another process wants one of our jobs to be stopped, or to have a message."""
         if isinstance(request, StopRequest):
             self._requests.run(lambda: self._meet(request))
             return
         future = self._handles.get(request.id)
         if future is not None:
-            self._mail.run(lambda: self._hand_on(request, future))
+            self._mail.run(lambda: self._on_message(request, future))
 
     def _meet(self, request: StopRequest) -> None:
         future = self._handles.get(request.id)
@@ -402,9 +410,9 @@ class SharedLedger(Ledger):
         if job is not None and not job.status.ended and not self.cancel_queued(job) and not request.only_queued:
             self.store.ask_to_stop(request)  # the engine has it again, or has given it to somebody else
 
-    def _hand_on(self, letter: StoredMessage, future: FutureProxy[Any]) -> None:
+    def _on_message(self, stored: StoredMessage, future: FutureProxy[Any]) -> None:
         try:
-            message = open_letter(letter.id, letter.data, self._trusted(MESSAGE, letter.id))
+            message = unpack_message(stored.id, stored.data, self._verifying_signer(MESSAGE, stored.id))
             future.send(message.type, message.body)
         except ExecutorError as error:
             extra = {"job_id": future.job_id, "job_key": future.key}
@@ -433,7 +441,7 @@ class SharedLedger(Ledger):
         if sealed is None:
             return None, error_of(job)
         try:
-            kind, payload = self._trusted(OUTCOME, job.id).open(job.id, sealed)
+            kind, payload = self._verifying_signer(OUTCOME, job.id).open(job.id, sealed)
             if kind is PayloadKind.RESULT:
                 return unpack_result(payload, job.name), None
             return None, unpack_error(payload)
@@ -443,8 +451,8 @@ class SharedLedger(Ledger):
     def send(self, job: Job, message: JobMessage) -> bool:
         """Send a message to a job by way of the store; False when it has ended."""
         if self.engine is not None and job.status is JobStatus.QUEUED:  # perhaps nobody has written it yet
-            self.store.take(Entry(job=job, holder=self.engine), None)
-        return self.store.send(job.id, pack_letter(job, message, self._seal(MESSAGE)))
+            self.store.transfer(Entry(job=job, holder=self.engine), None)
+        return self.store.send(job.id, pack_message(job, message, self._signer(MESSAGE)))
 
     def follow(self, future: Followed) -> None:
         """Have a handle settled when its job has ended."""
@@ -458,23 +466,23 @@ class SharedLedger(Ledger):
         """Run code of the user's where it holds up nobody."""
         self._callbacks.run(fn)
 
-    def later(self, fn: Callable[[], object]) -> None:
+    def in_background(self, fn: Callable[[], object]) -> None:
         self._late.run(fn)
 
-    def _trusted(self, what: str, id: str) -> Sealer:
+    def _verifying_signer(self, what: str, id: str) -> PayloadSigner:
         """What checks that it is ours what the store has of a job.
 
         :raises UntrustedResult: when that cannot be told.
         """
-        sealer = self._seal(what)
-        if not (sealer.signs or self.store.private):
+        sealer = self._signer(what)
+        if not (sealer.signs or self.store.is_private):
             raise UntrustedResult(
                 f"Others can write to {self.store.where}, and without a SECRET_KEY nothing tells that the {what} of "
                 f"job {id} is not theirs. Set one."
             )
         return sealer
 
-    def _seal(self, what: str = OUTCOME) -> Sealer:
+    def _signer(self, what: str = OUTCOME) -> PayloadSigner:
         """What signs and checks results, or messages.
 
         :raises ConfigError: for a store that others can write to, in an app without a secret key.
@@ -482,14 +490,14 @@ class SharedLedger(Ledger):
         sealer = self._sealers.get(what)
         if sealer is None:
             keys = secret_keys(self._app())
-            if not keys and not self.store.private:
+            if not keys and not self.store.is_private:
                 raise ConfigError(
                     "SECRET_KEY",
                     None,
                     f"set, and the same in all processes: others can write to {self.store.where}, and what is "
                     "unpickled from there has to be signed",
                 )
-            sealer = self._sealers[what] = Sealer(keys, what)
+            sealer = self._sealers[what] = PayloadSigner(keys, what)
         return sealer
 
     # ---- life ----
@@ -506,14 +514,14 @@ class SharedLedger(Ledger):
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
         self._outcomes = {}
-        self._kept, self._adopted, self._adopting = set(), set(), threading.Lock()
+        self._held, self._acquired, self._adopting = set(), set(), threading.Lock()
         self._follower.after_fork()
-        self._make_parts()
-        for futures in (self.futures, self.hidden):
+        self._start_threads()
+        for futures in (self.futures, self.internal_futures):
             futures.after_fork()
             futures.clear()
 
-    def abandoned(self, job: LiveJob) -> None:
+    def abandoned(self, job: JobState) -> None:
         pass  # the store knows what becomes of it
 
     def give_up(self, timeout: float) -> None:

@@ -13,7 +13,7 @@ from itsdangerous import Signer
 from flask_executor.exceptions import NotPicklable, UntrustedResult
 from flask_executor.helpers import describe_error
 from flask_executor.jobs.model import Job, JobMessage
-from flask_executor.jobs.packing import Outcome, pickled
+from flask_executor.jobs.packing import Outcome, pickle_or_explain
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -35,7 +35,7 @@ _SIGNED, _UNSIGNED = b"S", b"U"
 _SIGNATURE = 43  # bytes, of SHA-256 in base 64 without padding
 
 
-class Sealer:
+class PayloadSigner:
     """Seals what came of a job under its id, so that it cannot be passed off as that of another.
 
     .. code-block:: text
@@ -94,16 +94,16 @@ def secret_keys(app: Flask | None) -> list[str | bytes]:
     return [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]
 
 
-def pack_letter(job: Job, message: JobMessage, sealer: Sealer) -> bytes:
+def pack_message(job: Job, message: JobMessage, sealer: PayloadSigner) -> bytes:
     """A message to this job as bytes.
 
     :raises NotPicklable: when it cannot be sent to another process.
     """
-    packed = pickled(message, f"The message for job {job.name}", "be sent to the process that has the job")
+    packed = pickle_or_explain(message, f"The message for job {job.name}", "be sent to the process that has the job")
     return sealer.seal(job.id, PayloadKind.MESSAGE, b"".join(packed))
 
 
-def open_letter(id: str, data: bytes, sealer: Sealer) -> JobMessage:
+def unpack_message(id: str, data: bytes, sealer: PayloadSigner) -> JobMessage:
     """The message to the job with this id.
 
     :raises UntrustedResult: when it was not signed with a key of ours.

@@ -22,12 +22,12 @@ from flask_executor.exceptions import (
 from flask_executor.futures import FutureProxy, checked_grace
 from flask_executor.jobs.call import JobChannel
 from flask_executor.jobs.model import Job, JobMessage, JobStatus, LogLine
-from flask_executor.stores.leases import BEAT
+from flask_executor.stores.leases import HEARTBEAT_SECONDS
 from flask_executor.tracking.watcher import Followed
 
 T = TypeVar("T")
 
-_GONE = 3 * BEAT  # seconds after which a process would have written again what the store has forgotten
+_GONE = 3 * HEARTBEAT_SECONDS  # seconds after which a process would have written again what the store has forgotten
 _PATIENCE = 2.0  # seconds that another process has for cancelling a job
 
 
@@ -70,7 +70,7 @@ class StoredFuture(FutureProxy[T]):
     # result of a job that has ended, in whichever thread is first.
 
     def __init__(self, record: Job, elsewhere: Elsewhere, *, is_written: bool = True) -> None:
-        self._seen = record
+        self._last_record = record
         self._is_written = is_written
         self._gone_since: float | None = None
         self._asked = False  # whether it was asked to stop with this handle; its process will note that too
@@ -79,19 +79,19 @@ class StoredFuture(FutureProxy[T]):
         self.called_back = False
         super().__init__(None, elsewhere.channel)  # type: ignore[arg-type]  # see _job
         self._elsewhere = elsewhere
-        self._waiters: list[Any] = _Waiters(partial(elsewhere.follow, self), self._give_up)
+        self._waiters: list[Any] = _Waiters(partial(elsewhere.follow, self), self._stop_watching_if_unused)
         self._state = PENDING if record.status is JobStatus.QUEUED else RUNNING
 
     @property
     def _job(self) -> Any:
         """Its record, as it stands now; the base looks there for whatever is asked."""
-        if not self._seen.status.ended:
-            job = self._elsewhere.store.get(self._seen.id)
+        if not self._last_record.status.ended:
+            job = self._elsewhere.store.get(self._last_record.id)
             if job is None:
                 self._check_gone()
             else:
-                self._seen, self._gone_since, self._is_written = job, None, True
-        return self._seen
+                self._last_record, self._gone_since, self._is_written = job, None, True
+        return self._last_record
 
     @_job.setter
     def _job(self, job: object) -> None:
@@ -104,20 +104,20 @@ class StoredFuture(FutureProxy[T]):
         if self._gone_since is None:
             self._gone_since = now
         is_late = self._is_written and now - self._gone_since > _GONE
-        if is_late or self._elsewhere.store.expired(self._seen.id):
-            raise ResultExpired(self._seen.id)
+        if is_late or self._elsewhere.store.expired(self._last_record.id):
+            raise ResultExpired(self._last_record.id)
 
     @property
     def job_id(self) -> str:
-        return self._seen.id
+        return self._last_record.id
 
     @property
     def key(self) -> Hashable | None:
-        return self._seen.key
+        return self._last_record.key
 
     @property
     def name(self) -> str:
-        return self._seen.name
+        return self._last_record.name
 
     @property
     def stop_requested(self) -> bool:
@@ -143,25 +143,25 @@ class StoredFuture(FutureProxy[T]):
         checked_grace(grace)
         if self.done():
             return False
-        if self._elsewhere.cancel_queued(self._seen):
+        if self._elsewhere.cancel_queued(self._last_record):
             return True
         self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
         self._asked = True
         if self.status is JobStatus.QUEUED:
-            self._elsewhere.cancel_queued(self._seen)  # its worker may just have given it back to the engine
+            self._elsewhere.cancel_queued(self._last_record)  # its worker may just have given it back to the engine
         return True
 
     def send(self, type: str, body: object = None) -> bool:
-        return not self.done() and self._elsewhere.send(self._seen, JobMessage(type, body))
+        return not self.done() and self._elsewhere.send(self._last_record, JobMessage(type, body))
 
     def cancel(self) -> bool:
         """Cancel the job if it has not started; waits for the answer of its process, 2 seconds at most."""
-        if self.status is JobStatus.QUEUED and not self._elsewhere.cancel_queued(self._seen):
+        if self.status is JobStatus.QUEUED and not self._elsewhere.cancel_queued(self._last_record):
             self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, only_queued=True))
             deadline = time.monotonic() + _PATIENCE
             while self.status is JobStatus.QUEUED and time.monotonic() < deadline:
                 time.sleep(0.01)
-                self._elsewhere.cancel_queued(self._seen)  # its worker may just be giving it back to the engine
+                self._elsewhere.cancel_queued(self._last_record)  # its worker may just be giving it back to the engine
         return self.status is JobStatus.CANCELLED
 
     def result(self, timeout: float | None = None) -> T:
@@ -180,7 +180,7 @@ class StoredFuture(FutureProxy[T]):
         with self._awaited():
             return (yield from super().__await__())
 
-    def _expect(self) -> None:
+    def _start_watching(self) -> None:
         """Somebody waits for it from now on."""
         if not super().done() and not self.settle():
             self._elsewhere.follow(self)
@@ -191,14 +191,14 @@ class StoredFuture(FutureProxy[T]):
         with self._condition:
             self._waiting += 1
         try:
-            self._expect()
+            self._start_watching()
             yield
         finally:
             with self._condition:
                 self._waiting -= 1
-            self._give_up()
+            self._stop_watching_if_unused()
 
-    def _give_up(self) -> None:
+    def _stop_watching_if_unused(self) -> None:
         """Somebody waits no more; perhaps nobody does."""
         with self._condition:  # whoever comes counts himself in under it, before he has it followed
             if not (self._waiting or self._waiters or self._done_callbacks):
@@ -215,7 +215,7 @@ class StoredFuture(FutureProxy[T]):
             if status is JobStatus.CANCELLED:
                 self._settle_cancelled()
                 return True
-            result, error = self._elsewhere.open(self._seen)
+            result, error = self._elsewhere.open(self._last_record)
         except ResultExpired as expired:
             error = expired
         with suppress(InvalidStateError):  # another thread was faster
@@ -235,9 +235,9 @@ class StoredFuture(FutureProxy[T]):
     @property
     def last_seen(self) -> Job:
         """Its record as it was read last."""
-        return self._seen
+        return self._last_record
 
-    def give_up(self) -> None:
+    def cancel_unaccepted(self) -> None:
         """The job was not accepted."""
         self._settle_cancelled()
         self._elsewhere.unfollow(self)

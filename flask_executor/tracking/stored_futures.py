@@ -19,13 +19,13 @@ from flask_executor.tracking.stored_future import StoredFuture
 _STATES = {JobStatus.QUEUED: PENDING, JobStatus.RUNNING: RUNNING, JobStatus.CANCELLED: CANCELLED}
 
 
-class SharedFutures(FutureCollection[FutureProxy[Any]]):
+class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
     """``executor.futures`` with a shared store: the handles of the jobs of all processes.
 
     The base holds those of this process, and what was added by hand, which stays in this process.
 
     :param handle: makes the handle of a job of which the store has this record.
-    :param is_ours: whether a key belongs here.
+    :param belongs: whether a key belongs here.
     """
 
     def __init__(
@@ -33,19 +33,19 @@ class SharedFutures(FutureCollection[FutureProxy[Any]]):
         max_length: int | None,
         store: JobStore,
         handle: Callable[[Job], FutureProxy[Any]],
-        is_ours: Callable[[Hashable], bool],
+        belongs: Callable[[Hashable], bool],
     ) -> None:
         super().__init__(max_length)
         self._store = store
         self._handle = handle
-        self._is_ours = is_ours
+        self._belongs = belongs
 
     def get(self, future_key: Hashable) -> FutureProxy[Any] | None:
         here = super().get(future_key)
         if here is not None and _is_by_hand(future_key, here):
             return here
         try:
-            job = self._store.held(future_key)
+            job = self._store.holding_key(future_key)
         except StoreUnavailable:
             if here is None:
                 raise
@@ -55,7 +55,7 @@ class SharedFutures(FutureCollection[FutureProxy[Any]]):
             here = None
         return self._handle(job) if here is None and job is not None else here
 
-    def keep(self, future_key: Hashable) -> None:
+    def pin(self, future_key: Hashable) -> None:
         """All stay as long as their records."""
 
     def hold(self, future_key: Hashable, future: FutureProxy[Any]) -> None:
@@ -90,10 +90,10 @@ class SharedFutures(FutureCollection[FutureProxy[Any]]):
         with self._lock:
             for key in list(self._futures):
                 super().pop(key)
-            self._left_unfinished.clear()
+            self._evicted_unfinished.clear()
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
-        stored = [key for key in self._store.keys(within) if self._is_ours(key)]
+        stored = [key for key in self._store.keys(within) if self._belongs(key)]
         by_hand = [key for key, future in list(self._futures.items()) if _is_by_hand(key, future)]
         return [*by_hand, *stored]
 
@@ -106,7 +106,7 @@ class SharedFutures(FutureCollection[FutureProxy[Any]]):
         return len(self.keys())
 
     def _has(self, future: StoredFuture[Any]) -> bool:
-        job = self._store.held(future.key)
+        job = self._store.holding_key(future.key)
         return job is not None and job.id == future.job_id
 
 

@@ -35,7 +35,7 @@ class Followed(Protocol):
         """In the child of a fork: those who wait are in the parent."""
 
 
-class Follower:
+class CompletionWatcher:
     """Settles handles when their jobs have ended.
 
     Those that came are looked at once, and then when the store says that something has changed about them: ten thousand
@@ -50,7 +50,7 @@ class Follower:
         self._changed = threading.Condition()  # a finalizer may come here in the middle
         self._futures: dict[str, list[Followed]] = {}  # by the ids of their jobs
         self._new: set[str] = set()  # ids of jobs that are to be looked at, and watched
-        self._turns: deque[str] = deque()  # ids of all jobs that are watched, and of some that were
+        self._scan_order: deque[str] = deque()  # ids of all jobs that are watched, and of some that were
         self._watch: Watch | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -138,7 +138,7 @@ class Follower:
             ids = set(self._futures) if new else set[str]()
         if new:
             watch.begin(ids)
-            self._turns.extend(new)
+            self._scan_order.extend(new)
             self._settle(new)
         changed = watch.wait(max(0.0, look - time.monotonic()))
         if time.monotonic() >= look:
@@ -153,17 +153,17 @@ class Follower:
     def _next_turn(self) -> Collection[str]:
         """Some of the jobs, others each time."""
         ids = set[str]()
-        for _ in range(min(_AT_ONCE, len(self._turns))):
-            id = self._turns.popleft()
+        for _ in range(min(_AT_ONCE, len(self._scan_order))):
+            id = self._scan_order.popleft()
             if id in self._futures and id not in ids:
                 ids.add(id)
-                self._turns.append(id)
+                self._scan_order.append(id)
         return ids
 
     def _look_at_all_again(self) -> None:
         with self._changed:
             self._new.update(self._futures)
-        self._turns.clear()
+        self._scan_order.clear()
 
     def _pause(self, seconds: float) -> None:
         with self._changed:

@@ -2,7 +2,7 @@
 
 One thread, so that no job waits for a disk or a network. **Who owns what:** everything below is changed under
 ``_changed``, which is never held while the store is asked. **Invariants:** a job is in ``_tracked`` from before it can
-start until its end is written. What is new about it is in ``_now`` or ``_later``, or in the hands of
+start until its end is written. What is new about it is in ``_urgent`` or ``_batched``, or in the hands of
 the thread, which puts it back when it cannot be written. So nothing is lost while the process lives.
 """
 
@@ -20,8 +20,8 @@ from flask_executor.exceptions import StoreUnavailable
 from flask_executor.helpers import describe_error
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.current import RunningJob
-from flask_executor.jobs.model import Job, JobStatus, LiveJob, LogLine
-from flask_executor.stores.leases import BEAT, this_holder
+from flask_executor.jobs.model import Job, JobState, JobStatus, LogLine
+from flask_executor.stores.leases import HEARTBEAT_SECONDS, new_holder_id
 
 _INTERVAL = 0.1  # seconds between two writes of a job's progress
 _BRIEF = 0.01  # seconds for which the start of a job is not written: many have ended by then
@@ -35,18 +35,18 @@ _MOST, _MOST_BYTES = 200, 32 << 20  # jobs and bytes that are written in one go
 class _Tracked:
     """A job, and what of it is written."""
 
-    __slots__ = ("ended", "is_kept", "job", "last", "outcome", "running")
+    __slots__ = ("ended", "is_held", "job", "last", "outcome", "running")
 
-    def __init__(self, job: LiveJob, *, is_kept: bool) -> None:
+    def __init__(self, job: JobState, *, is_held: bool) -> None:
         self.job = job
-        self.is_kept = is_kept  # written only if it is still this process's
+        self.is_held = is_held  # written only if it is still this process's
         self.ended = False  # whether it is known what came of it; its status may have changed a moment before
         self.outcome: bytes | None = None  # to be written
         self.last: LogLine | None = None  # written last
         self.running: RunningJob | None = None  # has something to report
 
 
-class Recorder:
+class StoreWriter:
     """The thread and what it has to do.
 
     :param requested: called, in the thread, with what others want of jobs of this process; must be quick.
@@ -54,21 +54,21 @@ class Recorder:
 
     def __init__(self, store: JobStore, requested: Callable[[StopRequest | StoredMessage], None]) -> None:
         #: This process, as it is known in the store.
-        self.holder = this_holder()
+        self.holder = new_holder_id()
         self._store = store
         self._requested = requested
         self._changed = threading.Condition()  # a finalizer may come here in the middle
         self._tracked: dict[str, _Tracked] = {}
-        self._now: dict[str, _Tracked] = {}
-        self._later: dict[str, _Tracked] = {}
-        self._soon = self._due = 0.0  # when _now and _later are due (all times monotonic)
+        self._urgent: dict[str, _Tracked] = {}
+        self._batched: dict[str, _Tracked] = {}
+        self._urgent_at = self._batch_at = 0.0  # when _now and _later are due (all times monotonic)
         self._written = 0.0  # when it was written last
         self._leased = 0.0  # until when there is a lease for others
         self._sleeps_until = 0.0  # when the thread wakes up by itself, if it sleeps
-        self._look = self._beat = 0.0  # when to look for requests, and to renew the lease
+        self._poll_at = self._renew_at = 0.0  # when to look for requests, and to renew the lease
         self._writing: set[int] = set()  # the threads that do
-        self._trouble: StoreUnavailable | None = None
-        self._retracted: set[str] = set()
+        self._outage: StoreUnavailable | None = None
+        self._to_remove: set[str] = set()
         self._received: list[StoredMessage] = []  # handed on, and perhaps still in the store; the thread's
         self._closing = False
         self._disposed = False  # whether nobody will use the store any more
@@ -77,39 +77,39 @@ class Recorder:
 
     # ---- any thread ----
 
-    def add(self, job: LiveJob, *, claimed: bool, kept: bool = False) -> None:
+    def add(self, job: JobState, *, claimed: bool, kept: bool = False) -> None:
         """Track a job until it has ended.
 
         :param claimed: whether its record is in the store already.
         :param kept: whether an engine is to have it, and perhaps has it already.
         """
-        tracked = _Tracked(job, is_kept=kept)
+        tracked = _Tracked(job, is_held=kept)
         with self._changed:
             if not self._tracked:
-                self._look = time.monotonic() + _LOOK
-                self._wake_up(self._look)
+                self._poll_at = time.monotonic() + _LOOK
+                self._wake_up(self._poll_at)
             self._tracked[job.id] = tracked
             if not claimed:
-                self._put_later(tracked)
+                self._put_batched(tracked)
             self._start()
 
     def ensure_lease(self) -> None:
         """Have a lease for something that is not tracked, for some seconds at least."""
         if time.monotonic() >= self._leased:
             held = self._store.renew(self.holder)
-            self._leased = time.monotonic() + BEAT
+            self._leased = time.monotonic() + HEARTBEAT_SECONDS
             self._look_after(held=held)
 
     def tracks(self, id: str) -> bool:
         """Whether the job with this id is tracked."""
         return id in self._tracked
 
-    def stepped(self, job: LiveJob) -> None:
+    def changed(self, job: JobState) -> None:
         """The job has started, or waits for its next attempt."""
         tracked = self._tracked.get(job.id)
         if tracked is not None:
             with self._changed:
-                self._put_later(tracked)
+                self._put_batched(tracked)
 
     def report(self, running: RunningJob) -> None:
         """A job that runs here has something new to report; called again when that was read."""
@@ -117,24 +117,24 @@ class Recorder:
         if tracked is not None:
             with self._changed:
                 tracked.running = running
-                self._put_later(tracked)
+                self._put_batched(tracked)
 
-    def ended(self, job: LiveJob, outcome: bytes | None) -> None:
+    def ended(self, job: JobState, outcome: bytes | None) -> None:
         """The job has ended, and this came of it."""
         tracked = self._tracked.get(job.id)
         if tracked is not None:
             with self._changed:
                 tracked.outcome, tracked.ended = outcome, True
-                self._later.pop(job.id, None)
-                if not self._now:
-                    self._soon = time.monotonic() + _TOGETHER
-                    self._wake_up(self._soon)
-                self._now[job.id] = tracked
+                self._batched.pop(job.id, None)
+                if not self._urgent:
+                    self._urgent_at = time.monotonic() + _TOGETHER
+                    self._wake_up(self._urgent_at)
+                self._urgent[job.id] = tracked
 
     def forget(self, id: str) -> None:
         """The job was not accepted: do not write any more of it."""
         with self._changed:
-            for where in (self._tracked, self._now, self._later):
+            for where in (self._tracked, self._urgent, self._batched):
                 where.pop(id, None)
 
     def release(self, id: str) -> list[LogLine]:
@@ -146,10 +146,10 @@ class Recorder:
             self.forget(id)
             return [] if tracked is None else tracked.job.log_after(tracked.last)
 
-    def retract(self, id: str) -> None:
+    def remove_when_possible(self, id: str) -> None:
         """It is not known whether the store has taken this job, which was not accepted: have it removed."""
         with self._changed:
-            self._retracted.add(id)
+            self._to_remove.add(id)
             self._changed.notify_all()
             with suppress(RuntimeError):  # no more threads; whoever starts it for the next job does this too
                 self._start()
@@ -157,18 +157,18 @@ class Recorder:
     def flush(self, timeout: float | None) -> bool:
         """Have all written that is new; whether that was done within so many seconds."""
         with self._changed:
-            self._now.update(self._later)
-            self._later.clear()
-            self._soon = 0.0
+            self._urgent.update(self._batched)
+            self._batched.clear()
+            self._urgent_at = 0.0
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: not (self._now or self._later or self._writing), timeout)
+            return self._changed.wait_for(lambda: not (self._urgent or self._batched or self._writing), timeout)
 
     def finish(self, id: str) -> None:
         """Have the end of a job written, by the thread that calls this, which cannot go on before."""
         with self._changed:
             while self._writing:  # perhaps how the job stood before, which must not come after its end
                 self._changed.wait(_MOMENT)
-            tracked = self._now.pop(id, None)
+            tracked = self._urgent.pop(id, None)
             if tracked is not None:
                 self._writing.add(threading.get_ident())
         if tracked is not None:
@@ -183,7 +183,7 @@ class Recorder:
     def give_up(self, timeout: float) -> None:
         """The process ends: what has not ended by now is lost; have that written, if it takes no longer than this."""
         with self._changed:
-            self._now.update(self._tracked)
+            self._urgent.update(self._tracked)
             self._closing = True
             self._cut_off = True
             left = bool(self._tracked)
@@ -213,13 +213,13 @@ class Recorder:
 
     # ---- under _changed ----
 
-    def _put_later(self, tracked: _Tracked) -> None:
-        if tracked.job.id in self._now:
+    def _put_batched(self, tracked: _Tracked) -> None:
+        if tracked.job.id in self._urgent:
             return
-        if not self._later:
-            self._due = max(time.monotonic() + _BRIEF, self._written + _INTERVAL)
-            self._wake_up(self._due)
-        self._later[tracked.job.id] = tracked
+        if not self._batched:
+            self._batch_at = max(time.monotonic() + _BRIEF, self._written + _INTERVAL)
+            self._wake_up(self._batch_at)
+        self._batched[tracked.job.id] = tracked
 
     def _wake_up(self, due: float) -> None:
         """Something is to be done then. Often the thread is up by then anyway, and to wake it for each job costs."""
@@ -236,30 +236,30 @@ class Recorder:
     def _patience(self) -> float | None:
         """Seconds until there is something to do; None for nothing."""
         now = time.monotonic()
-        if self._trouble is not None:
-            return max(0.0, self._look - now)
-        times = [self._due] if self._later else []
-        times += [0.0] if self._retracted else []
-        times += [self._soon] if self._now else []
+        if self._outage is not None:
+            return max(0.0, self._poll_at - now)
+        times = [self._batch_at] if self._batched else []
+        times += [0.0] if self._to_remove else []
+        times += [self._urgent_at] if self._urgent else []
         if self._tracked:
-            times += [self._look, self._beat]
+            times += [self._poll_at, self._renew_at]
         return max(0.0, min(times) - now) if times else None
 
     def _take(self) -> list[_Tracked]:
         """What is to be written, and is in the hands of the thread from now on."""
         now = time.monotonic()
-        if self._later and now >= self._due:
-            self._now.update(self._later)
-            self._later.clear()
+        if self._batched and now >= self._batch_at:
+            self._urgent.update(self._batched)
+            self._batched.clear()
             self._written = now
         taken: list[_Tracked] = []
         size = 0
-        for tracked in list(self._now.values()):
+        for tracked in list(self._urgent.values()):
             size += len(tracked.outcome or b"")
             if taken and (len(taken) == _MOST or size > _MOST_BYTES):
                 break
             taken.append(tracked)
-            del self._now[tracked.job.id]
+            del self._urgent[tracked.job.id]
         if taken:
             self._writing.add(threading.get_ident())
         return taken
@@ -275,7 +275,7 @@ class Recorder:
             except StoreUnavailable as error:
                 self._put_back(taken, error)
             except Exception as error:  # nothing that is known; what jobs do must be written all the same
-                if self._trouble is None:
+                if self._outage is None:
                     logger.exception("The recorder of jobs failed, and tries again.")
                 self._put_back(taken, StoreUnavailable("", describe_error(error)))
             del taken
@@ -292,7 +292,7 @@ class Recorder:
                 if is_over:
                     self._thread = None
                 else:
-                    self._beat = 0.0  # something has come meanwhile, and our lease is gone
+                    self._renew_at = 0.0  # something has come meanwhile, and our lease is gone
             if is_over:
                 if is_last:
                     self._store.close()
@@ -311,22 +311,22 @@ class Recorder:
             return False
 
     def _has_all(self) -> bool:
-        return self._closing and not self._tracked and (self._trouble is not None or not self._retracted)
+        return self._closing and not self._tracked and (self._outage is not None or not self._to_remove)
 
     def _work(self, taken: list[_Tracked]) -> None:
         """Do what is due."""
         now = time.monotonic()
-        beats = now >= self._beat or self._trouble is not None
+        beats = now >= self._renew_at or self._outage is not None
         held = not beats or self._store.renew(self.holder)  # first: a job of a holder without a lease counts as lost
         self._write(taken)
-        for id in list(self._retracted):
+        for id in list(self._to_remove):
             self._store.remove(id)
-            self._retracted.discard(id)
-        if now >= self._look:
-            self._look = now + _LOOK
+            self._to_remove.discard(id)
+        if now >= self._poll_at:
+            self._poll_at = now + _LOOK
             self._look_for_requests()
         if beats:
-            self._beat = now + BEAT
+            self._renew_at = now + HEARTBEAT_SECONDS
             self._is_well(held=held)
             self._store.sweep()
 
@@ -340,28 +340,28 @@ class Recorder:
                 self._received.append(request)
                 self._requested(request)
         if self._received:
-            self._look = 0.0  # there may be more
+            self._poll_at = 0.0  # there may be more
             self._confirm()
 
     def _confirm(self) -> None:
         """Have messages leave the store that were handed on."""
         if self._received:
-            self._store.received(self.holder, self._received)
+            self._store.acknowledge(self.holder, self._received)
             self._received = []
 
     def _write(self, taken: list[_Tracked]) -> None:
         pairs = [(tracked, self._entry(tracked)) for tracked in taken if self._is_settled(tracked)]
         for tracked, entry in pairs:
-            if tracked.is_kept:
-                self._store.take(entry, self.holder, lost=True, new=False)
-        self._write_all([entry for tracked, entry in pairs if not tracked.is_kept])
+            if tracked.is_held:
+                self._store.transfer(entry, self.holder, lost=True, new=False)
+        self._write_all([entry for tracked, entry in pairs if not tracked.is_held])
         with self._changed:
             self._writing.discard(threading.get_ident())
             for tracked, entry in pairs:
                 tracked.last = entry.log[-1] if entry.log else tracked.last
-                if entry.job.status.ended and entry.job.id not in self._now:
+                if entry.job.status.ended and entry.job.id not in self._urgent:
                     self._tracked.pop(entry.job.id, None)
-            if not self._now and not self._later:
+            if not self._urgent and not self._batched:
                 self._changed.notify_all()
 
     def _write_all(self, entries: list[Entry]) -> None:
@@ -395,7 +395,7 @@ class Recorder:
 
     def _entry(self, tracked: _Tracked) -> Entry:
         if tracked.running is not None:
-            tracked.running.reported = False  # first: what comes from here on is told again
+            tracked.running.report_pending = False  # first: what comes from here on is told again
         ended = tracked.ended
         job = tracked.job.record()
         if job.status.ended and not (ended or self._cut_off):  # just now
@@ -410,15 +410,15 @@ class Recorder:
             self._writing.discard(threading.get_ident())
             for tracked in taken:
                 if tracked.job.id in self._tracked:
-                    self._now.setdefault(tracked.job.id, tracked)
-            first, self._trouble = self._trouble is None, error
-            self._look = time.monotonic() + _AGAIN
+                    self._urgent.setdefault(tracked.job.id, tracked)
+            first, self._outage = self._outage is None, error
+            self._poll_at = time.monotonic() + _AGAIN
         if first and error.where:
             logger.warning("%s. Jobs go on, and what they do is written when it is back.", error)
 
     def _is_well(self, *, held: bool) -> None:
         with self._changed:
-            was, self._trouble = self._trouble, None
+            was, self._outage = self._outage, None
         self._look_after(held=held)
         if was is not None and was.where:
             logger.warning("The job store %s is back.", was.where)
@@ -426,11 +426,11 @@ class Recorder:
     def _look_after(self, *, held: bool) -> None:
         if not held:  # others may have written that our jobs are lost; or the store has forgotten them
             with self._changed:
-                self._now.update(self._tracked)
+                self._urgent.update(self._tracked)
 
     def _leave(self) -> None:
         try:
-            self._store.leave(self.holder)
+            self._store.drop_lease(self.holder)
         except StoreUnavailable as error:  # the lease runs out by itself
             logger.info("%s", error)
 

@@ -28,18 +28,18 @@ from flask_executor.exceptions import (
 )
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
-from flask_executor.jobs.model import OURS, Job, JobStatus
+from flask_executor.jobs.model import RESERVED_PREFIX, Job, JobStatus
 from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
 from flask_executor.web.body import read_form, read_object
 from flask_executor.web.listing import Query, list_page
-from flask_executor.web.negotiation import HTML, document_answer, live_answer, wanted
+from flask_executor.web.negotiation import HTML, document_answer, status_response, wanted
 from flask_executor.web.openapi import document as openapi_document
 from flask_executor.web.overview import overview
 from flask_executor.web.pages import Jobs, jobs_of, register_controller, render_job_page, translator, url_within
 from flask_executor.web.problems import nothing, problem, refuse, store_or_problem
-from flask_executor.web.same_origin import refuse_from_elsewhere
-from flask_executor.web.status import describe_line
-from flask_executor.web.tokens import SHOW, Permit, check_permit
+from flask_executor.web.same_origin import require_same_origin
+from flask_executor.web.status import log_document
+from flask_executor.web.tokens import SHOW, JobToken, check_token
 
 if TYPE_CHECKING:
     from flask_executor.executor import Executor, ExecutorJob
@@ -49,8 +49,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Decides whether the current request may do this with a job: ``authorize("stop", job)``.
 Authorize = Callable[[str, "Job | None"], object]
 
-_RUN = f"{OURS}run"  # what the keys of jobs begin with that were started here, so that their handles are held
-_STARTED = f"{OURS}started_with"  # in the meta of a job: what it was started as, to be started again
+_RUN = (
+    f"{RESERVED_PREFIX}run"  # what the keys of jobs begin with that were started here, so that their handles are held
+)
+_STARTED = f"{RESERVED_PREFIX}started_with"  # in the meta of a job: what it was started as, to be started again
 _ACTIONS = ("status", "result", "log", "stop", "retry")  # with one job
 _SESSION = "_flask_executor_owner"
 _OF_SESSION = "session:"  # what an owner begins with whom only the session knows
@@ -201,12 +203,12 @@ class Controller(Blueprint):
 
     def check_origin(self) -> None:
         """Leave the view if a page of another site has made this request; to be overridden to allow some."""
-        refuse_from_elsewhere(request)
+        require_same_origin(request)
 
-    def _permit(self) -> Permit | None:
+    def _permit(self) -> JobToken | None:
         """What the url permits, whoever has it: to see one job."""
         token = request.args.get("permit")
-        permit = None if token is None else check_permit(current_app, SHOW, token)
+        permit = None if token is None else check_token(current_app, SHOW, token)
         return permit if permit is not None and permit.executor == self.executor.name else None
 
     # ---- starting ----
@@ -335,7 +337,7 @@ class Controller(Blueprint):
         """``GET /<id>``: how a job stands, as a document, or as a page."""
         job = self.find("status", id)
         if wanted(request) != HTML:
-            return live_answer(request, self._reader(job), self.jobs.places)
+            return status_response(request, self._reader(job), self.jobs.places)
         page = render_job_page(self.jobs, self.describer(job)(job), turn=False, action=self._url("job", id=id))
         answer = Response(page, mimetype=HTML)
         answer.headers["Cache-Control"] = "no-store"
@@ -345,7 +347,7 @@ class Controller(Blueprint):
     def events(self, id: str) -> WSGIResponse:
         """``GET /<id>/events``: the same as it goes on, as server-sent events."""
         job = self.find("status", id)
-        return live_answer(request, self._reader(job), self.jobs.places, as_events=True)
+        return status_response(request, self._reader(job), self.jobs.places, as_events=True)
 
     def _reader(self, job: Job) -> Callable[[], Mapping[str, Any] | None]:
         """Reads the status document, also when the request is over."""
@@ -406,7 +408,7 @@ class Controller(Blueprint):
         """``GET /<id>/log``: the last lines that it has logged."""
         job = self.find("log", id)
         with_errors = self.jobs.with_errors or _allows(self._authorizes, "log", job)
-        lines = [describe_line(line, with_error=with_errors) for line in self.executor.jobs.log(id)]
+        lines = [log_document(line, with_error=with_errors) for line in self.executor.jobs.log(id)]
         return _as_json({"lines": lines})
 
     # ---- all jobs ----
@@ -446,7 +448,7 @@ class Controller(Blueprint):
         """``GET /overview``: counts, durations and workers, for the dashboard."""
         self.require("dashboard")
         health = self.executor.health()
-        return _as_json(overview(self.executor.jobs, health, self.jobs.crew()))
+        return _as_json(overview(self.executor.jobs, health, self.jobs.worker_states()))
 
     def health(self) -> WSGIResponse:
         """``GET /health``: 200 while jobs are accepted and the store answers, else 503."""

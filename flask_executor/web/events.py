@@ -26,7 +26,7 @@ _SHORTEST, _LONGEST = 0.05, 0.25  # seconds between two looks at a job
 _PLACES = 8  # where it cannot be told how many threads the server has
 
 
-class Places:
+class WaitSlots:
     """The places of a process for requests that wait.
 
     :param limit: how many; None for a quarter of the server's threads, or 8 where their number cannot be told.
@@ -37,7 +37,7 @@ class Places:
         self._lock = threading.Lock()
         self._taken = 0
 
-    def take(self, *, multithreaded: bool) -> Place | None:
+    def take(self, *, multithreaded: bool) -> WaitSlot | None:
         """A place, to be given back; None when there is none.
 
         :param multithreaded: whether the server handles several requests of this process at the same time. Where it
@@ -45,19 +45,19 @@ class Places:
         """
         if not multithreaded:
             return None
-        limit = max(1, threads_like_this() // 4) if self._limit is None else self._limit
+        limit = max(1, guess_server_threads() // 4) if self._limit is None else self._limit
         with self._lock:
             if self._taken >= limit:
                 return None
             self._taken += 1
-        return Place(self._give_back)
+        return WaitSlot(self._give_back)
 
     def _give_back(self) -> None:
         with self._lock:
             self._taken -= 1
 
 
-class Place:
+class WaitSlot:
     """A place that was taken. :meth:`give_back` may be called any number of times, from any thread."""
 
     def __init__(self, give_back: Callable[[], None]) -> None:
@@ -74,7 +74,7 @@ class Place:
     __del__ = give_back  # an answer that was thrown away is never closed
 
 
-def threads_like_this() -> int:
+def guess_server_threads() -> int:
     """How many threads the server has in the pool of this one.
 
     Servers say nowhere how many there are, but number them: ``waitress-3``, ``ThreadPoolExecutor-0_3``. A pool that

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flask_executor.abc import JobRecords
 from flask_executor.jobs.model import Job, JobStatus
-from flask_executor.web.status import describe_key
+from flask_executor.web.status import key_text
 
 MOST_LISTED = 200  # jobs on a page
 _MOST_SEARCHED = 20_000  # newest jobs that are looked through
@@ -58,7 +58,7 @@ class Query:
 
     def matches(self, job: Job) -> bool:
         """Whether a job is meant, among those of this status, name and owner."""
-        key = describe_key(job.key)
+        key = key_text(job.key)
         if self.key is not None and key != self.key:
             return False
         if self.text is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flask import Request, Response
 
-from flask_executor.web.events import Places, Read, events, hold
+from flask_executor.web.events import Read, WaitSlots, events, hold
 from flask_executor.web.problems import nothing, problem
 from flask_executor.web.status import version
 
@@ -39,7 +39,7 @@ def is_multithreaded(request: Request) -> bool:
     return bool(request.environ.get("wsgi.multithread"))
 
 
-def live_answer(request: Request, read: Read, places: Places, *, as_events: bool = False) -> Response:
+def status_response(request: Request, read: Read, places: WaitSlots, *, as_events: bool = False) -> Response:
     """The status document, or a stream of them: what the client asks for, and there is room for.
 
     :param read: reads the document, also when the request is over.
@@ -78,7 +78,7 @@ def _takes(request: Request, mimetype: str) -> bool:
     return not request.accept_mimetypes or bool(request.accept_mimetypes[mimetype])
 
 
-def _held(request: Request, read: Read, places: Places) -> tuple[Mapping[str, Any] | None, bool]:
+def _held(request: Request, read: Read, places: WaitSlots) -> tuple[Mapping[str, Any] | None, bool]:
     """The document, when there is news or the time is over that the client would wait; whether it was waited."""
     seconds = preferred_wait(request)
     place = places.take(multithreaded=is_multithreaded(request)) if seconds and request.method == "GET" else None

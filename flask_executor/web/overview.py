@@ -11,7 +11,7 @@ from typing import Any
 
 from flask_executor.abc import Health, JobRecords, WorkerState
 from flask_executor.jobs.model import Job, JobStatus
-from flask_executor.web.status import describe_job, elapsed_seconds
+from flask_executor.web.status import elapsed_seconds, job_document
 
 _SAMPLE = 1000  # newest jobs that are counted
 _RECENT = 60  # of those that have ended, in the chart
@@ -69,7 +69,7 @@ def _quantile(ascending: Sequence[float], share: float) -> float:
 
 
 def _moment(job: Job) -> dict[str, Any]:
-    document = describe_job(job)
+    document = job_document(job)
     seconds = round(elapsed_seconds(job) or 0.0, 3)
     return {**{name: document[name] for name in ("id", "name", "status", "ended_at")}, "seconds": seconds}
 

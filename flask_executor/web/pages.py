@@ -14,11 +14,11 @@ from flask_executor.abc import JobRecords, WorkerState
 from flask_executor.futures import FutureProxy
 from flask_executor.jobs.model import Job
 from flask_executor.web.body import read_form
-from flask_executor.web.events import Places
-from flask_executor.web.negotiation import HTML, live_answer, seconds_between_polls, wanted
+from flask_executor.web.events import WaitSlots
+from flask_executor.web.negotiation import HTML, seconds_between_polls, status_response, wanted
 from flask_executor.web.problems import nothing, refuse, store_or_problem
-from flask_executor.web.same_origin import refuse_from_elsewhere
-from flask_executor.web.tokens import ACT, FOLLOW, Permit, check_permit, sign_permit
+from flask_executor.web.same_origin import require_same_origin
+from flask_executor.web.tokens import ACT, FOLLOW, JobToken, check_token, sign_permit
 
 _NAME = "flask_executor"
 _QUERY = "%/?:@!$&'()*+,;=~"  # what stays as it is in a query, which was encoded already
@@ -41,7 +41,7 @@ class Jobs(Protocol):
     def stop_job(self, id: str) -> bool | None:
         """Ask this job to stop; False when it has ended, None when there is none."""
 
-    def make_way(self, id: str) -> bool | None:
+    def release_failed_key(self, id: str) -> bool | None:
         """Free the key of a job that has failed; None when there is none."""
 
     def document(self, id: str) -> Mapping[str, Any] | None:
@@ -53,7 +53,7 @@ class Jobs(Protocol):
     def handle(self, id: str) -> FutureProxy[Any] | None:
         """The handle of a job, if it is kept somewhere."""
 
-    def crew(self) -> Sequence[WorkerState]:
+    def worker_states(self) -> Sequence[WorkerState]:
         """The workers of this process."""
 
     @property
@@ -65,7 +65,7 @@ class Jobs(Protocol):
         """Url of an image to show while a job runs."""
 
     @property
-    def places(self) -> Places:
+    def places(self) -> WaitSlots:
         """Those of this process for requests that wait."""
 
 
@@ -97,11 +97,11 @@ def _has_begun(app: Flask) -> bool:
 
 def act() -> WSGIResponse:
     """Do what a button of a page says, and go back to the page."""
-    refuse_from_elsewhere(request)
+    require_same_origin(request)
     form = read_form(request)
     permit, jobs = _permitted(ACT, form.get("token", ""))
     action = form.get("action", "")
-    do = {"stop": jobs.stop_job, "retry": jobs.make_way}.get(action)
+    do = {"stop": jobs.stop_job, "retry": jobs.release_failed_key}.get(action)
     if do is None:
         refuse(400, "The action is missing: it must be 'stop' or 'retry'.")
     with store_or_problem():
@@ -117,7 +117,7 @@ def live(token: str) -> WSGIResponse:
     """How the job stands that a page shows."""
     permit, jobs = _permitted(FOLLOW, token)
     with store_or_problem():
-        return live_answer(request, lambda: jobs.document(permit.id), jobs.places)
+        return status_response(request, lambda: jobs.document(permit.id), jobs.places)
 
 
 def _permit_job(endpoint: str, values: dict[str, Any]) -> None:
@@ -136,13 +136,13 @@ def _permit_job(endpoint: str, values: dict[str, Any]) -> None:
     executors: Mapping[str, Jobs] = current_app.extensions[_JOBS]
     for name, jobs in executors.items():
         if len(executors) == 1 or jobs.document(id) is not None:
-            values["token"] = sign_permit(current_app, FOLLOW, Permit(executor=name, id=id))
+            values["token"] = sign_permit(current_app, FOLLOW, JobToken(executor=name, id=id))
             return
     raise RuntimeError(f"job {id} cannot be followed: no executor of this app knows it")
 
 
-def _permitted(what: str, token: str) -> tuple[Permit, Jobs]:
-    permit = check_permit(current_app, what, token)
+def _permitted(what: str, token: str) -> tuple[JobToken, Jobs]:
+    permit = check_token(current_app, what, token)
     jobs = None if permit is None else current_app.extensions[_JOBS].get(permit.executor)
     if permit is None or jobs is None:
         refuse(
@@ -166,7 +166,7 @@ def render_job_page(jobs: Jobs, document: Mapping[str, Any], *, turn: bool, acti
             "before init_app(app) was called: call it earlier, where the app is made."
         )
     page = _path_of(request)
-    permit = Permit(executor=jobs.name, id=document["id"], page=page)
+    permit = JobToken(executor=jobs.name, id=document["id"], page=page)
     return render_template(
         "flask_executor/waiting.html",
         job=document,

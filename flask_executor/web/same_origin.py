@@ -26,7 +26,7 @@ def is_from_elsewhere(request: Request) -> bool:
         return True
 
 
-def refuse_from_elsewhere(request: Request) -> None:
+def require_same_origin(request: Request) -> None:
     """Leave the view, if it is so.
 
     :raises HTTPException: the 403.

@@ -11,8 +11,8 @@ from datetime import datetime, timezone
 from typing import Any
 
 from flask_executor.helpers import safe_repr
-from flask_executor.jobs.model import OURS, Job, JobStatus, LogLine
-from flask_executor.stores.codec import clean, is_ours, plain
+from flask_executor.jobs.model import RESERVED_PREFIX, Job, JobStatus, LogLine
+from flask_executor.stores.codec import is_internal_key, jsonable, replace_surrogates
 
 # What an app has written into its message by itself, as with traceback.format_exc(). Of exceptions in a chain one that
 # was never raised has no traceback, and comes before the others.
@@ -21,7 +21,7 @@ _CHAIN = re.compile(r"\n(?:The above exception was the direct cause|During handl
 _CHANGES_BY_ITSELF = ("elapsed", "remaining")
 
 
-def describe_job(job: Job, *, with_error: bool = False, links: Mapping[str, str] | None = None) -> dict[str, Any]:
+def job_document(job: Job, *, with_error: bool = False, links: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The status document of a job.
 
     Times are RFC 3339, durations seconds.
@@ -32,13 +32,13 @@ def describe_job(job: Job, *, with_error: bool = False, links: Mapping[str, str]
     elapsed = elapsed_seconds(job)
     document: dict[str, Any] = {
         "id": job.id,
-        "name": clean(job.name),
-        "key": describe_key(job.key),
+        "name": replace_surrogates(job.name),
+        "key": key_text(job.key),
         "status": job.status.value,
         "ended": job.status.ended,
         "progress": job.progress,
-        "message": clean(job.message),
-        "meta": {name: plain(value) for name, value in job.meta.items() if not name.startswith(OURS)},
+        "message": replace_surrogates(job.message),
+        "meta": {name: jsonable(value) for name, value in job.meta.items() if not name.startswith(RESERVED_PREFIX)},
         "attempt": job.attempt,
         "stop_requested": job.stop_requested,
         "queued_at": _timestamp(job.queued_at),
@@ -46,25 +46,25 @@ def describe_job(job: Job, *, with_error: bool = False, links: Mapping[str, str]
         "ended_at": _timestamp(job.ended_at),
         "elapsed": None if elapsed is None else round(elapsed, 1),
         "remaining": _remaining(job, elapsed),
-        "error": clean(job.error) if with_error else None,
+        "error": replace_surrogates(job.error) if with_error else None,
     }
     return document if links is None else {**document, "links": dict(links)}
 
 
-def describe_key(key: Hashable | None) -> str | None:
+def key_text(key: Hashable | None) -> str | None:
     """A key as people may see it; None for one that is none of theirs."""
-    if key is None or is_ours(key):
+    if key is None or is_internal_key(key):
         return None
-    return clean(key if isinstance(key, str) else safe_repr(key))
+    return replace_surrogates(key if isinstance(key, str) else safe_repr(key))
 
 
-def describe_line(line: LogLine, *, with_error: bool = False) -> dict[str, str | None]:
+def log_document(line: LogLine, *, with_error: bool = False) -> dict[str, str | None]:
     """A line of a job's log.
 
     :param with_error: whether with exceptions and tracebacks, where it has some.
     """
     text = line.full_text if with_error else _without_trace(line.text)
-    return {"time": _timestamp(line.time), "level": line.level, "logger": line.logger, "text": clean(text)}
+    return {"time": _timestamp(line.time), "level": line.level, "logger": line.logger, "text": replace_surrogates(text)}
 
 
 def _without_trace(text: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from flask import Flask
 from itsdangerous import BadData, URLSafeTimedSerializer
 
-from flask_executor.helpers import is_one_of_many
+from flask_executor.helpers import is_multiprocess_request
 from flask_executor.helpers.log import logger
 
 #: What a permit is for: a bar that follows a job; the job's page and its result; the buttons of a page.
@@ -22,7 +22,7 @@ _MADE_UP = "flask_executor_permit_key"  # in app.extensions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Permit:
+class JobToken:
     """To do something with one job."""
 
     #: The name of the executor that has the job.
@@ -33,18 +33,18 @@ class Permit:
     page: str = ""
 
 
-def sign_permit(app: Flask, what: str, permit: Permit) -> str:
+def sign_permit(app: Flask, what: str, permit: JobToken) -> str:
     """The permit as a token, for what it is: FOLLOW, SHOW or ACT."""
     return _serializer(app, what).dumps([permit.executor, permit.id, permit.page])
 
 
-def check_permit(app: Flask, what: str, token: str) -> Permit | None:
+def check_token(app: Flask, what: str, token: str) -> JobToken | None:
     """The permit for this that a token is; None when it is none of ours, or too old."""
     try:
         executor, id, page = _serializer(app, what).loads(token, max_age=_LIFE[what])
     except BadData:
         return None
-    return Permit(executor=executor, id=id, page=page)
+    return JobToken(executor=executor, id=id, page=page)
 
 
 def _serializer(app: Flask, what: str) -> URLSafeTimedSerializer:
@@ -55,7 +55,7 @@ def _serializer(app: Flask, what: str) -> URLSafeTimedSerializer:
 
 def _make_up(app: Flask) -> bytes:
     """A key of this process, which does where it is the only one."""
-    if is_one_of_many():
+    if is_multiprocess_request():
         logger.warning(
             "This server has several processes and the app no SECRET_KEY: what a page of one process may do, another "
             "refuses (403). Set SECRET_KEY to the same random value in all of them."

@@ -19,13 +19,13 @@ from flask_executor.web.negotiation import (
     HTML,
     document_answer,
     is_multithreaded,
-    live_answer,
     preferred_wait,
+    status_response,
     wanted,
 )
 from flask_executor.web.pages import Jobs, controller_name, job_owner, render_job_page, url_within
 from flask_executor.web.problems import store_or_problem
-from flask_executor.web.tokens import SHOW, Permit, sign_permit
+from flask_executor.web.tokens import SHOW, JobToken, sign_permit
 
 T = TypeVar("T")
 R = TypeVar("R", bound=WSGIResponse)
@@ -44,7 +44,7 @@ def require_request() -> None:
 
 
 @contextmanager
-def store_at_hand() -> Iterator[None]:
+def store_errors_as_503() -> Iterator[None]:
     """Where the jobs cannot be reached, tell those who can ask again; what browsers see is the app's to say.
 
     :raises HTTPException: the 503.
@@ -53,7 +53,7 @@ def store_at_hand() -> Iterator[None]:
         yield
 
 
-def starts_anew() -> bool:
+def is_retry_request() -> bool:
     """Whether the request asks for a new start of what has failed: a POST does, loading a page again does not."""
     return request.method not in ("GET", "HEAD")
 
@@ -65,7 +65,7 @@ def result_or_answer(jobs: Jobs, future: FutureProxy[T]) -> T:
 
     :raises HTTPException: the answer. It has no code, so that no error handler of the app takes it for an error.
     """
-    if wanted(request) in (DOCUMENT, EVENTS) and not starts_anew():
+    if wanted(request) in (DOCUMENT, EVENTS) and not is_retry_request():
         if _is_for_a_later_one(jobs, future):
             return future.result()
         abort(_report(jobs, future))
@@ -99,15 +99,15 @@ def _report(jobs: Jobs, future: FutureProxy[Any]) -> Response:
     def read() -> Mapping[str, Any] | None:
         return jobs.document(id)
 
-    return _unstored(live_answer(request, read, jobs.places))
+    return _unstored(status_response(request, read, jobs.places))
 
 
 def _answer(jobs: Jobs, job: Job) -> WSGIResponse:
     """How a job stands that has no result to go on with."""
     document = jobs.describe(job)
     as_html = wanted(request) == HTML
-    if starts_anew():
-        return _at_its_own_page(jobs, job, document, as_html=as_html)
+    if is_retry_request():
+        return _redirect_to_job_page(jobs, job, document, as_html=as_html)
     status = _status(job)
     if as_html:
         page = render_job_page(jobs, document, turn=True)
@@ -136,7 +136,7 @@ def _status(job: Job) -> int:
     return 409 if job.status in (JobStatus.STOPPED, JobStatus.KILLED, JobStatus.CANCELLED) else 500
 
 
-def _at_its_own_page(jobs: Jobs, job: Job, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
+def _redirect_to_job_page(jobs: Jobs, job: Job, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
     """A form was sent: lead to a page that can be loaded again without sending it once more."""
     controller = controller_name(jobs.name)
     if controller is None:
@@ -147,7 +147,7 @@ def _at_its_own_page(jobs: Jobs, job: Job, document: Mapping[str, Any], *, as_ht
         )
     own = job.owner is not None and job.owner == job_owner(jobs.name)
     # The job may have been started by somebody else, and the view has let this request see it.
-    permit = sign_permit(current_app, SHOW, Permit(executor=jobs.name, id=document["id"]))
+    permit = sign_permit(current_app, SHOW, JobToken(executor=jobs.name, id=document["id"]))
     url = url_within(f"{controller}.job", id=document["id"], permit=None if own else permit)
     if as_html:
         return _unstored(redirect(url, 303))

@@ -16,8 +16,8 @@ import pytest
 from conftest import store_url, wait_until
 from flask_executor.abc import Entry, JobStore, StopRequest, StoreOptions
 from flask_executor.exceptions import StoreUnavailable
-from flask_executor.jobs.model import JobStatus, LiveJob
-from flask_executor.stores.leases import this_holder
+from flask_executor.jobs.model import JobState, JobStatus
+from flask_executor.stores.leases import new_holder_id
 from flask_executor.stores.redis import RedisStore
 from flask_executor.stores.sqlite import MIGRATIONS, SQLiteStore
 from flask_executor.testing.contract import SharedStoreContract
@@ -80,11 +80,11 @@ def test_a_message_is_stored_once_though_its_answer_is_lost(way: WayToRedis) -> 
 
 
 def test_a_job_is_taken_though_the_answer_is_lost(way: WayToRedis) -> None:
-    store, worker = way.store, this_holder()
+    store, worker = way.store, new_holder_id()
     job = queued_in_engine(store)
     job.start()
     way.lose = worker.encode()
-    assert store.take(Entry(job=job.record(), holder=worker), ENGINE) is None
+    assert store.transfer(Entry(job=job.record(), holder=worker), ENGINE) is None
     assert len(way.lost) == 1, "it was taken, and nobody was told"
     assert store.get(job.id) == job.record()
 
@@ -99,21 +99,21 @@ def test_a_job_that_ends_while_it_is_sent_a_message(way: WayToRedis) -> None:
 
 
 def test_a_job_that_is_taken_over_while_it_is_sent_a_message(way: WayToRedis) -> None:
-    store, worker = way.store, this_holder()
+    store, worker = way.store, new_holder_id()
     job = queued_in_engine(store)
     job.start()
-    way.before = b"\nfirst\r\n", lambda: way.other.take(Entry(job=job.record(), holder=worker), ENGINE)
+    way.before = b"\nfirst\r\n", lambda: way.other.transfer(Entry(job=job.record(), holder=worker), ENGINE)
     assert store.send(job.id, b"first")
     assert receive(store, worker) == {job.id: [b"first"]}
     assert left_in(store) == []
 
 
 def test_a_job_that_is_handed_on_while_it_is_asked_to_stop(way: WayToRedis) -> None:
-    store, worker = way.store, this_holder()
+    store, worker = way.store, new_holder_id()
     job = queued_in_engine(store)
     job.start()
     request = StopRequest(id=job.id, grace=1.5)
-    way.before = b"[1.5, false]", lambda: way.other.take(Entry(job=job.record(), holder=worker), ENGINE)
+    way.before = b"[1.5, false]", lambda: way.other.transfer(Entry(job=job.record(), holder=worker), ENGINE)
     store.ask_to_stop(request)
     assert list(store.take_requests(worker)) == [request]
 
@@ -139,7 +139,7 @@ def test_a_redis_that_hangs(way: WayToRedis, *, connected: bool) -> None:
     begin = time.monotonic()
     for _ in range(3):  # those who come right after that are not made to wait
         with pytest.raises(StoreUnavailable, match="Timeout"):
-            store.claim(Entry(job=LiveJob("render", "report").record(), holder=HERE))
+            store.claim(Entry(job=JobState("render", "report").record(), holder=HERE))
     assert time.monotonic() - begin < 3.5
     way.hangs = None
     go_on.set()
@@ -240,7 +240,7 @@ def test_a_file_from_before_there_were_messages(tmp_path: Path) -> None:
     connection = sqlite3.connect(path)
     for statement in (statement for step in before for statement in step):
         connection.execute(statement)
-    job = LiveJob("render", "report")
+    job = JobState("render", "report")
     connection.execute(
         "INSERT INTO jobs (id, space, key, has_key, name, status, queued_at, attempt, stop_requested, holder) "
         "VALUES (?, 'shop', 'report', 1, 'render', 'queued', ?, 1, 0, ?)",
@@ -252,7 +252,7 @@ def test_a_file_from_before_there_were_messages(tmp_path: Path) -> None:
     store = SQLiteStore(StoreOptions(url=f"sqlite:///{path}", space="shop", result_ttl=60, max_records=10))
     assert store.send(job.id, b"a")
     assert receive(store) == {job.id: [b"a"]}
-    held = store.held("report")
+    held = store.holding_key("report")
     assert held is not None
     assert held.id == job.id
     with store._reading() as read:

@@ -156,8 +156,8 @@ class TestTheAppsOwnCelery:
         assert executor.submit(tasks.sleep, 3).result(20) == 3
 
     def test_the_store_is_where_its_broker_is(self, workers: Workers, executor: Executor) -> None:
-        ledger: Any = executor._binding()[1].ledger
-        assert ledger.store.where == workers.broker.url
+        tracker: Any = executor._binding()[1].tracker
+        assert tracker.store.where == workers.broker.url
 
 
 def test_without_a_broker(app: Flask) -> None:

@@ -21,7 +21,7 @@ from conftest import MakeExecutor, require, wait_until
 from flask_executor import Executor, FutureProxy, current_job
 from flask_executor.abc import Entry
 from flask_executor.cli import commands, console
-from flask_executor.jobs.model import LiveJob
+from flask_executor.jobs.model import JobState
 from flask_executor.stores.leases import engine_holder
 
 APP = """
@@ -433,16 +433,16 @@ def test_a_job_that_does_not_stop(
 def test_a_job_in_the_queue_of_an_engine_is_cancelled(
     make_executor: MakeExecutor, run: Run, monkeypatch: pytest.MonkeyPatch, shared_store: str
 ) -> None:
-    store = make_executor(store=shared_store)._binding()[1].ledger.store  # type: ignore[attr-defined]
-    engine, find, job = engine_holder("rq"), commands._shared, LiveJob("render", "report")
-    assert store.take(Entry(job=job.record(), holder=engine), None) is None
+    store = make_executor(store=shared_store)._binding()[1].tracker.store  # type: ignore[attr-defined]
+    engine, find, job = engine_holder("rq"), commands._shared_tracker, JobState("render", "report")
+    assert store.transfer(Entry(job=job.record(), holder=engine), None) is None
 
     def with_engine() -> Any:
-        binding, ledger = find()
-        ledger.engine = engine
-        return binding, ledger
+        binding, tracker = find()
+        tracker.engine = engine
+        return binding, tracker
 
-    monkeypatch.setattr(commands, "_shared", with_engine)
+    monkeypatch.setattr(commands, "_shared_tracker", with_engine)
     result = run("stop", "report", "--json")
     assert (result.exit_code, json.loads(result.output)["status"]) == (0, "cancelled")
 

@@ -134,8 +134,8 @@ def test_to_keep_what_is_held() -> None:
     first = finished(1)
     futures.add("a", first)
     assert futures.setdefault("a", finished(2), keep=True) is first
-    futures.keep("a")
-    futures.keep("nothing")
+    futures.pin("a")
+    futures.pin("nothing")
     futures.add("b", finished())
     futures.add("c", finished())
     assert (futures.keys(), len(futures)) == (["c", "a"], 2)
@@ -148,6 +148,6 @@ def test_to_keep_what_had_to_leave_unfinished() -> None:
     futures: FutureCollection[Any] = FutureCollection(max_length=0)
     future: Future[Any] = Future()
     futures.add("a", future)
-    futures.keep("a")
+    futures.pin("a")
     future.set_result(3)
     assert futures.get("a") is future

@@ -13,7 +13,7 @@ import pytest
 from conftest import MakeExecutor
 from flask_executor import Executor, JobExit, JobStopped, checkpoint, current_job, track
 from flask_executor.jobs.current import RunningJob, running_job
-from flask_executor.jobs.model import JobStatus, LiveJob
+from flask_executor.jobs.model import JobState, JobStatus
 
 
 def test_outside_of_a_job() -> None:
@@ -93,7 +93,7 @@ class TestInterrupt:
     """The exception that forces a job out of its thread strikes there, once, and nowhere else."""
 
     def test_it_strikes_the_job(self) -> None:
-        running = RunningJob(LiveJob("spin"))
+        running = RunningJob(JobState("spin"))
         threading.Timer(0.05, running.interrupt).start()
 
         def spin() -> None:
@@ -108,7 +108,7 @@ class TestInterrupt:
     def test_it_never_strikes_what_comes_after(self) -> None:
         struck = 0
         for round_number in range(2000):
-            running = RunningJob(LiveJob("short"))
+            running = RunningJob(JobState("short"))
             go = threading.Event()
 
             def strike(running: RunningJob = running, go: threading.Event = go) -> None:
@@ -150,10 +150,10 @@ class TestInterrupt:
 
 def test_being_woken_is_not_being_asked_to_leave() -> None:
     """What wakes an attempt may come late, when the next one runs already."""
-    running = RunningJob(LiveJob("waits"))
+    running = RunningJob(JobState("waits"))
     running.wake()
     running.sleep(0)
     assert not running.stop_requested
-    running.leave(JobStatus.TIMED_OUT)
+    running.request_stop(JobStatus.TIMED_OUT)
     with pytest.raises(JobExit):
         running.sleep(60)

@@ -94,7 +94,7 @@ def test_with_every_lock_held(executor: Executor) -> None:
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with binding._lock, binding.unfinished._changed, binding.ledger.futures._lock, future._condition:
+        with binding._lock, binding.unfinished._changed, binding.tracker.futures._lock, future._condition:
             held.set()
             release.wait(30)
 

@@ -223,10 +223,10 @@ def write_to_the_wire() -> None:
     import gc
     import time
 
-    from flask_executor.backends.process.reporter import Outbox
+    from flask_executor.backends.process.reporter import Reporter
 
-    (outbox,) = [each for each in gc.get_objects() if isinstance(each, Outbox)]
-    outbox._wire.socket.sendall(b"\xff" * 64)
+    (reporter,) = [each for each in gc.get_objects() if isinstance(each, Reporter)]
+    reporter._wire.socket.sendall(b"\xff" * 64)
     time.sleep(20)
 
 
@@ -275,7 +275,7 @@ def test_a_worker_that_hangs_while_it_starts(
             first.touch(exist_ok=False)
             threading.Event().wait()
 
-    monkeypatch.setattr("flask_executor.backends.process.worker_main.let_go", hang_once)
+    monkeypatch.setattr("flask_executor.backends.process.worker_main.detach_from_parent", hang_once)
     monkeypatch.setattr("flask_executor.backends.process.dispatcher._START_LIMIT", 0.2)
     executor = make_executor(type="process", max_workers=1, start_method="fork")
     assert executor.submit(add, 1, 1).result(20) == 2

@@ -11,12 +11,12 @@ from tasks import add, fail
 
 from conftest import MakeExecutor, run_in_threads, wait_until
 from flask_executor import Executor, FutureProxy, Job, JobStatus, job_failed, job_finished, job_queued, job_started
-from flask_executor.jobs.model import LiveJob, new_id
+from flask_executor.jobs.model import JobState, new_id
 from flask_executor.testing import drain
 
 
 def test_every_step_is_legal_or_refused() -> None:
-    job = LiveJob("render")
+    job = JobState("render")
     with pytest.raises(RuntimeError, match="is queued and cannot become succeeded"):
         job.end(JobStatus.SUCCEEDED)
     job.start()
@@ -49,7 +49,7 @@ def test_an_error_that_cannot_be_printed() -> None:
         def __str__(self) -> str:
             raise TypeError
 
-    job = LiveJob("render")
+    job = JobState("render")
     job.start()
     job.end(JobStatus.FAILED, TornError())
     assert "TornError" in (job.record().error or "")

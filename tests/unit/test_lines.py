@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from flask_executor.backends.process.channel import Calls, IncomingCalls, Wire, is_small
+from flask_executor.backends.process.channel import CallReceiver, CallSender, FrameStream, is_small
 from flask_executor.backends.process.dispatcher import _AHEAD
-from flask_executor.backends.process.protocol import FrameKind, Leave, Ready
+from flask_executor.backends.process.protocol import FrameKind, StopJob, WorkerReady
 from flask_executor.helpers.pickling import pickle_parts
 from flask_executor.jobs.model import JobStatus
 
@@ -26,7 +26,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def test_frames_arrive_whole_whatever_their_size(pair: tuple[socket.socket, socket.socket]) -> None:
-    out, into = Wire(pair[0]), Wire(pair[1])
+    out, into = FrameStream(pair[0]), FrameStream(pair[1])
     chance = random.Random(3)
     bodies = [chance.randbytes(chance.choice((0, 1, 100, 16_383, 8_192, 65_536, 300_000))) for _ in range(60)]
 
@@ -49,20 +49,20 @@ def test_frames_arrive_whole_whatever_their_size(pair: tuple[socket.socket, sock
 
 
 def test_what_does_not_fit_is_sent_later(pair: tuple[socket.socket, socket.socket]) -> None:
-    out, into = Wire(pair[0]), Wire(pair[1])
+    out, into = FrameStream(pair[0]), FrameStream(pair[1])
     assert not out.send(FrameKind.RESULT, [b"x" * 5_000_000])
     assert out.pending
-    out.say(Ready())
+    out.say(WorkerReady())
     frames: list[tuple[int, int, bytes]] = []
     while len(frames) < 2:
         frames += into.receive()
         out.flush()
-    assert [len(frames[0][2]), pickle.loads(frames[1][2])] == [5_000_000, Ready()]
+    assert [len(frames[0][2]), pickle.loads(frames[1][2])] == [5_000_000, WorkerReady()]
     assert not out.pending
 
 
 def test_messages_are_what_they_were() -> None:
-    for message in (Ready(), Leave("id", 2, JobStatus.STOPPED)):
+    for message in (WorkerReady(), StopJob("id", 2, JobStatus.STOPPED)):
         assert pickle.loads(b"".join(pickle_parts(message))) == message
 
 
@@ -73,10 +73,10 @@ class Line:
         self.here, self.there = socket.socketpair()
         pair = socket.socketpair(type=socket.SOCK_SEQPACKET) if packets else None
         self.inside = pair[1].dup() if pair else None
-        self.wire = Wire(self.here)
-        self.calls = Calls(self.wire, pair)
+        self.wire = FrameStream(self.here)
+        self.calls = CallSender(self.wire, pair)
         self.number = self.taken = 0
-        self.incoming = IncomingCalls(self.there, self.inside)
+        self.incoming = CallReceiver(self.there, self.inside)
 
     def give(self, value: object) -> None:
         self.number += 1

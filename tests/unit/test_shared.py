@@ -43,9 +43,9 @@ from flask_executor.abc import StoreOptions
 from flask_executor.jobs.model import JobMessage
 from flask_executor.stores import sqlite
 from flask_executor.testing import drain
-from flask_executor.tracking.signing import MESSAGE, Sealer, pack_letter
+from flask_executor.tracking.signing import MESSAGE, PayloadSigner, pack_message
 from flask_executor.tracking.stored_future import StoredFuture
-from flask_executor.tracking.writer import Recorder
+from flask_executor.tracking.writer import StoreWriter
 
 
 def another_app(app: Flask, secret: str | None = "not a secret in a test") -> Flask:
@@ -282,7 +282,7 @@ def test_progress_is_written_ten_times_a_second_and_the_last_lands(here: Executo
 
 
 def count_writes(executor: Executor) -> list[int]:
-    store = executor._binding()[1].ledger.store  # type: ignore[attr-defined]
+    store = executor._binding()[1].tracker.store  # type: ignore[attr-defined]
     write, writes = store.write, []
 
     def counted(entries: Any) -> None:
@@ -382,7 +382,7 @@ def test_what_is_not_signed_with_our_key_is_not_unpickled(
 ) -> None:
     loaded: list[Any] = []
     monkeypatch.setattr("flask_executor.jobs.packing.pickle.loads", loaded.append)
-    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
     future = here.submit_stored("report", add, 1, 2)
     other = here.submit_stored("other", add, 1, 2)
     drain(here)
@@ -479,8 +479,8 @@ def test_messages_to_a_job_that_waits(shared_store: str, make_executor: MakeExec
     assert wait_until(lambda: there.futures.message("first") == "receiving", 20)
     for number in range(3):
         assert stored(there, "second").send("page", number)
-    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
-    holder = here._binding()[1].ledger._recorder.holder  # type: ignore[attr-defined]
+    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
+    holder = here._binding()[1].tracker._recorder.holder  # type: ignore[attr-defined]
     assert wait_until(lambda: not store.take_requests(holder)), "its process has them"
     assert stored(there, "first").send("go", 1)
     assert there.futures.result("second", timeout=20) == [("page", 0), ("page", 1), ("page", 2)]
@@ -495,7 +495,7 @@ def test_a_message_that_comes_before_the_job_is_in_the_queue(
     there = make_executor(other := another_app(app))
     here.submit_stored("another", tasks.echo_messages, 1)  # or nobody looks for messages so soon
     binding = here._binding()[1]
-    enqueue, store, holder = binding.backend.enqueue, binding.ledger.store, binding.ledger._recorder.holder  # type: ignore[attr-defined]
+    enqueue, store, holder = binding.backend.enqueue, binding.tracker.store, binding.tracker._recorder.holder  # type: ignore[attr-defined]
 
     def enqueue_late(call: Any) -> None:
         assert stored(there, "report").send("early", 1)
@@ -522,13 +522,13 @@ def test_forged_messages_are_dropped_unopened(
 ) -> None:
     monkeypatch.delenv("TRAPPED", raising=False)
     future, other = (here.submit_stored(key, tasks.echo_messages, 2) for key in ("report", "other"))
-    ledger = here._binding()[1].ledger
-    store, trap = ledger.store, pickle.dumps(Trap())  # type: ignore[attr-defined]
+    tracker = here._binding()[1].tracker
+    store, trap = tracker.store, pickle.dumps(Trap())  # type: ignore[attr-defined]
     message = JobMessage("page", 0)
-    for_other = pack_letter(other.record(), message, Sealer([b"not a secret in a test"], MESSAGE))
-    stranger = pack_letter(future.record(), message, Sealer([b"another secret"], MESSAGE))
-    outcome = pack_letter(future.record(), message, Sealer([b"not a secret in a test"]))
-    good = pack_letter(future.record(), message, Sealer([b"not a secret in a test"], MESSAGE))
+    for_other = pack_message(other.record(), message, PayloadSigner([b"not a secret in a test"], MESSAGE))
+    stranger = pack_message(future.record(), message, PayloadSigner([b"another secret"], MESSAGE))
+    outcome = pack_message(future.record(), message, PayloadSigner([b"not a secret in a test"]))
+    good = pack_message(future.record(), message, PayloadSigner([b"not a secret in a test"], MESSAGE))
     forged = [trap, b"U3" + trap, b"S3" + good[2:45] + trap, for_other, stranger, outcome, good[:-1], b"", b"S"]
     assert stored(there, "report").send("page", 1)
     for data in forged:
@@ -710,7 +710,7 @@ def test_redis_that_has_forgotten_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     redis_url = store_url("redis", request)
-    monkeypatch.setattr("flask_executor.tracking.writer.BEAT", 0.2)
+    monkeypatch.setattr("flask_executor.tracking.writer.HEARTBEAT_SECONDS", 0.2)
     here = make_executor(store=redis_url)
     there = make_executor(other := another_app(app))
     here.submit_stored("report", gate.wait, 10)
@@ -747,7 +747,7 @@ def test_sqlite_is_locked_for_long(
     time.sleep(1)
     locker.execute("ROLLBACK")
     locker.close()
-    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
     assert wait_until(lambda: not is_down(here) and (store.find("report") or future.record()).status == "succeeded")
     assert caplog.text.count("Jobs go on") == 1
     assert here.submit_stored("second", add, 1, 2).result(10) == 3
@@ -761,7 +761,7 @@ def test_a_disk_that_is_full(make_executor: MakeExecutor, caplog: pytest.LogCapt
     here = make_executor(store="sqlite")
     future = here.submit_stored("first", add, 1, 2)
     assert future.result(10) == 3
-    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
     assert wait_until(lambda: store.outcome(future.job_id))
     with store._writes as connection:
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
@@ -800,7 +800,7 @@ def test_a_folder_that_cannot_be_made(make_executor: MakeExecutor, tmp_path: Pat
 def test_a_file_that_is_deleted_while_it_is_used(
     make_executor: MakeExecutor, file: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, app: Flask
 ) -> None:
-    monkeypatch.setattr("flask_executor.tracking.writer.BEAT", 0.2)
+    monkeypatch.setattr("flask_executor.tracking.writer.HEARTBEAT_SECONDS", 0.2)
     here = make_executor(store="sqlite")
     here.submit_stored("report", gate.wait, 10)
     for path in file.parent.iterdir():
@@ -982,10 +982,10 @@ def test_whatever_a_job_raises_others_can_be_followed(here: Executor, there: Exe
 def test_a_record_that_cannot_be_read_is_left_out(
     here: Executor, there: Executor, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_executor.tracking.writer.BEAT", 0.1)
+    monkeypatch.setattr("flask_executor.tracking.writer.HEARTBEAT_SECONDS", 0.1)
     odd = here.submit_stored("odd", add, 1, 2)
     drain(here)
-    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
     if isinstance(store, sqlite.SQLiteStore):
         with store._writing() as connection:
             connection.execute("UPDATE jobs SET status = 'paused', ended_at = NULL, holder = 'x.1.2.3'")
@@ -1002,7 +1002,7 @@ def test_a_record_that_cannot_be_read_is_left_out(
 def test_many_short_jobs_are_bounded(
     shared_store: str, make_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_executor.tracking.writer.BEAT", 0.2)
+    monkeypatch.setattr("flask_executor.tracking.writer.HEARTBEAT_SECONDS", 0.2)
     executor = make_executor(store=shared_store, store_max_records=10)
     for number in range(60):
         executor.submit_stored(number, add, 1, 2).result(10)
@@ -1027,7 +1027,7 @@ def test_shutdown_lets_those_wait_who_wait(here: Executor, there: Executor, gate
 def test_a_job_that_has_ended_does_not_run_again_for_who_reads_slowly(
     here: Executor, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
     find = store.find
     future = here.submit_stored("report", gate.wait, 10)
     assert wait_until(lambda: find("report").status == "running")
@@ -1048,7 +1048,7 @@ def test_a_job_that_has_ended_does_not_run_again_for_who_reads_slowly(
 def test_a_claim_of_which_it_is_not_known_whether_it_was_made_is_retracted(
     here: Executor, there: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
     claim = store.claim
 
     def claim_and_lose_the_answer(entry: Any, *, again: bool = False) -> None:
@@ -1081,7 +1081,7 @@ def test_what_cannot_be_written_is_left_out_and_the_rest_is_written(
 
     here.submit_stored("report", odd)
     assert there.futures.result("report", timeout=10) == 7
-    store = here._binding()[1].ledger.store  # type: ignore[attr-defined]
+    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
     write = store.write
 
     def refuse(entries: Any) -> None:
@@ -1119,7 +1119,7 @@ def test_who_waits_no_more_is_not_followed(here: Executor, there: Executor, gate
         with pytest.raises(concurrent.futures.TimeoutError):
             stored(there, "report").result(timeout=0)
     assert concurrent.futures.wait([stored(there, "report")], 0).done == set()
-    follower = there._binding()[1].ledger._follower  # type: ignore[attr-defined]
+    follower = there._binding()[1].tracker._follower  # type: ignore[attr-defined]
     assert follower._futures == {}
 
 
@@ -1209,10 +1209,10 @@ def test_the_store_is_not_closed_while_the_recorder_takes_its_leave(
         assert goes_on.wait(10)
         done.append("left")
 
-    monkeypatch.setattr(store, "leave", leave)
+    monkeypatch.setattr(store, "drop_lease", leave)
     monkeypatch.setattr(store, "close", lambda: done.append("closed"))
-    recorder = Recorder(store, lambda request: None)
-    recorder.retract("a job that there is not")
+    recorder = StoreWriter(store, lambda request: None)
+    recorder.remove_when_possible("a job that there is not")
     recorder.close(wait=False)
     assert leaves.wait(10)
     recorder.dispose()

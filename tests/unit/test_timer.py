@@ -20,7 +20,7 @@ def test_in_order_and_not_before_their_time() -> None:
     timer, seen = Timer(), list[tuple[str, float]]()
     begin = time.monotonic()
     for name, seconds in (("c", 0.09), ("a", 0.0), ("b", 0.04)):
-        timer.after(seconds, lambda name=name: seen.append((name, time.monotonic() - begin)))  # type: ignore[misc]
+        timer.call_later(seconds, lambda name=name: seen.append((name, time.monotonic() - begin)))  # type: ignore[misc]
     assert wait_until(lambda: len(seen) == 3)
     assert [name for name, _ in seen] == ["a", "b", "c"]
     assert seen[1][1] >= 0.04
@@ -29,21 +29,21 @@ def test_in_order_and_not_before_their_time() -> None:
 
 def test_one_that_is_called_off_does_not_keep_the_thread() -> None:
     timer = Timer()
-    appointments = [timer.after(3600, list) for _ in range(200)]
+    appointments = [timer.call_later(3600, list) for _ in range(200)]
     assert threads("flask-executor-timer") == 1
     for appointment in appointments:
         appointment.cancel()
         appointment.cancel()
     assert wait_until(lambda: threads("flask-executor-timer") == 0)
     done = threading.Event()
-    timer.after(0.01, done.set)
+    timer.call_later(0.01, done.set)
     assert done.wait(5)
 
 
 def test_one_that_fails_is_logged_and_the_others_are_called(caplog: pytest.LogCaptureFixture) -> None:
     timer, done = Timer(), threading.Event()
-    timer.after(0, lambda: 1 / 0)
-    timer.after(0.01, done.set)
+    timer.call_later(0, lambda: 1 / 0)
+    timer.call_later(0.01, done.set)
     assert done.wait(5)
     assert "ZeroDivisionError" in caplog.text
 

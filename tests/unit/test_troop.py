@@ -23,8 +23,8 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 _BEGIN = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from flask_executor import troop
-from flask_executor.troop import run_processes
+from flask_executor.backends.engine import prefork
+from flask_executor.backends.engine.prefork import run_processes
 folder = Path(sys.argv[1])
 """
 _SLEEP = "lambda: (folder.joinpath(str(os.getpid())).touch(), time.sleep(120))"
@@ -131,7 +131,7 @@ run_processes(2, work)
 
 
 def test_a_process_that_is_gone_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = prefork._Troop(lambda: None)
+    one = prefork._WorkerGroup(lambda: None)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     monkeypatch.setattr(one, "_pids", {child.pid})

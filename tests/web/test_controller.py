@@ -22,7 +22,7 @@ from conftest import MakeExecutor, require, wait_until
 from flask_executor import ConfigError, Executor, Job, StoreUnavailable, current_job
 from flask_executor.testing import drain
 from flask_executor.web import Controller
-from flask_executor.web.tokens import SHOW, Permit, sign_permit
+from flask_executor.web.tokens import SHOW, JobToken, sign_permit
 
 THREADED = {"wsgi.multithread": True}
 PAGE = {"Accept": "text/html"}
@@ -864,7 +864,7 @@ def test_a_permit_is_for_one_job_and_is_quoted(app: Flask, executor: Executor, c
     drain(executor)
     job = executor.jobs.find("k")
     assert job is not None
-    token = sign_permit(app, SHOW, Permit(executor="", id=job.id))
+    token = sign_permit(app, SHOW, JobToken(executor="", id=job.id))
     stranger = app.test_client()
     for junk in "", "%0d%0aX:%20y", "%22%3E%3Cscript%3E":
         started = stranger.post(f"/jobs/run/add?permit={token}{junk}", json={"a": 1})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flask_executor.web import events as stream_events
-from flask_executor.web.events import Places, events, hold, threads_like_this
+from flask_executor.web.events import WaitSlots, events, guess_server_threads, hold
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def document(**changes: Any) -> dict[str, Any]:
 
 
 def test_places_are_bounded_and_given_back_once() -> None:
-    places = Places(2)
+    places = WaitSlots(2)
     first, second = places.take(multithreaded=True), places.take(multithreaded=True)
     assert first is not None
     assert second is not None
@@ -32,7 +32,7 @@ def test_places_are_bounded_and_given_back_once() -> None:
 
 
 def test_a_place_that_is_dropped_is_given_back() -> None:
-    places = Places(1)
+    places = WaitSlots(1)
     place = places.take(multithreaded=True)
     assert place is not None
     del place
@@ -41,22 +41,22 @@ def test_a_place_that_is_dropped_is_given_back() -> None:
 
 
 def test_a_server_with_one_thread_has_no_places() -> None:
-    assert Places(None).take(multithreaded=False) is None
-    assert Places(1).take(multithreaded=False) is None
-    assert Places(0).take(multithreaded=True) is None
+    assert WaitSlots(None).take(multithreaded=False) is None
+    assert WaitSlots(1).take(multithreaded=False) is None
+    assert WaitSlots(0).take(multithreaded=True) is None
 
 
 def test_a_quarter_of_the_threads_of_the_server() -> None:
     ready = threading.Barrier(16)
     with ThreadPoolExecutor(16) as server:
-        counts = set(server.map(lambda _: (ready.wait(10), threads_like_this())[1], range(16)))
+        counts = set(server.map(lambda _: (ready.wait(10), guess_server_threads())[1], range(16)))
     assert counts == {16}
 
 
 @pytest.mark.parametrize(("name", "count"), [("waitress-0", 1), ("Thread-5 (process_request_thread)", 32), ("x", 32)])
 def test_threads_of_other_servers(name: str, count: int) -> None:
     found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(threads_like_this()), name=name)
+    thread = threading.Thread(target=lambda: found.append(guess_server_threads()), name=name)
     thread.start()
     thread.join()
     assert found == [count]

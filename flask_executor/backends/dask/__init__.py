@@ -22,7 +22,7 @@ from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.backends.engine.entrypoint import Address, address_of
 from flask_executor.backends.engine.prefork import run_processes
 from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorError, ExecutorShutdown, MissingExtra
-from flask_executor.helpers import without_password
+from flask_executor.helpers import redact_url
 from flask_executor.jobs.model import Job
 
 try:
@@ -32,7 +32,7 @@ except ImportError as error:
     raise MissingExtra("distributed", "dask") from error
 
 from flask_executor.backends.dask.connection import PATIENCE
-from flask_executor.backends.dask.submitted import Calls, Sent
+from flask_executor.backends.dask.submitted import SubmittedCall, SubmittedCalls
 from flask_executor.backends.dask.worker import SCHEDULER, serve
 
 P = ParamSpec("P")
@@ -58,10 +58,10 @@ class DaskBackend(Backend):
         self._url = options.url or os.environ.get(SCHEDULER)
         self._shutdown = False
         self._lock = threading.Lock()
-        self._calls: Calls | None = None
+        self._calls: SubmittedCalls | None = None
 
     @classmethod
-    def store_beside(cls, options: BackendOptions) -> str | None:
+    def default_store(cls, options: BackendOptions) -> str | None:
         return None if options.url else "sqlite"  # the workers of a cluster of ours are on this machine
 
     @cached_property
@@ -73,7 +73,7 @@ class DaskBackend(Backend):
         return None if self._options.queue == "default" else {self._options.queue: 1}
 
     @contextmanager
-    def _reaching(self) -> Iterator[Calls]:
+    def _translate_errors(self) -> Iterator[SubmittedCalls]:
         """The calls of this process, at the scheduler.
 
         :raises ExecutorShutdown: after :meth:`shutdown`.
@@ -84,29 +84,31 @@ class DaskBackend(Backend):
         # For asyncio a deadline is another TimeoutError in Python 3.10, and so is one of a future.
         except (OSError, asyncio.TimeoutError, concurrent.futures.TimeoutError) as error:
             where = self._options.config_key("EXECUTOR_URL")
-            url = "this machine" if self._url is None else str(without_password(self._url))
+            url = "this machine" if self._url is None else str(redact_url(self._url))
             why = str(error) or f"no answer within {PATIENCE:g} s"
             raise EngineUnavailable("Dask's scheduler", url, where, why) from error
 
-    def _connection(self) -> Calls:
+    def _connection(self) -> SubmittedCalls:
         with self._lock:
             if self._shutdown:
                 raise ExecutorShutdown("cannot schedule new futures after shutdown")
             if self._calls is None:
-                self._calls = Calls(self._url, self._options)
+                self._calls = SubmittedCalls(self._url, self._options)
             return self._calls
 
     def enqueue(self, call: PreparedCall) -> None:
         at = time.time() + call.delay if call.delay else 0.0
         arguments = (self._address, call.job.id, call.packed, at)
-        sent = Sent(call.job.id, call.job.name, arguments, call.priority, self._resources, weakref.ref(call.future))
-        with self._reaching() as calls:
+        sent = SubmittedCall(
+            call.job.id, call.job.name, arguments, call.priority, self._resources, weakref.ref(call.future)
+        )
+        with self._translate_errors() as calls:
             calls.send(sent)
 
-    def discard(self, job: Job) -> None:
+    def remove_queued(self, job: Job) -> None:
         if self._shutdown or (self._url is None and self._calls is None):
             return
-        with self._reaching() as calls:
+        with self._translate_errors() as calls:
             calls.drop(job)
 
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
@@ -138,7 +140,7 @@ class DaskBackend(Backend):
         if wait:
             calls.line.join()
 
-    def abandon(self, grace: float) -> None:
+    def terminate(self, grace: float) -> None:
         calls = self._calls
         if calls is None:
             return
@@ -164,7 +166,7 @@ class DaskBackend(Backend):
     def _look(self) -> tuple[int, int]:
         if self._shutdown or (self._url is None and self._calls is None):
             return 0, 0
-        with self._reaching() as calls:
+        with self._translate_errors() as calls:
             return calls.look(self._resources)
 
     @property

@@ -23,12 +23,12 @@ class HasDask(Protocol):
 _those: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def leave_to_parent(this: HasDask) -> None:
+def forget_in_child(this: HasDask) -> None:
     """Have every child that this process forks leave alone what this has, when it is collected and at the end."""
     _those.add(this)
 
 
-def _disarm() -> None:
+def _detach() -> None:
     for this in list(_those):
         if this.client is not None:
             this.client.status = "closed"
@@ -50,4 +50,4 @@ def _disown() -> None:
             finalizer.detach()
 
 
-after_fork_in_child(_disarm)
+after_fork_in_child(_detach)

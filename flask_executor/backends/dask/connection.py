@@ -16,7 +16,7 @@ import dask
 import distributed
 
 from flask_executor.abc import BackendOptions
-from flask_executor.backends.dask.after_fork import leave_to_parent
+from flask_executor.backends.dask.after_fork import forget_in_child
 from flask_executor.exceptions import ExecutorShutdown
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ AGAIN = 1.0  #: Seconds until a scheduler that was not there is tried again.
 _START = 60.0  # seconds that a cluster of this process may take to start
 
 
-class Line(threading.Thread):
+class SchedulerConnection(threading.Thread):
     """A connection with a scheduler, or with a cluster of its own.
 
     It ends when all is answered that was asked, and that of its own when what it looks after has ended.
@@ -48,7 +48,7 @@ class Line(threading.Thread):
         self._failed = -math.inf  # when it was that no connection could be made
         self.client: distributed.Client | None = None
         self.cluster: distributed.LocalCluster | None = None
-        leave_to_parent(self)
+        forget_in_child(self)
 
     # ---- from other threads ----
 
@@ -60,7 +60,7 @@ class Line(threading.Thread):
         self.start()
         self._begun.result()
 
-    def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What a coroutine returns that runs in the event loop.
 
         :raises OSError: or one of the errors for timeouts, when the scheduler cannot be reached.
@@ -87,7 +87,7 @@ class Line(threading.Thread):
 
     # ---- in the event loop ----
 
-    def look_after(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine for as long as there is this line."""
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)

@@ -5,7 +5,7 @@
     web process                                      scheduler              worker
       enqueue() ──> Calls.send(), in its Line:
                       submit(), fire_and_forget() ──> priority, queue ────> run() ─> remote.run()
-                      _see_through(): send it again <─ connection lost       again later: secede, sleep, Reschedule
+                      _await_completion(): send it again <─ connection lost       again later: secede, sleep, Reschedule
 
 **Invariants.** A call that was sent stays in its process until a worker has run it: the scheduler keeps in memory what
 it has, and one that is started anew gets its calls again. Whoever gets a call twice finds in the store that it is had.
@@ -24,7 +24,7 @@ import distributed
 from dask._task_spec import Task
 
 from flask_executor.abc import BackendOptions
-from flask_executor.backends.dask.connection import AGAIN, Line
+from flask_executor.backends.dask.connection import AGAIN, SchedulerConnection
 from flask_executor.backends.dask.worker import run
 from flask_executor.backends.engine.entrypoint import Address
 from flask_executor.exceptions import WorkerLost
@@ -39,7 +39,7 @@ _WAITING = ("waiting", "no-worker", "queued")  # what tasks are that no worker h
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class SubmittedCall:
     """A call that Dask has."""
 
     id: str
@@ -59,7 +59,7 @@ def _key(name: str, id: str) -> str:
     return f"{name}-{id}"
 
 
-class Calls:
+class SubmittedCalls:
     """Gives calls to a scheduler, and looks after them until a worker has run them.
 
     What others call raises :exc:`OSError`, or one of the errors for timeouts, when the scheduler cannot be reached.
@@ -67,21 +67,21 @@ class Calls:
 
     def __init__(self, url: str | None, options: BackendOptions) -> None:
         self._options = options
-        self._sent: dict[asyncio.Task[None], Sent] = {}  # belongs to the event loop; others take copies
-        self.line = Line(url, options)
+        self._sent: dict[asyncio.Task[None], SubmittedCall] = {}  # belongs to the event loop; others take copies
+        self.line = SchedulerConnection(url, options)
         self.line.begin()
 
-    def send(self, sent: Sent) -> None:
+    def send(self, sent: SubmittedCall) -> None:
         """Give a call to the scheduler, and see that it has it."""
-        self.line.ask(self._send(sent))
+        self.line.call(self._send(sent))
 
     def drop(self, job: Job) -> None:
         """Have the scheduler forget a call, whoever has sent it."""
-        self.line.ask(self._drop(_key(job.name, job.id)))
+        self.line.call(self._drop(_key(job.name, job.id)))
 
     def look(self, resources: dict[str, float] | None) -> tuple[int, int]:
         """How many workers have these resources, and how many calls wait that need them."""
-        return self.line.ask(self._look(resources))
+        return self.line.call(self._look(resources))
 
     def futures(self) -> list[Any]:
         """The handles, those that are left, of the calls that no worker has run yet."""
@@ -89,7 +89,7 @@ class Calls:
 
     # ---- in the event loop ----
 
-    async def _send(self, sent: Sent) -> None:
+    async def _send(self, sent: SubmittedCall) -> None:
         client = await self.line.connected()
         future = _submit(client, sent)
         try:
@@ -105,11 +105,11 @@ class Calls:
             with suppress(distributed.client.ClosedClientError):
                 await _forget(client, future)
             raise
-        task = self.line.look_after(self._see_through(sent, future))
+        task = self.line.spawn(self._await_completion(sent, future))
         self._sent[task] = sent
         task.add_done_callback(self._sent.pop)
 
-    async def _see_through(self, sent: Sent, future: Any) -> None:
+    async def _await_completion(self, sent: SubmittedCall, future: Any) -> None:
         """See to it that a worker runs a call, whatever becomes of the scheduler."""
         while True:
             try:
@@ -130,14 +130,14 @@ class Calls:
                 return
             future = await self._send_again(sent)
 
-    async def _send_again(self, sent: Sent) -> Any:
+    async def _send_again(self, sent: SubmittedCall) -> Any:
         while True:
             try:
                 return _submit(await self.line.connected(), sent)
             except (OSError, asyncio.TimeoutError):
                 await asyncio.sleep(AGAIN)
 
-    def _refuse(self, sent: Sent, error: Exception) -> None:
+    def _refuse(self, sent: SubmittedCall, error: Exception) -> None:
         """Dask has given up a call. If a worker had begun with it, that is known or found out otherwise."""
         logger.error("Job %s (%s) could not be run by Dask: %s", sent.name, sent.id, error)
         try:
@@ -158,7 +158,7 @@ class Calls:
         return found
 
 
-def _submit(client: distributed.Client, sent: Sent) -> Any:
+def _submit(client: distributed.Client, sent: SubmittedCall) -> Any:
     # As Client.submit() does, but for the mark: what makes data waits at the scheduler, in order of priority.
     task = Task(sent.key, run, *sent.arguments, _data_producer=True)
     options = {"priority": sent.priority, "resources": sent.resources, "fifo_timeout": 0, "sync": False}

@@ -22,10 +22,10 @@ _CONSUMERS = "flask_executor_consumers"  # in app.extensions: what runs calls, b
 Address = tuple[str | None, str, str]
 
 #: Set when this process was told to end, and is to begin with no more jobs.
-ending = threading.Event()
+shutting_down = threading.Event()
 
 #: The app of this process, if it is a worker of one; see :meth:`flask_executor.abc.Backend.work`.
-serving: Flask | None = None
+worker_app: Flask | None = None
 
 
 def address_of(options: BackendOptions) -> Address:
@@ -43,14 +43,14 @@ def run(address: Address, id: str, data: bytes) -> float | None:
     :param id: of the job.
     :param data: the call, packed and signed.
     :return: None; in how many seconds the engine is to run it again.
-    :raises ConfigError: when there is no such app or executor here; see :func:`leave_to_others`.
+    :raises ConfigError: when there is no such app or executor here; see :func:`requeue_elsewhere`.
     :raises UntrustedResult: when the call was not signed with the app's secret key, or packed by another version.
     :raises NotPicklable: when it cannot be rebuilt here.
     """
     return _consumer(address).run(id, data)
 
 
-def leave_to_others(id: str, error: ConfigError) -> float:
+def requeue_elsewhere(id: str, error: ConfigError) -> float:
     """A job is not for this worker, and perhaps for another: in how many seconds the engine is to give it to one."""
     logger.warning("Job %s goes back into the queue, as it is not for this worker. %s", id, error)
     return _ELSEWHERE
@@ -62,7 +62,7 @@ def is_lost(address: Address, id: str) -> bool:
     :raises StoreUnavailable: when nobody can tell.
     """
     try:
-        job = _consumer(address).ledger.records.get(id)
+        job = _consumer(address).tracker.records.get(id)
     except ConfigError:  # it is for another worker
         return False
     return job is not None and job.status is JobStatus.LOST
@@ -74,11 +74,11 @@ def refuse(address: Address, id: str, error: Exception, name: str) -> None:
     :param name: what it is called, for one that has no record yet.
     :raises StoreUnavailable: when that cannot be written down.
     """
-    _consumer(address).ledger.refuse(id, error, name)
+    _consumer(address).tracker.refuse(id, error, name)
 
 
 class Records(Protocol):
-    """Where it is written down what comes of calls; :class:`flask_executor.sharing.SharedLedger`."""
+    """Where it is written down what comes of calls; :class:`flask_executor.sharing.SharedJobTracker`."""
 
     @property
     def records(self) -> JobRecords:
@@ -92,7 +92,7 @@ class Consumes(Protocol):
     """What runs the calls that were sent to an executor; :class:`flask_executor.consumer.Consumer`."""
 
     @property
-    def ledger(self) -> Records:
+    def tracker(self) -> Records:
         """What the engine's jobs are recorded in."""
 
     def run(self, id: str, data: bytes) -> float | None:
@@ -106,7 +106,7 @@ def register(app: Flask, name: str, consumer: Consumes) -> None:
 
 def _consumer(address: Address) -> Consumes:
     import_string, app_name, name = address
-    for app in (serving, current_app_or_none()):
+    for app in (worker_app, current_app_or_none()):
         if app is not None and app.name == app_name and name in app.extensions.get(_CONSUMERS, ()):
             return _registered(app, name)
     if import_string is None:

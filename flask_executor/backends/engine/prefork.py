@@ -27,7 +27,7 @@ def run_processes(count: int, work: Callable[[], object]) -> None:
     if count == 1:
         work()
         return
-    troop = _Troop(work)
+    troop = _WorkerGroup(work)
     before = {number: signal.signal(number, troop.end) for number in _ENDING}
     try:
         for _ in range(count):
@@ -39,7 +39,7 @@ def run_processes(count: int, work: Callable[[], object]) -> None:
         troop.close()
 
 
-class _Troop:
+class _WorkerGroup:
     """The processes, as the one knows them that has started them."""
 
     def __init__(self, work: Callable[[], object]) -> None:

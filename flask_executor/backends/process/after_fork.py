@@ -40,13 +40,13 @@ _lines: weakref.WeakSet[Any] = weakref.WeakSet()
 _processes: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def not_for_children(line: L) -> L:
+def close_in_child(line: L) -> L:
     """Have ``line`` closed in every child that this process forks: its end tells the other end that we are gone."""
     _lines.add(line)
     return line
 
 
-def not_a_child(process: Any) -> None:
+def forget_in_child(process: Any) -> None:
     """Have multiprocessing forget ``process`` in every child that this one forks: it would try to wait for it there."""
     _processes.add(process)
 
@@ -66,7 +66,7 @@ def _begin_worker(life: socket.socket) -> None:
     """In a forked worker, before all else: whatever it hangs in from now on, it ends with its parent."""
     global _inherited_stdin
     own_process_group()
-    die_with(life)
+    die_with_parent(life)
     if sys.stdin is not None:
         # multiprocessing closes it, which waits for ever for a thread that was reading it in the parent. It is kept:
         # to be thrown away is to be closed.
@@ -80,10 +80,10 @@ _inherited_stdin: object = None
 after_fork_in_child(_disown)
 
 
-def be_worker(origin: int) -> None:
+def mark_as_worker(root_pid: int) -> None:
     """This is a worker process, of workers of this one perhaps."""
     global _origin
-    _origin = origin
+    _origin = root_pid
 
 
 def is_worker() -> bool:
@@ -91,12 +91,12 @@ def is_worker() -> bool:
     return _origin is not None
 
 
-def origin() -> int:
+def root_pid() -> int:
     """The id of the process that has this worker process, directly or not; of this one if it is none."""
     return os.getpid() if _origin is None else _origin
 
 
-def let_go() -> None:
+def detach_from_parent() -> None:
     """In a forked worker: part with what belongs to the parent."""
     _signals()
     _half_imported_modules()
@@ -104,7 +104,7 @@ def let_go() -> None:
     _connections()
 
 
-def let_go_of_engines(app: Flask) -> None:
+def dispose_engines(app: Flask) -> None:
     """In a forked worker: have the engines of Flask-SQLAlchemy open connections of their own.
 
     Those they hold are the parent's, which goes on using them.
@@ -116,7 +116,7 @@ def let_go_of_engines(app: Flask) -> None:
                 engine.dispose(close=False)
 
 
-def die_with(life: socket.socket) -> None:
+def die_with_parent(life: socket.socket) -> None:
     """Have the system kill this process, and what it has started, when the other end of ``life`` is closed.
 
     A thread that waits for that would not get to run in a process that is inside a C call which holds the interpreter's

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, WorkerState
-from flask_executor.backends.process.protocol import Told
-from flask_executor.backends.process.supervisor import Supervisor, Tenancy
+from flask_executor.backends.process.protocol import DeliverMessage
+from flask_executor.backends.process.supervisor import PoolObserver, Supervisor
 from flask_executor.backends.process.worker_process import Task
 from flask_executor.exceptions import ConfigError
 from flask_executor.jobs.call import Call, PlainCall
 from flask_executor.jobs.model import JobMessage, JobStatus
-from flask_executor.jobs.packing import pack_call, pickled
+from flask_executor.jobs.packing import pack_call, pickle_or_explain
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     chunks = True
     supports_kill = True
 
-    def __init__(self, options: BackendOptions, tenancy: Tenancy | None = None) -> None:
+    def __init__(self, options: BackendOptions, tenancy: PoolObserver | None = None) -> None:
         if sys.platform == "win32":  # where a thread cannot wait for sockets and processes at once
             raise ConfigError(options.config_key("EXECUTOR_TYPE"), "process", "'thread' on Windows")
         # The standard pool's own constructor would make queues that nobody uses.
@@ -85,25 +85,25 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def withdraw(self, call: Call) -> bool:
         return self._dispatcher.withdraw(call.job.id)
 
-    def leave(self, call: Call, attempt: int, reason: JobStatus) -> None:
+    def request_stop(self, call: Call, attempt: int, reason: JobStatus) -> None:
         self._dispatcher.leave(call.job.id, attempt, reason)
 
     def kill(self, call: Call, attempt: int) -> None:
         self._dispatcher.kill(call.job.id, attempt)
 
     def deliver(self, call: Call, message: JobMessage) -> None:
-        self.deliver_packed(call, b"".join(pickled(message, f"The message for job {call.job.name}")))
+        self.deliver_packed(call, b"".join(pickle_or_explain(message, f"The message for job {call.job.name}")))
 
     def deliver_packed(self, call: Call, data: bytes) -> None:
         """As :meth:`deliver`, of a message that is pickled."""
         expected = call.retried or call.job.status is JobStatus.QUEUED  # others know of it before it is enqueued
-        self._dispatcher.deliver(Told(call.job.id, data), expected=expected)
+        self._dispatcher.deliver(DeliverMessage(call.job.id, data), expected=expected)
 
-    def aside(self, fn: Callable[[], object]) -> None:
+    def run_user_code(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)
 
     @property
-    def lagging(self) -> bool:
+    def has_pending_user_code(self) -> bool:
         return len(self._supervisor.callbacks) > 0
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
@@ -118,7 +118,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._supervisor.shutdown(wait=wait, cancel_futures=cancel_futures)
 
-    def abandon(self, grace: float) -> None:
+    def terminate(self, grace: float) -> None:
         self._supervisor.abandon(grace)
 
     @property
@@ -126,7 +126,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         """Whether all has ended; after :meth:`shutdown`."""
         return self._supervisor.ended
 
-    def crew(self) -> Sequence[WorkerState]:
+    def worker_states(self) -> Sequence[WorkerState]:
         return self._supervisor.dispatcher.crew()
 
     @property

@@ -11,7 +11,7 @@ import struct
 from collections import deque
 
 from flask_executor.backends.process.protocol import FrameKind
-from flask_executor.helpers.pickling import _SMALL, Message, _size, pickle_parts
+from flask_executor.helpers.pickling import _SMALL, CompactPickle, _size, pickle_parts
 
 _DONT_WAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
 _HEAD = struct.Struct("!QIQ")  # of a call: its number, its attempt, its length
@@ -23,7 +23,7 @@ def is_small(parts: list[bytes]) -> bool:
     return len(parts) == 1 and len(parts[0]) <= _SMALL
 
 
-class Wire:
+class FrameStream:
     """One end of a stream of frames: the length of the body (8 bytes), its kind (1), a number (8), the body.
 
     Never waits unless it is told to. Sending and receiving may be done by two threads, but only one of each at a time.
@@ -44,7 +44,7 @@ class Wire:
         """The descriptor, to be selected on."""
         return self.socket.fileno()
 
-    def say(self, message: Message) -> bool:
+    def say(self, message: CompactPickle) -> bool:
         """Send a message, or as much of it as goes out without waiting; whether all is out."""
         return self.send(FrameKind.MESSAGE, pickle_parts(message))
 
@@ -140,7 +140,7 @@ def packet_pair() -> tuple[socket.socket, socket.socket] | None:
         return None
 
 
-class Calls:
+class CallSender:
     """Takes calls to a worker: the end in the parent.
 
     Calls are packets, and the system gives each packet to one reader only. So a call that the parent can read back
@@ -153,7 +153,7 @@ class Calls:
     :param packets: both ends of the line for packets, None where there is none; they are closed with this.
     """
 
-    def __init__(self, wire: Wire, packets: tuple[socket.socket, socket.socket] | None) -> None:
+    def __init__(self, wire: FrameStream, packets: tuple[socket.socket, socket.socket] | None) -> None:
         self._wire = wire
         self._here: socket.socket | None = None
         self._there: socket.socket | None = None
@@ -195,7 +195,7 @@ class Calls:
                     numbers.add(_HEAD.unpack(packet)[0])
         return numbers
 
-    def is_taken(self, number: int) -> bool:
+    def was_transferred(self, number: int) -> bool:
         """Whether the worker has begun with a call that it was given, so that it cannot be taken back."""
         if self._there is None:
             return True
@@ -219,8 +219,8 @@ class Calls:
             self._there.close()
 
 
-class IncomingCalls:
-    """The end of :class:`Calls` in the worker."""
+class CallReceiver:
+    """The end of :class:`CallSender` in the worker."""
 
     def __init__(self, wire: socket.socket, packets: socket.socket | None) -> None:
         self._wire = wire

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flask_executor.abc import WorkerState
-from flask_executor.backends.process.protocol import Broadcast, Told
-from flask_executor.backends.process.worker_process import Task, WorkerHandle
+from flask_executor.backends.process.protocol import Broadcast, DeliverMessage
+from flask_executor.backends.process.worker_process import Task, WorkerProcess
 from flask_executor.exceptions import ExecutorShutdown
 from flask_executor.helpers.log import logger
-from flask_executor.helpers.pickling import Message
+from flask_executor.helpers.pickling import CompactPickle
 from flask_executor.helpers.priority_queue import PriorityQueue
 from flask_executor.jobs.call import Call
 from flask_executor.jobs.model import JobStatus
@@ -55,10 +55,10 @@ class Dispatcher:
         self._lock = threading.RLock()  # a finalizer may come here in the middle
         self._queue: PriorityQueue[Task] = PriorityQueue()
         self._tasks: dict[str, Task] = {}  # all that are queued or with a worker
-        self._workers: list[WorkerHandle] = []
-        self._idle: list[WorkerHandle] = []
+        self._workers: list[WorkerProcess] = []
+        self._idle: list[WorkerProcess] = []
         self._left: list[Task] = []  # were asked to leave before they began; to be settled by the supervisor
-        self._early: dict[str, list[Told]] = {}  # messages for jobs that wait for their next attempts
+        self._early: dict[str, list[DeliverMessage]] = {}  # messages for jobs that wait for their next attempts
         self._levels = False  # whether there ever was a priority other than 0
         self._unhurried = True  # whether the supervisor may sleep until something happens
         self.closing = False
@@ -127,7 +127,7 @@ class Dispatcher:
             self._left.append(task)
             self._wake_up()
 
-    def deliver(self, message: Told, *, expected: bool = False) -> None:
+    def deliver(self, message: DeliverMessage, *, expected: bool = False) -> None:
         """Send a message to a job; it is kept until that begins.
 
         :param expected: whether it is kept also if the job is not here, as it, or its next attempt, may come.
@@ -145,7 +145,7 @@ class Dispatcher:
             if task.begun and task.worker is not None:
                 self._say(task.worker, message)
                 self._wake_up()  # to send on the rest
-                if len(task.mail) > _MOST_MAIL and task.worker.calls.is_taken(task.number):
+                if len(task.mail) > _MOST_MAIL and task.worker.calls.was_transferred(task.number):
                     task.taken = True
                     task.mail.clear()
 
@@ -236,7 +236,7 @@ class Dispatcher:
                 return _BRIEF
             return _START_LIMIT / 4 if any(not worker.is_up for worker in self._workers) else None
 
-    def tend(self) -> tuple[int, list[WorkerHandle], list[Task]]:
+    def tend(self) -> tuple[int, list[WorkerProcess], list[Task]]:
         """Do what is due.
 
         :return: how many workers are to be started, those that there are, and claimed calls that have left.
@@ -261,31 +261,31 @@ class Dispatcher:
             left, self._left = self._left, []
             return missing, list(self._workers), left
 
-    def send_on(self, worker: WorkerHandle) -> None:
+    def send_on(self, worker: WorkerProcess) -> None:
         """Send what the worker did not take at once."""
         with self._lock, contextlib.suppress(OSError):  # it is dead; its sentinel will say so
             worker.wire.flush()
             worker.control.flush()
 
-    def hired(self, worker: WorkerHandle) -> None:
+    def hired(self, worker: WorkerProcess) -> None:
         """A worker was started."""
         with self._lock:
             self._workers.append(worker)
             if self.broadcasts:
                 self._say(worker, Broadcast(self.broadcasts, None))
 
-    def _say(self, worker: WorkerHandle, message: Message) -> None:
+    def _say(self, worker: WorkerProcess, message: CompactPickle) -> None:
         with contextlib.suppress(OSError):  # it is dead; its sentinel will say so
             worker.control.say(message)
 
-    def ready(self, worker: WorkerHandle) -> None:
+    def ready(self, worker: WorkerProcess) -> None:
         """A worker waits for its first call."""
         with self._lock:
             worker.ready = True
             self._rest(worker)
             self._hand_out()
 
-    def ended(self, worker: WorkerHandle, number: int) -> Task:
+    def ended(self, worker: WorkerProcess, number: int) -> Task:
         """The worker has ended the first of its calls; which that is.
 
         :raises RuntimeError: when that has another number.
@@ -305,7 +305,7 @@ class Dispatcher:
                 self._share()
             return task
 
-    def buried(self, worker: WorkerHandle) -> list[Task]:
+    def buried(self, worker: WorkerProcess) -> list[Task]:
         """The worker is dead; the calls it had begun, of which nothing will come (one at most)."""
         with self._lock:
             worker.retired = True
@@ -351,7 +351,7 @@ class Dispatcher:
         with self._lock:
             return any(worker.ready and not worker.retired for worker in self._workers)
 
-    def give_up(self) -> tuple[list[Task], list[WorkerHandle]]:
+    def give_up(self) -> tuple[list[Task], list[WorkerProcess]]:
         """End: all workers are killed.
 
         :return: the calls of which nothing will come, claimed, and the workers.
@@ -392,9 +392,9 @@ class Dispatcher:
                     return
                 self._give(ahead, queue.pop())
 
-    def _with_room(self, task: Task) -> WorkerHandle | None:
+    def _with_room(self, task: Task) -> WorkerProcess | None:
         """A busy worker that can be given ``task`` ahead of time."""
-        best: WorkerHandle | None = None
+        best: WorkerProcess | None = None
         brief = time.monotonic() - _BRIEF
         for worker in self._workers:
             if (
@@ -411,10 +411,10 @@ class Dispatcher:
                 best = worker
         return best
 
-    def _is_worn(self, worker: WorkerHandle) -> bool:
+    def _is_worn(self, worker: WorkerProcess) -> bool:
         return self._max_tasks is not None and worker.given >= self._max_tasks
 
-    def _give(self, worker: WorkerHandle, task: Task) -> None:
+    def _give(self, worker: WorkerProcess, task: Task) -> None:
         if task.given is not None and not task.begun:
             task.given()
         worker.give(task)
@@ -431,16 +431,16 @@ class Dispatcher:
                 self._send_mail(task, task.worker)
         return task.begun
 
-    def _send_mail(self, task: Task, worker: WorkerHandle) -> None:
+    def _send_mail(self, task: Task, worker: WorkerProcess) -> None:
         for message in task.mail:
             self._say(worker, message)
 
-    def _claim_all(self, worker: WorkerHandle) -> None:
+    def _claim_all(self, worker: WorkerProcess) -> None:
         """What is in the worker's list has begun, or ended even, as nothing could be taken back."""
         for task in worker.tasks:
             self._claim(task)
 
-    def _take_back(self, worker: WorkerHandle, *, begun_too: bool = False, dead: bool = False) -> None:
+    def _take_back(self, worker: WorkerProcess, *, begun_too: bool = False, dead: bool = False) -> None:
         """Put what the worker has not begun back to the head of the queue.
 
         :param begun_too: also the one that is claimed for it, and so is ``running`` for all others to see.
@@ -453,7 +453,7 @@ class Dispatcher:
             self._claim(worker.tasks[0])  # it may have been taken from the middle
         for task in reversed(back):
             task.worker = None
-            if not task.begun or task.call.put_back():
+            if not task.begun or task.call.requeue():
                 task.begun = False
                 self._queue.push_first(task, task.call.priority)
             else:
@@ -468,7 +468,7 @@ class Dispatcher:
         self._queue.remove(task, task.call.priority)
         del self._tasks[task.id]
 
-    def _rest(self, worker: WorkerHandle) -> None:
+    def _rest(self, worker: WorkerProcess) -> None:
         """The worker has nothing to do."""
         if worker.retired or not worker.ready or worker in self._idle:
             return

@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from flask_executor.helpers.pickling import Message
+from flask_executor.helpers.pickling import CompactPickle
 from flask_executor.jobs.model import JobStatus
 from flask_executor.jobs.packing import Outcome
 
 
 @dataclass(slots=True)
-class Leave(Message):
+class StopJob(CompactPickle):
     """To the worker: this attempt has to leave at its next checkpoint, STOPPED or TIMED_OUT."""
 
     id: str
@@ -20,7 +20,7 @@ class Leave(Message):
 
 
 @dataclass(slots=True)
-class Told(Message):
+class DeliverMessage(CompactPickle):
     """To the worker: a message for the job with this id, which it runs or is about to."""
 
     id: str
@@ -29,7 +29,7 @@ class Told(Message):
 
 
 @dataclass(slots=True)
-class Broadcast(Message):
+class Broadcast(CompactPickle):
     """To every worker of a service: something to do before the calls that are given out from now on."""
 
     #: How many there were, with this one.
@@ -39,7 +39,7 @@ class Broadcast(Message):
 
 
 @dataclass(slots=True)
-class Sent(Message):
+class ServiceMessage(CompactPickle):
     """From the worker of a service: a message to another service, or to the app."""
 
     #: The name of the service; None for the app.
@@ -50,17 +50,17 @@ class Sent(Message):
 
 
 @dataclass(slots=True)
-class Up(Message):
+class AppLoaded(CompactPickle):
     """The worker has its app, and its initializers run next, for as long as they take."""
 
 
 @dataclass(slots=True)
-class Ready(Message):
+class WorkerReady(CompactPickle):
     """The worker has its app, its initializers have run, and it waits for calls."""
 
 
 @dataclass(slots=True)
-class NotReady(Message):
+class StartFailed(CompactPickle):
     """The worker could not start and ends."""
 
     #: From ``runner.pack_error()``.
@@ -68,7 +68,7 @@ class NotReady(Message):
 
 
 @dataclass(slots=True)
-class Progressed(Message):
+class ProgressReport(CompactPickle):
     """How far the job is."""
 
     id: str
@@ -79,7 +79,7 @@ class Progressed(Message):
 
 
 @dataclass(slots=True)
-class Logged(Message):
+class LogReport(CompactPickle):
     """A log record was made, by the job with this id or by none."""
 
     id: str | None
@@ -91,7 +91,7 @@ class Logged(Message):
 
 
 @dataclass(slots=True)
-class Dropped(Message):
+class LogsDropped(CompactPickle):
     """So many log records were made faster than they could be sent, and are gone."""
 
     count: int

@@ -16,17 +16,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flask_executor.backends.process.after_fork import IGNORED_SIGNALS, exit_with_descendants
-from flask_executor.backends.process.channel import Wire
+from flask_executor.backends.process.channel import FrameStream
 from flask_executor.backends.process.protocol import (
-    Dropped,
     FrameKind,
-    Logged,
-    Progressed,
+    LogReport,
+    LogsDropped,
+    ProgressReport,
 )
 from flask_executor.helpers import safe_repr
-from flask_executor.helpers.pickling import Message, pickle_parts
+from flask_executor.helpers.pickling import CompactPickle, pickle_parts
 from flask_executor.jobs.current import RunningJob, running_job
-from flask_executor.jobs.log_records import know_jobs
+from flask_executor.jobs.log_records import install_record_factory
 from flask_executor.jobs.packing import Outcome
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ REPORT_INTERVAL = 0.05  # seconds between two reports of progress
 _BACKLOG = 1000  # frames that wait to be sent before log records are dropped
 
 
-class Outbox:
+class Reporter:
     """Sends to the parent, without ever holding up the job that reports.
 
     Outcomes are sent for certain; progress is the last there is; log records are dropped, and counted, when they
     come faster than the parent reads for long.
     """
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: FrameStream) -> None:
         self._wire = wire
         self._lock = threading.RLock()  # a finalizer may log in the middle of it
         self._late: RunningJob | None = None
@@ -62,7 +62,7 @@ class Outbox:
             if self._wire.pending:
                 self._flush(wait=True)
 
-    def say(self, message: Message) -> None:
+    def say(self, message: CompactPickle) -> None:
         """Send a message that must arrive."""
         self.send(FrameKind.MESSAGE, pickle_parts(message))
 
@@ -76,7 +76,7 @@ class Outbox:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
 
-    def leave_child(self, kind: Outcome) -> None:
+    def exit_if_forked_child(self, kind: Outcome) -> None:
         """In a process that a job has forked, and in which it has come to its end: this process ends too."""
         if self._muted:
             for stream in (sys.stdout, sys.stderr):
@@ -107,7 +107,7 @@ class Outbox:
                 self._dropped += 1
                 return
             if self._dropped:
-                self._say(Dropped(self._dropped))
+                self._say(LogsDropped(self._dropped))
                 self._dropped = 0
             self._say(_logged(None if job is None else job.id, record))
             pending = self._wire.pending
@@ -126,13 +126,13 @@ class Outbox:
         if running is None or not self._flush():  # the parent is slow: later, with what is new then
             return
         self._late = None
-        running.reported = False  # before it is read: what comes from now on is told of again
+        running.report_pending = False  # before it is read: what comes from now on is told of again
         self._next_report = time.monotonic() + REPORT_INTERVAL
         job = running.record
         meta = None if job.meta is None else _pickled_meta(job.meta.copy())
-        self._say(Progressed(job.id, job.progress, job.message, meta))
+        self._say(ProgressReport(job.id, job.progress, job.message, meta))
 
-    def _say(self, message: Message) -> None:
+    def _say(self, message: CompactPickle) -> None:
         self._send(FrameKind.MESSAGE, pickle_parts(message))
 
     def _send(self, kind: int, body: list[bytes], number: int = 0) -> None:
@@ -162,7 +162,7 @@ def _pickled_meta(meta: Mapping[str, Any]) -> bytes:
 
 
 class _Forward(logging.Handler):
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: Reporter) -> None:
         super().__init__()
         self._outbox = outbox
 
@@ -173,13 +173,13 @@ class _Forward(logging.Handler):
             self.handleError(record)
 
 
-def forward_logs(outbox: Outbox) -> None:
+def forward_logs(outbox: Reporter) -> None:
     """Send log records to the parent, whose handlers they are meant for.
 
     The handlers here are copies: two processes would write into one file, and a thread of the parent may have held
     their locks when this one was forked.
     """
-    know_jobs(running_job)
+    install_record_factory(running_job)
     forward = _Forward(outbox)
     root = logging.getLogger()
     root.handlers = [forward]
@@ -189,7 +189,7 @@ def forward_logs(outbox: Outbox) -> None:
             each.handlers = [] if each.propagate else [forward]
 
 
-def _logged(id: str | None, record: logging.LogRecord) -> Logged:
+def _logged(id: str | None, record: logging.LogRecord) -> LogReport:
     """A record in a form that another process can rebuild; as the standard library's QueueHandler does."""
     fields = copy.copy(record).__dict__
     text = fields["message"] = fields["msg"] = record.getMessage()
@@ -204,7 +204,7 @@ def _logged(id: str | None, record: logging.LogRecord) -> Logged:
         simple = (str, int, float, type(None))
         plain = {name: value if isinstance(value, simple) else safe_repr(value) for name, value in fields.items()}
         data = pickle.dumps(plain, pickle.HIGHEST_PROTOCOL)
-    return Logged(id, record.name, record.levelno, text, data)
+    return LogReport(id, record.name, record.levelno, text, data)
 
 
 def log_levels() -> dict[str, int]:

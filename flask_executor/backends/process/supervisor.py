@@ -19,7 +19,7 @@
 for the parent; more than anything else this is why the pool is fast. A call that was handed out must not be stuck,
 though: behind a job that takes long, in a worker that is killed, or when it is cancelled. So calls go over a line that
 the parent can read as well, and the system hands each to one reader only: what the parent gets back will not be run
-there, and what it does not get back has been begun (:class:`flask_executor.lines.Calls`). Each call has a number, as
+there, and what it does not get back has been begun (:class:`CallSender`). Each call has a number, as
 the worker may take one in the middle of others that are taken back.
 
 **Who owns what.** The lock of the :class:`Dispatcher` guards the queue, the workers' lists of
@@ -48,22 +48,31 @@ from multiprocessing.context import BaseContext
 from typing import Any, Protocol
 
 from flask_executor.abc import BackendOptions
-from flask_executor.backends.process.after_fork import not_for_children
-from flask_executor.backends.process.channel import Wire
+from flask_executor.backends.process.after_fork import close_in_child
+from flask_executor.backends.process.channel import FrameStream
 from flask_executor.backends.process.dispatcher import Dispatcher
-from flask_executor.backends.process.protocol import Dropped, FrameKind, Logged, NotReady, Progressed, Ready, Sent, Up
+from flask_executor.backends.process.protocol import (
+    AppLoaded,
+    FrameKind,
+    LogReport,
+    LogsDropped,
+    ProgressReport,
+    ServiceMessage,
+    StartFailed,
+    WorkerReady,
+)
 from flask_executor.backends.process.reporter import log_levels
-from flask_executor.backends.process.worker_main import Resident, WorkerSettings
-from flask_executor.backends.process.worker_process import Task, WorkerHandle
+from flask_executor.backends.process.worker_main import WorkerPlugin, WorkerSettings
+from flask_executor.backends.process.worker_process import Task, WorkerProcess
 from flask_executor.exceptions import NotPicklable, WorkerLost
 from flask_executor.helpers import describe_error
 from flask_executor.helpers.app_import import import_string_of
 from flask_executor.helpers.log import logger
-from flask_executor.helpers.pickling import Message
-from flask_executor.helpers.serial_thread import SerialThread, serve_this_thread
-from flask_executor.jobs.log_records import line_of
+from flask_executor.helpers.pickling import CompactPickle
+from flask_executor.helpers.serial_thread import SerialThread, set_thread_callbacks
+from flask_executor.jobs.log_records import to_log_line
 from flask_executor.jobs.model import JobStatus
-from flask_executor.jobs.packing import settle_packed, unpack_error, unpack_meta
+from flask_executor.jobs.packing import settle_from_bytes, unpack_error, unpack_meta
 
 _MOST_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
 _PAUSE = 0.1  # seconds until a worker is started again that should stand; twice as long each time
@@ -73,16 +82,16 @@ _STEADY = 10.0  # seconds after which a worker is taken to have started well
 _LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
 
 
-class Tenancy(Protocol):
+class PoolObserver(Protocol):
     """Whoever wants the same number of workers at all times, with something living in them."""
 
     #: Makes that, in each worker; inherited or pickled.
-    resident: Callable[[], Resident]
+    resident: Callable[[], WorkerPlugin]
 
     def failed(self, error: BaseException, pause: float) -> None:
         """A worker could not start, or died. Others are started in so many seconds."""
 
-    def sent(self, message: Sent) -> None:
+    def sent(self, message: ServiceMessage) -> None:
         """A resident has sent a message. Quick, and runs no code of the user's."""
 
 
@@ -90,13 +99,13 @@ class Supervisor:
     """Starts worker processes, listens to them and buries them; see the top of this module."""
 
     def __init__(
-        self, options: BackendOptions, context: BaseContext, max_workers: int, tenancy: Tenancy | None = None
+        self, options: BackendOptions, context: BaseContext, max_workers: int, tenancy: PoolObserver | None = None
     ) -> None:
         self._options = options
         self._tenancy = tenancy
         self._context = context
         self._pid = os.getpid()
-        self._wakes, self._wake = map(not_for_children, socket.socketpair())
+        self._wakes, self._wake = map(close_in_child, socket.socketpair())
         self._wake.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wakes, selectors.EVENT_READ)
@@ -187,7 +196,7 @@ class Supervisor:
     # ---- the supervisor thread ----
 
     def _supervise(self) -> None:
-        serve_this_thread(self.callbacks)
+        set_thread_callbacks(self.callbacks)
         try:
             while self._tend():
                 for key, events in self._selector.select(self._patience()):
@@ -211,7 +220,7 @@ class Supervisor:
             return patience
         return pause if patience is None else min(patience, pause)
 
-    def _attend(self, worker: WorkerHandle, events: int) -> None:
+    def _attend(self, worker: WorkerProcess, events: int) -> None:
         if worker.silent:  # since what came before this in the same round
             return
         if events & selectors.EVENT_WRITE:
@@ -223,7 +232,7 @@ class Supervisor:
         """Do what is due; False when all is done."""
         missing, workers, left = self.dispatcher.tend()
         for task in left:
-            task.call.left()
+            task.call.stopped()
         for worker in workers:
             if not worker.silent:
                 self._watch(worker, worker.wire, selectors.EVENT_READ)
@@ -238,7 +247,7 @@ class Supervisor:
                 self._hire()
         return True
 
-    def _watch(self, worker: WorkerHandle, line: Wire, events: int) -> None:
+    def _watch(self, worker: WorkerProcess, line: FrameStream, events: int) -> None:
         """Select on a line for these events, and for room if something waits to be sent."""
         if line.pending:
             events |= selectors.EVENT_WRITE
@@ -253,7 +262,7 @@ class Supervisor:
 
     def _hire(self) -> None:
         try:
-            worker = WorkerHandle(self._context, self._settings())
+            worker = WorkerProcess(self._context, self._settings())
         except Exception as error:  # no memory, no processes, or something that cannot be pickled for it
             self._start_failed(_not_started(error), time.monotonic())
             return
@@ -272,7 +281,7 @@ class Supervisor:
             resident=None if self._tenancy is None else self._tenancy.resident,
         )
 
-    def _read(self, worker: WorkerHandle) -> bool:
+    def _read(self, worker: WorkerProcess) -> bool:
         """Read what the worker has sent; False when there is nothing (any more)."""
         try:
             frames = worker.wire.receive()
@@ -295,58 +304,58 @@ class Supervisor:
                 return False
         return True
 
-    def _stop_listening(self, worker: WorkerHandle) -> None:
+    def _stop_listening(self, worker: WorkerProcess) -> None:
         if not worker.silent:
             worker.silent = True
             for line in (worker.wire, worker.control):
                 if line in self._selector.get_map():
                     self._selector.unregister(line)
 
-    def _break_with(self, worker: WorkerHandle) -> None:
+    def _break_with(self, worker: WorkerProcess) -> None:
         """It says what no worker says: that is the end of it, and of the job it runs, but of nothing else."""
         logger.exception("Worker process %s cannot be understood, and is killed.", worker.process.pid)
         self._stop_listening(worker)
         worker.kill()
 
-    def _hear(self, worker: WorkerHandle, message: Message) -> None:
-        if isinstance(message, Progressed):
+    def _hear(self, worker: WorkerProcess, message: CompactPickle) -> None:
+        if isinstance(message, ProgressReport):
             call = self.dispatcher.call(message.id)
             if call is not None:
                 call.job.progress, call.job.message = message.progress, message.message
                 if message.meta is not None:
                     call.job.meta = {**(call.job.meta or {}), **unpack_meta(message.meta)}
                 call.progressed()
-        elif isinstance(message, Logged):
+        elif isinstance(message, LogReport):
             self._logged(message)
-        elif isinstance(message, Dropped):
+        elif isinstance(message, LogsDropped):
             logger.warning("%d log records of worker processes came too fast and are gone.", message.count)
-        elif isinstance(message, NotReady):
+        elif isinstance(message, StartFailed):
             worker.retired = True
             self._start_failed(unpack_error(message.error), worker.born)
-        elif isinstance(message, Up):
+        elif isinstance(message, AppLoaded):
             worker.is_up = True
-        elif isinstance(message, Ready):
+        elif isinstance(message, WorkerReady):
             self._failed_starts = 0
             self.dispatcher.ready(worker)
-        elif isinstance(message, Sent) and self._tenancy is not None:
+        elif isinstance(message, ServiceMessage) and self._tenancy is not None:
             self._tenancy.sent(message)
 
     def _settle(self, task: Task, kind: int, body: bytes) -> None:
         if not task.begun:  # a plain future that was cancelled after its call had been handed out
             return
         try:
-            settle_packed(task.call, kind, body)
+            settle_from_bytes(task.call, kind, body)
         except BaseException as error:  # also SystemExit: it is not meant for this thread
             logger.exception("Job %s could not be settled.", task.id)
             with contextlib.suppress(Exception):
                 task.call.fail(error)
 
-    def _logged(self, message: Logged) -> None:
+    def _logged(self, message: LogReport) -> None:
         call = None if message.id is None else self.dispatcher.call(message.id)
         record = _rebuilt(message)
         if call is not None:
             record.__dict__.update(job_id=call.job.id, job_key=call.job.key)
-            call.job.add_log(line_of(record))
+            call.job.add_log(to_log_line(record))
             call.progressed()
         if len(self.callbacks) < _LOG_BACKLOG:
             self.callbacks.run(lambda: _handle(record))
@@ -364,7 +373,7 @@ class Supervisor:
         if not isinstance(error, WorkerLost) or self._failed_starts >= _MOST_STARTS:
             self._fail_all(error, self.dispatcher.pop_oldest())
 
-    def _pause(self, tenancy: Tenancy, error: BaseException, born: float) -> bool:
+    def _pause(self, tenancy: PoolObserver, error: BaseException, born: float) -> bool:
         """Start workers again in a while: the longer, the more often this was so.
 
         :param born: when the worker was started that has failed (monotonic).
@@ -384,7 +393,7 @@ class Supervisor:
         for task in tasks:
             task.call.fail(error, status)
 
-    def _bury(self, worker: WorkerHandle) -> None:
+    def _bury(self, worker: WorkerProcess) -> None:
         """A worker process has ended: settle what it had begun, and let others have the rest."""
         self._selector.unregister(worker.sentinel)
         while not worker.silent and self._read(worker):  # what it has still sent
@@ -397,7 +406,7 @@ class Supervisor:
         for task in self.dispatcher.buried(worker):
             if task.killed:
                 was_killed = True
-                task.call.left(forced=True)
+                task.call.stopped(forced=True)
             else:
                 what = f"The worker process died that ran job {task.call.job.name}."
                 lost = WorkerLost(what, worker.process.pid, exit_code)
@@ -442,7 +451,7 @@ def _not_started(error: Exception) -> Exception:
     return error
 
 
-def _rebuilt(message: Logged) -> logging.LogRecord:
+def _rebuilt(message: LogReport) -> logging.LogRecord:
     # Not by the app's own factory, which has had its turn in the worker.
     record = logging.LogRecord(message.name, message.level, "", 0, message.text, None, None)
     fields: dict[str, Any] = {}

@@ -7,7 +7,7 @@
                      too recent; ends the process when the parent is gone
 
 Who owns what: the main thread reads the calls; the listener reads ``control``; whoever sends holds the lock of the
-:class:`Outbox`. The running job is set by the main thread and read by the listener, under the worker's lock.
+:class:`Reporter`. The running job is set by the main thread and read by the listener, under the worker's lock.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flask_executor.backends.process.after_fork import (
     IGNORED_SIGNALS,
-    be_worker,
-    die_with,
+    detach_from_parent,
+    die_with_parent,
+    dispose_engines,
     exit_with_descendants,
-    let_go,
-    let_go_of_engines,
-    origin,
+    mark_as_worker,
     own_process_group,
+    root_pid,
 )
-from flask_executor.backends.process.channel import IncomingCalls, Wire
+from flask_executor.backends.process.channel import CallReceiver, FrameStream
 from flask_executor.backends.process.protocol import (
+    AppLoaded,
     Broadcast,
-    Leave,
-    NotReady,
-    Ready,
-    Told,
-    Up,
+    DeliverMessage,
+    StartFailed,
+    StopJob,
+    WorkerReady,
 )
-from flask_executor.backends.process.reporter import REPORT_INTERVAL, Outbox, forward_logs
+from flask_executor.backends.process.reporter import REPORT_INTERVAL, Reporter, forward_logs
 from flask_executor.helpers import describe_error
 from flask_executor.helpers.app_import import import_app
 from flask_executor.helpers.log import logger
-from flask_executor.helpers.pickling import Message
+from flask_executor.helpers.pickling import CompactPickle
 from flask_executor.jobs.current import RunningJob
-from flask_executor.jobs.model import LiveJob
+from flask_executor.jobs.model import JobState
 from flask_executor.jobs.packing import Outcome, pack_error, run_packed
 
 if TYPE_CHECKING:
@@ -74,12 +74,12 @@ class WorkerSettings:
     #: Levels by logger, where they are not inherited.
     log_levels: Mapping[str, int]
     #: Makes what lives in the process, if anything does.
-    resident: Callable[[], Resident] | None = None
-    #: See :func:`flask_executor.inherited.origin`.
-    origin: int = field(default_factory=origin)
+    resident: Callable[[], WorkerPlugin] | None = None
+    #: See :func:`flask_executor.inherited.root_pid`.
+    root_pid: int = field(default_factory=root_pid)
 
 
-class Resident(Protocol):
+class WorkerPlugin(Protocol):
     """What lives in a worker process, and is there for every call; used by its main thread, but for :meth:`hear`."""
 
     #: Readable when :meth:`tend` is to be called.
@@ -87,10 +87,12 @@ class Resident(Protocol):
     #: Has a ``value``, a number up to 64 bits, that the parent sees too, even when the process was killed.
     mark: Any
 
-    def move_in(self, app: Flask, send: Callable[[Message], None], leave_child: Callable[[Outcome], None]) -> None:
+    def move_in(
+        self, app: Flask, send: Callable[[CompactPickle], None], exit_if_forked_child: Callable[[Outcome], None]
+    ) -> None:
         """Get ready. What this raises ends the process.
 
-        :param leave_child: to be called after code of the user's; ends a process that this has forked.
+        :param exit_if_forked_child: to be called after code of the user's; ends a process that this has forked.
         """
 
     def patience(self) -> float | None:
@@ -117,9 +119,9 @@ def main(
     """The life of a worker process."""
     inherited = [*logging._handlerList]  # type: ignore[attr-defined]
     own_process_group()
-    die_with(life)
-    be_worker(settings.origin)
-    outbox = Outbox(Wire(wire))
+    die_with_parent(life)
+    mark_as_worker(settings.root_pid)
+    outbox = Reporter(FrameStream(wire))
     if hasattr(os, "register_at_fork"):
         # What a job forks is an ordinary process: it says nothing here, and ends when it is told to. Signals wait
         # meanwhile, or one that comes at once would meet our handler there.
@@ -131,12 +133,12 @@ def main(
     resident = None if settings.resident is None else settings.resident()
     if resident is not None:
         resident.mark = mark
-    worker = Worker(outbox, IncomingCalls(wire, packets), resident)
+    worker = Worker(outbox, CallReceiver(wire, packets), resident)
     try:
         if settings.app is not None:
-            let_go()  # before there is a second thread
+            detach_from_parent()  # before there is a second thread
         listener = threading.Thread(
-            target=worker.listen, args=(Wire(control),), name="flask-executor-listener", daemon=True
+            target=worker.listen, args=(FrameStream(control),), name="flask-executor-listener", daemon=True
         )
         listener.start()
         # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not
@@ -145,9 +147,9 @@ def main(
             signal.signal(number, lambda *_: None)
         app = worker.prepare(settings)
     except BaseException as error:
-        outbox.say(NotReady(pack_error(error)))
+        outbox.say(StartFailed(pack_error(error)))
         return
-    outbox.say(Ready())
+    outbox.say(WorkerReady())
     with contextlib.suppress(EOFError):  # the parent wants no more of this worker
         worker.work(app)
     if resident is not None:
@@ -159,14 +161,14 @@ def main(
 class Worker:
     """Runs the calls that come."""
 
-    def __init__(self, outbox: Outbox, calls: IncomingCalls, resident: Resident | None = None) -> None:
+    def __init__(self, outbox: Reporter, calls: CallReceiver, resident: WorkerPlugin | None = None) -> None:
         self._outbox = outbox
         self._calls = calls
         self._resident = resident
         self._lock = threading.Lock()
         self._running: RunningJob | None = None
-        self._early: Leave | None = None  # for a job that is not here yet
-        self._mail: dict[str, list[Told]] = {}  # for jobs that are not here yet
+        self._early: StopJob | None = None  # for a job that is not here yet
+        self._mail: dict[str, list[DeliverMessage]] = {}  # for jobs that are not here yet
 
     def prepare(self, settings: WorkerSettings) -> Flask:
         """Get the app and run the initializers."""
@@ -175,18 +177,18 @@ class Worker:
             logging.getLogger(name).setLevel(level)
         if settings.app is not None:
             app = settings.app
-            let_go_of_engines(app)
+            dispose_engines(app)
         else:
             app = import_app(settings.app_import, settings.app_config_key)
             forward_logs(self._outbox)  # again: the app may have set up its own
-        self._outbox.say(Up())
+        self._outbox.say(AppLoaded())
         for initialize in settings.initializers:
             with app.app_context():
                 initialize()
-            self._outbox.leave_child(Outcome.RESULT)
+            self._outbox.exit_if_forked_child(Outcome.RESULT)
         if self._resident is not None:
-            self._resident.move_in(app, self._outbox.say, self._outbox.leave_child)
-            self._outbox.leave_child(Outcome.RESULT)
+            self._resident.move_in(app, self._outbox.say, self._outbox.exit_if_forked_child)
+            self._outbox.exit_if_forked_child(Outcome.RESULT)
         return app
 
     def work(self, app: Flask) -> None:
@@ -202,13 +204,13 @@ class Worker:
             number, attempt, payload = self._calls.next()
             kind, body = run_packed(app, attempt, payload, self._adopt)
             del payload
-            self._outbox.leave_child(kind)
+            self._outbox.exit_if_forked_child(kind)
             with self._lock:
                 self._running = None
             self._outbox.send(kind, body, number)
             del body
 
-    def _between_calls(self, resident: Resident) -> Iterator[None]:
+    def _between_calls(self, resident: WorkerPlugin) -> Iterator[None]:
         """Have the resident do what is due until there is a call; again and again."""
         calls, wakes = self._calls.fileno(), resident.wakes.fileno()
         poll = select.poll()  # a selector would take longer than some calls
@@ -224,18 +226,18 @@ class Worker:
             if calls in ready:
                 yield
 
-    def _adopt(self, job: LiveJob) -> RunningJob:
+    def _adopt(self, job: JobState) -> RunningJob:
         running = RunningJob(job, self._outbox.report, is_remote=True)
         with self._lock:
             self._running = running
             early = self._early
             if early is not None and (early.id, early.attempt) == (job.id, job.attempt):
-                running.leave(early.reason)
+                running.request_stop(early.reason)
             for message in self._mail.pop(job.id, ()):
                 _post(running, message)
         return running
 
-    def listen(self, control: Wire) -> None:
+    def listen(self, control: FrameStream) -> None:
         """In the listener thread: hand on what the parent says, until it is gone."""
         wakes = self._outbox.wakes
         due: float | None = None
@@ -252,20 +254,20 @@ class Worker:
                 elif not ready:
                     due = None if self._outbox.send_late() else REPORT_INTERVAL
 
-    def _hear(self, control: Wire) -> None:
+    def _hear(self, control: FrameStream) -> None:
         try:
             for _, _, body in control.receive():
                 message = pickle.loads(body)
-                if isinstance(message, Leave):
+                if isinstance(message, StopJob):
                     self._leave(message)
-                elif isinstance(message, Told):
+                elif isinstance(message, DeliverMessage):
                     self._told(message)
                 elif self._resident is not None:
                     self._resident.hear(message)
         except EOFError:
             exit_with_descendants()
 
-    def _told(self, message: Told) -> None:
+    def _told(self, message: DeliverMessage) -> None:
         with self._lock:
             running = self._running
             if running is not None and running.id == message.id:
@@ -275,16 +277,16 @@ class Worker:
             if len(self._mail) > _MOST_EARLY:  # what came too late, for jobs that had ended
                 del self._mail[next(iter(self._mail))]
 
-    def _leave(self, message: Leave) -> None:
+    def _leave(self, message: StopJob) -> None:
         with self._lock:
             self._early = message
             running = self._running
             if running is not None and (running.id, running.attempt) == (message.id, message.attempt):
-                running.leave(message.reason)
+                running.request_stop(message.reason)
 
 
-def _post(running: RunningJob, message: Told) -> None:
+def _post(running: RunningJob, message: DeliverMessage) -> None:
     try:
-        running.post(pickle.loads(message.data))
+        running.deliver(pickle.loads(message.data))
     except Exception as error:  # whatever a foreign __reduce__ or an import leads to
         logger.error("A message for job %s cannot be rebuilt: %s", running.name, describe_error(error))

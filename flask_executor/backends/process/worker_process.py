@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
 
-from flask_executor.backends.process.after_fork import forking, not_a_child, not_for_children
-from flask_executor.backends.process.channel import Calls, Wire, packet_pair
-from flask_executor.backends.process.protocol import Leave, Told
+from flask_executor.backends.process.after_fork import close_in_child, forget_in_child, forking
+from flask_executor.backends.process.channel import CallSender, FrameStream, packet_pair
+from flask_executor.backends.process.protocol import DeliverMessage, StopJob
 from flask_executor.backends.process.worker_main import WorkerSettings, main
-from flask_executor.helpers.timer import Appointment, timer
+from flask_executor.helpers.timer import TimerHandle, timer
 from flask_executor.jobs.call import Call
 from flask_executor.jobs.model import JobStatus
 
@@ -56,7 +56,7 @@ class Task:
         #: The call as bytes, one part if it is small.
         self.parts = parts
         self.id = call.job.id
-        self.worker: WorkerHandle | None = None
+        self.worker: WorkerProcess | None = None
         #: Whether its future is claimed.
         self.begun = False
         #: Whether its worker was killed for its sake.
@@ -64,7 +64,7 @@ class Task:
         #: Which of the calls of its worker it is.
         self.number = 0
         #: The messages for its job, which it gets (again) with its worker.
-        self.mail: list[Told] = []
+        self.mail: list[DeliverMessage] = []
         #: Whether its worker has taken it for certain, and no other will.
         self.taken = False
         #: What its worker was told last: the attempt, and why it has to leave.
@@ -72,7 +72,7 @@ class Task:
 
 
 @contextlib.contextmanager
-def _even_of_a_daemon() -> Iterator[None]:
+def _allow_daemon_children() -> Iterator[None]:
     """Workers of Celery and Dask are daemons, which multiprocessing lets have no children as these would outlive them.
 
     Ours end when their parent does.
@@ -86,7 +86,7 @@ def _even_of_a_daemon() -> Iterator[None]:
             config["daemon"] = daemon
 
 
-class WorkerHandle:
+class WorkerProcess:
     """A worker process, seen from outside, with the parent's ends of its lines."""
 
     def __init__(self, context: BaseContext, settings: WorkerSettings) -> None:
@@ -95,17 +95,17 @@ class WorkerHandle:
         here, there = zip(*(socket.socketpair() for _ in range(3)), strict=True)
         packets = packet_pair()
         for line in (*here, *(packets or ())):
-            not_for_children(line)
-        self.wire, self.control = Wire(here[0]), Wire(here[1])
+            close_in_child(line)
+        self.wire, self.control = FrameStream(here[0]), FrameStream(here[1])
         self._life = here[2]  # closed by the system when this process ends, whatever way
-        self.calls = Calls(self.wire, packets)
+        self.calls = CallSender(self.wire, packets)
         inside = None if packets is None else packets[1].dup()
         self.process: Any = context.Process(  # type: ignore[attr-defined]
             target=main, args=(settings, *there, inside, self._mark), name="flask-executor-worker", daemon=False
         )
         forking.worker = there[2]
         try:
-            with _even_of_a_daemon():
+            with _allow_daemon_children():
                 self.process.start()
         except BaseException:
             self._close_lines()
@@ -116,7 +116,7 @@ class WorkerHandle:
                 if line is not None:
                     line.close()
         self._death: int | None = None
-        not_a_child(self.process)
+        forget_in_child(self.process)
         #: Readable when the process has ended. Unlike multiprocessing's sentinel, a pipe that is closed then, it is
         #: not held open by what the job has started.
         with contextlib.suppress(AttributeError, OSError):  # Linux has it
@@ -134,7 +134,7 @@ class WorkerHandle:
         #: Whether it will send nothing more.
         self.silent = False
         self.buried = False
-        self._end: Appointment | None = None
+        self._end: TimerHandle | None = None
 
     def give(self, task: Task) -> None:
         """Send a call. Never waits."""
@@ -175,14 +175,14 @@ class WorkerHandle:
         if task.told != (attempt, reason):
             task.told = (attempt, reason)
             with contextlib.suppress(OSError):
-                self.control.say(Leave(task.id, attempt, reason))
+                self.control.say(StopJob(task.id, attempt, reason))
 
     def retire(self, grace: float) -> None:
         """Let it end after what it was given; by force, if it has not after ``grace`` seconds."""
         self.retired = True
         with contextlib.suppress(OSError):
             self.calls.end()
-        self._end = timer.after(grace, self.kill)
+        self._end = timer.call_later(grace, self.kill)
 
     def kill(self) -> None:
         """End it, and whatever its job has started, at once."""

@@ -16,23 +16,23 @@ import pytest
 from flask_executor.abc import MOST_MESSAGES, Entry, JobStore, StopRequest, StoredMessage, StoreOptions
 from flask_executor.exceptions import QueueFull
 from flask_executor.executor.factory import store_class_of
-from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LiveJob, LogLine
-from flask_executor.stores.leases import engine_holder, this_holder
+from flask_executor.jobs.model import LOG_LINES, Job, JobState, JobStatus, LogLine
+from flask_executor.stores.leases import engine_holder, new_holder_id
 from flask_executor.testing.contract.fixtures import run_in_threads, wait_until
 
 MakeStore = Callable[..., JobStore]
 ShortenLeases = Callable[[JobStore, float], None]
 
 
-HERE = this_holder()
+HERE = new_holder_id()
 
 
 ENGINE = engine_holder("rq")
 DEAD = "elsewhere.1.2.abc"  # another machine, and no lease
 
 
-def claimed(store: JobStore, key: str | None = None, name: str = "render", owner: str | None = None) -> LiveJob:
-    job = LiveJob(name, key, owner)
+def claimed(store: JobStore, key: str | None = None, name: str = "render", owner: str | None = None) -> JobState:
+    job = JobState(name, key, owner)
     entry = Entry(job=job.record(), holder=HERE)
     if key is None:
         store.write([entry])
@@ -41,7 +41,7 @@ def claimed(store: JobStore, key: str | None = None, name: str = "render", owner
     return job
 
 
-def started(store: JobStore, key: str | None = None, name: str = "render", owner: str | None = None) -> LiveJob:
+def started(store: JobStore, key: str | None = None, name: str = "render", owner: str | None = None) -> JobState:
     job = claimed(store, key, name, owner)
     job.start()
     store.write([Entry(job=job.record(), holder=HERE)])
@@ -50,7 +50,7 @@ def started(store: JobStore, key: str | None = None, name: str = "render", owner
 
 def ended(
     store: JobStore, key: str | None = None, name: str = "render", status: JobStatus = JobStatus.SUCCEEDED
-) -> LiveJob:
+) -> JobState:
     job = started(store, key, name)
     job.end(status, ValueError("no paper") if status == "failed" else None)
     store.write([Entry(job=job.record(), holder=HERE, outcome=b"outcome")])
@@ -68,22 +68,22 @@ def receive(store: JobStore, holder: str = HERE) -> dict[str, list[bytes]]:
     while messages := messages_for(store, holder):
         for message in messages:
             found.setdefault(message.id, []).append(message.data)
-        store.received(holder, messages)
+        store.acknowledge(holder, messages)
     return found
 
 
-def queued_in_engine(store: JobStore, key: str | None = None) -> LiveJob:
-    job = LiveJob("render", key)
-    store.take(Entry(job=job.record(), holder=ENGINE), None)
+def queued_in_engine(store: JobStore, key: str | None = None) -> JobState:
+    job = JobState("render", key)
+    store.transfer(Entry(job=job.record(), holder=ENGINE), None)
     return job
 
 
-def lost(store: JobStore, shorten_leases: ShortenLeases, key: str | None = None, *, asked: bool = False) -> LiveJob:
+def lost(store: JobStore, shorten_leases: ShortenLeases, key: str | None = None, *, asked: bool = False) -> JobState:
     """A job whose worker has died, as its process knew it; it may have been asked to stop before."""
     shorten_leases(store, 0.05)
     job = queued_in_engine(store, key)
     job.start()
-    assert store.take(Entry(job=job.record(), holder=DEAD), ENGINE) is None
+    assert store.transfer(Entry(job=job.record(), holder=DEAD), ENGINE) is None
     if asked:
         store.ask_to_stop(StopRequest(id=job.id))
     assert wait_until(lambda: (store.get(job.id) or job).status == "lost")
@@ -117,7 +117,7 @@ class SharedStoreContract:
 
     @pytest.fixture
     def shorten_leases(self, monkeypatch: pytest.MonkeyPatch) -> ShortenLeases:
-        """Has leases last for so many seconds: ``LEASE``, in the modules of the class and its bases, and at its source.
+        """Has leases last for so many seconds: sets ``LEASE_SECONDS`` at its source, and where the store imports it.
 
         To be overridden for a store that has the length of its leases from somewhere else.
         """
@@ -136,7 +136,7 @@ class SharedStoreContract:
 
     def test_what_was_written_is_read(self, store: JobStore) -> None:
         job = claimed(store, "report", owner="ada")
-        assert store.get(job.id) == store.find("report") == store.held("report") == job.record()
+        assert store.get(job.id) == store.find("report") == store.holding_key("report") == job.record()
         job.start()
         job.progress, job.message, job.meta = 0.25, "half a \udcff surrogate", {"pages": 4, "odd": {1}}
         store.write([Entry(job=job.record(), holder=HERE)])
@@ -164,12 +164,12 @@ class SharedStoreContract:
         answers: list[Job | None] = []
 
         def ask() -> None:
-            answers.append(make_store().claim(Entry(job=LiveJob("render", "report").record(), holder=HERE)))
+            answers.append(make_store().claim(Entry(job=JobState("render", "report").record(), holder=HERE)))
 
         run_in_threads(16, ask)
         assert answers.count(None) == 1
         [winner] = {job.id for job in answers if job is not None}
-        held = make_store().held("report")
+        held = make_store().holding_key("report")
         assert held is not None
         assert held.id == winner
 
@@ -177,7 +177,7 @@ class SharedStoreContract:
         with pytest.raises(
             TypeError, match="cannot be stored: with a shared EXECUTOR_STORE a key is a string, a number"
         ):
-            store.claim(Entry(job=replace(LiveJob("render").record(), key=frozenset({1})), holder=HERE))
+            store.claim(Entry(job=replace(JobState("render").record(), key=frozenset({1})), holder=HERE))
 
     @pytest.mark.parametrize("status", [status for status in JobStatus if status.ended])
     def test_again(self, store: JobStore, status: JobStatus) -> None:
@@ -187,37 +187,37 @@ class SharedStoreContract:
             store.write([Entry(job=first.record(), holder=HERE)])
         else:
             first = ended(store, "report", status=status)
-        second = Entry(job=LiveJob("render", "report").record(), holder=HERE)
+        second = Entry(job=JobState("render", "report").record(), holder=HERE)
         there = store.claim(second)
         assert there is not None
         assert there.id == first.id
         there = store.claim(second, again=True)
         assert (there is None) == (status != "succeeded")
-        held = store.held("report")
+        held = store.holding_key("report")
         assert held is not None
         assert held.id == (first.id if there else second.job.id)
         assert store.keys() == ["report"]
 
     def test_a_claim_that_is_made_twice_as_its_answer_was_lost(self, store: JobStore) -> None:
-        entry = Entry(job=LiveJob("render", "report").record(), holder=HERE)
+        entry = Entry(job=JobState("render", "report").record(), holder=HERE)
         assert store.claim(entry) is None
         assert store.claim(entry) is None
-        held = store.held("report")
+        held = store.holding_key("report")
         assert held is not None
         assert held.id == entry.job.id
 
     def test_a_job_is_taken_over(self, store: JobStore) -> None:
         job = claimed(store, "report")
-        before, other = job.record(), this_holder()
+        before, other = job.record(), new_holder_id()
         job.start()
         taken = Entry(job=job.record(), holder=other)
-        assert store.take(taken, "engine.0..rq") == before, "somebody else has it"
-        assert store.take(taken, None) == before, "there is a record"
+        assert store.transfer(taken, "engine.0..rq") == before, "somebody else has it"
+        assert store.transfer(taken, None) == before, "there is a record"
         assert store.get(job.id) == before
-        assert store.take(taken, HERE) is None
+        assert store.transfer(taken, HERE) is None
         assert store.get(job.id) == job.record()
-        assert store.take(replace(taken, holder=HERE), HERE) == job.record(), "it has it no more"
-        held = store.held("report")
+        assert store.transfer(replace(taken, holder=HERE), HERE) == job.record(), "it has it no more"
+        held = store.holding_key("report")
         assert held is not None
         assert held.id == job.id
         store.ask_to_stop(StopRequest(id=job.id))
@@ -225,54 +225,56 @@ class SharedStoreContract:
         assert [request.id for request in store.take_requests(other)] == [job.id]
         job.end(JobStatus.SUCCEEDED)
         store.write([Entry(job=job.record(), holder=other)])
-        assert store.take(taken, other) == job.record(), "it has ended"
+        assert store.transfer(taken, other) == job.record(), "it has ended"
         assert list(store.list(status="running")) == []
 
     def test_a_job_that_is_taken_twice_as_the_answer_was_lost(self, store: JobStore) -> None:
-        job, worker = queued_in_engine(store, "report"), this_holder()
+        job, worker = queued_in_engine(store, "report"), new_holder_id()
         job.start()
         taken = Entry(job=job.record(), holder=worker)
-        assert store.take(taken, ENGINE) is None
+        assert store.transfer(taken, ENGINE) is None
         job.progress = 0.5
         store.write([Entry(job=job.record(), holder=worker)])
-        assert store.take(taken, ENGINE) is None
+        assert store.transfer(taken, ENGINE) is None
         assert store.get(job.id) == job.record(), "what was written since is newer"
-        assert store.take(replace(taken, holder=this_holder()), ENGINE) == job.record(), "another one has it"
+        assert store.transfer(replace(taken, holder=new_holder_id()), ENGINE) == job.record(), "another one has it"
         cancelled = replace(job.record(), status=JobStatus.CANCELLED, ended_at=time.time())
-        assert store.take(Entry(job=cancelled, holder=worker), ENGINE) == job.record(), "it was not that which was done"
+        assert store.transfer(Entry(job=cancelled, holder=worker), ENGINE) == job.record(), (
+            "it was not that which was done"
+        )
 
     def test_a_job_that_is_cancelled_twice_as_the_answer_was_lost(self, store: JobStore) -> None:
         job = queued_in_engine(store, "report").record()
         first, second = (replace(job, status=JobStatus.CANCELLED, ended_at=job.queued_at + wait) for wait in (1, 2))
-        assert store.take(Entry(job=first, holder=ENGINE), ENGINE) is None
-        assert store.take(Entry(job=first, holder=ENGINE), ENGINE) is None
-        assert store.take(Entry(job=second, holder=ENGINE), ENGINE) == first, "somebody else has cancelled it"
-        assert store.take(Entry(job=job, holder=ENGINE), ENGINE) == first
+        assert store.transfer(Entry(job=first, holder=ENGINE), ENGINE) is None
+        assert store.transfer(Entry(job=first, holder=ENGINE), ENGINE) is None
+        assert store.transfer(Entry(job=second, holder=ENGINE), ENGINE) == first, "somebody else has cancelled it"
+        assert store.transfer(Entry(job=job, holder=ENGINE), ENGINE) == first
 
     def test_what_a_job_ended_with_is_there_when_it_was_taken(self, store: JobStore) -> None:
         job = queued_in_engine(store)
         line = LogLine(time=1.0, level="INFO", logger="shop", text="no paper")
         job.start()
         job.end(JobStatus.FAILED, ValueError("no paper"))
-        assert store.take(Entry(job=job.record(), holder=ENGINE, outcome=b"outcome", log=[line]), ENGINE) is None
+        assert store.transfer(Entry(job=job.record(), holder=ENGINE, outcome=b"outcome", log=[line]), ENGINE) is None
         assert (store.get(job.id), store.outcome(job.id), list(store.log(job.id))) == (job.record(), b"outcome", [line])
 
     def test_one_of_many_takes_a_job_that_is_lost(self, make_store: MakeStore, shorten_leases: ShortenLeases) -> None:
         store = make_store()
         job = lost(store, shorten_leases, "report")
-        entry = Entry(job=job.record(), holder=this_holder())
-        there = store.take(entry, DEAD)
+        entry = Entry(job=job.record(), holder=new_holder_id())
+        there = store.transfer(entry, DEAD)
         assert there is not None
         assert there.status == "lost", "that has to be asked for"
         answers: list[Job | None] = []
 
         def take() -> None:
-            entry = Entry(job=job.record(), holder=this_holder())
-            answers.append(make_store().take(entry, ENGINE, lost=True))
+            entry = Entry(job=job.record(), holder=new_holder_id())
+            answers.append(make_store().transfer(entry, ENGINE, lost=True))
 
         run_in_threads(16, take)
         assert answers.count(None) == 1
-        held = store.held("report")
+        held = store.holding_key("report")
         assert held is not None
         assert (held.id, held.status) == (job.id, "running")
 
@@ -280,32 +282,32 @@ class SharedStoreContract:
         self, store: JobStore, shorten_leases: ShortenLeases
     ) -> None:
         job = lost(store, shorten_leases)
-        entry = Entry(job=job.record(), holder=this_holder())
-        assert store.take(entry, ENGINE, lost=True) is None
-        assert store.take(entry, ENGINE, lost=True) is None
-        assert store.take(replace(entry, holder=DEAD), ENGINE, lost=True) == job.record()
+        entry = Entry(job=job.record(), holder=new_holder_id())
+        assert store.transfer(entry, ENGINE, lost=True) is None
+        assert store.transfer(entry, ENGINE, lost=True) is None
+        assert store.transfer(replace(entry, holder=DEAD), ENGINE, lost=True) == job.record()
 
     def test_a_job_that_is_lost_and_was_started_anew_is_not_taken(
         self, store: JobStore, shorten_leases: ShortenLeases
     ) -> None:
-        job, anew = lost(store, shorten_leases, "report"), LiveJob("render", "report")
+        job, anew = lost(store, shorten_leases, "report"), JobState("render", "report")
         assert store.claim(Entry(job=anew.record(), holder=HERE), again=True) is None
-        entry = Entry(job=job.record(), holder=this_holder())
-        there = store.take(entry, ENGINE, lost=True)
+        entry = Entry(job=job.record(), holder=new_holder_id())
+        there = store.transfer(entry, ENGINE, lost=True)
         assert there is not None
         assert (there.id, there.status) == (job.id, "lost")
-        held = store.held("report")
+        held = store.holding_key("report")
         assert held is not None
         assert held.id == anew.id
         store.remove(anew.id)
-        assert store.take(entry, ENGINE, lost=True) is None, "the key is free"
+        assert store.transfer(entry, ENGINE, lost=True) is None, "the key is free"
 
     def test_a_request_for_a_job_that_is_lost_goes_to_the_next(
         self, store: JobStore, shorten_leases: ShortenLeases
     ) -> None:
-        job, worker = lost(store, shorten_leases, asked=True), this_holder()
+        job, worker = lost(store, shorten_leases, asked=True), new_holder_id()
         assert list(store.take_requests(DEAD)) == []
-        assert store.take(Entry(job=job.record(), holder=worker), ENGINE, lost=True) is None
+        assert store.transfer(Entry(job=job.record(), holder=worker), ENGINE, lost=True) is None
         assert list(store.take_requests(worker)) == [StopRequest(id=job.id)]
 
     def test_one_of_many_takes_a_job(self, make_store: MakeStore) -> None:
@@ -313,41 +315,41 @@ class SharedStoreContract:
         answers: list[Job | None] = []
 
         def take() -> None:
-            answers.append(make_store().take(Entry(job=job.record(), holder=this_holder()), HERE))
+            answers.append(make_store().transfer(Entry(job=job.record(), holder=new_holder_id()), HERE))
 
         run_in_threads(16, take)
         assert answers.count(None) == 1
 
     def test_what_is_taken_may_not_be_written_yet(self, store: JobStore) -> None:
-        job = LiveJob("render", "report")
+        job = JobState("render", "report")
         queued = job.record()
         job.start()
-        assert store.take(Entry(job=job.record(), holder=HERE), "engine.0..rq", new=False) is None
+        assert store.transfer(Entry(job=job.record(), holder=HERE), "engine.0..rq", new=False) is None
         assert store.get(job.id) is None, "only if it is there"
-        assert store.take(Entry(job=job.record(), holder=HERE), "engine.0..rq") is None
+        assert store.transfer(Entry(job=job.record(), holder=HERE), "engine.0..rq") is None
         assert store.get(job.id) == job.record()
-        assert store.take(Entry(job=queued, holder="engine.0..rq"), None) == job.record(), "too late"
+        assert store.transfer(Entry(job=queued, holder="engine.0..rq"), None) == job.record(), "too late"
         assert store.get(job.id) == job.record()
-        held = store.held("report")
+        held = store.holding_key("report")
         assert held is not None, "the key was free"
         assert held.id == job.id
 
     def test_release(self, store: JobStore) -> None:
         job = started(store, "report")
         assert not store.release("report", "another id")
-        assert store.held("report") is not None
+        assert store.holding_key("report") is not None
         assert store.release("report", job.id)
         assert not store.release("report", job.id)
         job.progress = 0.5
         store.write([Entry(job=job.record(), holder=HERE)])
-        assert store.held("report") is None, "it does not take the key again"
+        assert store.holding_key("report") is None, "it does not take the key again"
         found = store.find("report")
         assert found is not None
         assert found.id == job.id
 
     def test_keys(self, store: JobStore) -> None:
         for key in ("a", ("flow", "x", 1), ("flow", "x", 2), ("flow", "xy", 1), "flow", ("flow", "*", 1)):
-            assert store.claim(Entry(job=LiveJob("render", key).record(), holder=HERE)) is None
+            assert store.claim(Entry(job=JobState("render", key).record(), holder=HERE)) is None
             time.sleep(0.002)
         assert list(store.keys())[:3] == ["a", ("flow", "x", 1), ("flow", "x", 2)]
         assert list(store.keys(("flow", "x"))) == [("flow", "x", 1), ("flow", "x", 2)]
@@ -358,7 +360,9 @@ class SharedStoreContract:
         job = ended(store, "report")
         store.remove(job.id)
         store.remove("unknown")
-        assert (store.get(job.id), store.find("report"), store.held("report"), store.outcome(job.id)) == (None,) * 4
+        assert (store.get(job.id), store.find("report"), store.holding_key("report"), store.outcome(job.id)) == (
+            None,
+        ) * 4
         assert list(store.keys()) == []
         assert list(store.list()) == []
         assert not store.expired(job.id)
@@ -378,7 +382,7 @@ class SharedStoreContract:
             assert [record.id for record in store.list()] == [own.id]
             assert store.get(foreign.id) is None
             assert list(store.keys()) == ["report"]
-            held = store.held("report")
+            held = store.holding_key("report")
             assert held is not None
             assert held.id == own.id
 
@@ -401,14 +405,14 @@ class SharedStoreContract:
         assert not store.expired(job.id)
         assert not store.expired(key="report")
         assert wait_until(lambda: store.get(job.id) is None, 5)
-        assert (store.find("report"), store.held("report"), store.outcome(job.id)) == (None,) * 3
+        assert (store.find("report"), store.holding_key("report"), store.outcome(job.id)) == (None,) * 3
         for _ in range(2):
             assert store.expired(job.id)
             assert store.expired(key="report")
             assert list(store.keys()) == ["running"]
             assert [record.id for record in store.list()] == [running.id]
             store.sweep()
-        assert store.claim(Entry(job=LiveJob("render", "report").record(), holder=HERE)) is None, "the key is free"
+        assert store.claim(Entry(job=JobState("render", "report").record(), holder=HERE)) is None, "the key is free"
         assert not store.expired(key="report")
 
     def test_purge(self, store: JobStore) -> None:
@@ -428,9 +432,9 @@ class SharedStoreContract:
         finished = [ended(store, f"e{number}") for number in range(25)]
         store.sweep()
         assert [bool(store.get(job.id)) for job in finished] == [False] * 15 + [True] * 10
-        assert all(store.held(f"r{number}") for number in range(20))
+        assert all(store.holding_key(f"r{number}") for number in range(20))
         assert len(store.list()) == 30
-        assert store.held("e0") is None
+        assert store.holding_key("e0") is None
         assert store.expired(running[0].id) is False
         assert store.expired(finished[0].id)
 
@@ -446,17 +450,17 @@ class SharedStoreContract:
 
     def test_requests_follow_the_job(self, store: JobStore) -> None:
         """They are for whoever has the job when he looks: an engine never does, and hands jobs on."""
-        job, worker = queued_in_engine(store, "report"), this_holder()
+        job, worker = queued_in_engine(store, "report"), new_holder_id()
         store.ask_to_stop(StopRequest(id=job.id, grace=1.5))
         job.start()
         assert list(store.take_requests(worker)) == []
-        assert store.take(Entry(job=job.record(), holder=worker), ENGINE) is None
+        assert store.transfer(Entry(job=job.record(), holder=worker), ENGINE) is None
         assert list(store.take_requests(worker)) == [StopRequest(id=job.id, grace=1.5)]
         store.ask_to_stop(StopRequest(id=job.id, grace=2.5))
         store.write([Entry(job=job.record(), holder=ENGINE)])
-        other = this_holder()
-        assert store.take(Entry(job=job.record(), holder=other), worker) == job.record(), "it has it no more"
-        assert store.take(Entry(job=job.record(), holder=other), ENGINE) is None
+        other = new_holder_id()
+        assert store.transfer(Entry(job=job.record(), holder=other), worker) == job.record(), "it has it no more"
+        assert store.transfer(Entry(job=job.record(), holder=other), ENGINE) is None
         assert list(store.take_requests(worker)) == []
         assert list(store.take_requests(other)) == [StopRequest(id=job.id, grace=2.5)]
         assert list(store.take_requests(other)) == []
@@ -474,7 +478,7 @@ class SharedStoreContract:
         self, store: JobStore, look: str, shorten_leases: ShortenLeases, caplog: pytest.LogCaptureFixture
     ) -> None:
         shorten_leases(store, 0.2)
-        job = LiveJob("render", "report")
+        job = JobState("render", "report")
         assert store.claim(Entry(job=job.record(), holder=DEAD)) is None
         job.start()
         store.write([Entry(job=job.record(), holder=DEAD)])
@@ -488,7 +492,7 @@ class SharedStoreContract:
             "find": lambda: store.find("report"),
             "sweep": store.sweep,
         }
-        looks |= {"held": lambda: store.held("report"), "list": store.list}
+        looks |= {"held": lambda: store.holding_key("report"), "list": store.list}
         looks[look]()
         record = store.get(job.id)
         assert record is not None
@@ -509,24 +513,24 @@ class SharedStoreContract:
         reads, writes = os.pipe()
         pid = os.fork()
         if not pid:
-            os.write(writes, this_holder().encode())
+            os.write(writes, new_holder_id().encode())
             os._exit(0)
         holder = os.read(reads, 1000).decode()
         os.close(reads)
         os.close(writes)
-        job = LiveJob("render", "report")
+        job = JobState("render", "report")
         assert store.claim(Entry(job=job.record(), holder=holder)) is None
-        assert wait_until(lambda: (store.held("report") or job).status == "lost"), "a zombie is dead"
+        assert wait_until(lambda: (store.holding_key("report") or job).status == "lost"), "a zombie is dead"
         os.waitpid(pid, 0)
-        assert store.claim(Entry(job=LiveJob("render", "report").record(), holder=HERE), again=True) is None
+        assert store.claim(Entry(job=JobState("render", "report").record(), holder=HERE), again=True) is None
 
     def test_a_claim_takes_the_key_of_a_lost_job_only_again(
         self, store: JobStore, shorten_leases: ShortenLeases
     ) -> None:
         shorten_leases(store, 0.1)
-        assert store.claim(Entry(job=LiveJob("render", "report").record(), holder=DEAD)) is None
+        assert store.claim(Entry(job=JobState("render", "report").record(), holder=DEAD)) is None
         time.sleep(0.2)
-        entry = Entry(job=LiveJob("render", "report").record(), holder=HERE)
+        entry = Entry(job=JobState("render", "report").record(), holder=HERE)
         there = store.claim(entry)
         assert there is not None
         assert there.status == "lost"
@@ -536,7 +540,7 @@ class SharedStoreContract:
         job = started(store, "report")
         store.remove(job.id)
         store.write([Entry(job=job.record(), holder=HERE)])
-        held = store.held("report")
+        held = store.holding_key("report")
         assert held == job.record()
 
     def test_watch(self, make_store: MakeStore) -> None:
@@ -590,7 +594,7 @@ class SharedStoreContract:
         pid = os.fork()
         if not pid:
             store.after_fork()
-            found = store.held("report")
+            found = store.holding_key("report")
             store.write([Entry(job=replace(job.record(), message="from the child"), holder=HERE)])
             os._exit(0 if found is not None and found.id == job.id else 1)
         _, status = os.waitpid(pid, 0)
@@ -642,13 +646,13 @@ class SharedStoreContract:
             if number < 3:
                 assert other.send(neighbour.id, data)
         store.ask_to_stop(StopRequest(id=job.id))
-        assert messages_for(store, this_holder()) == [], "they are another's"
+        assert messages_for(store, new_holder_id()) == [], "they are another's"
         first = messages_for(store)
         assert {message.id for message in first} == {job.id, neighbour.id}
         again = messages_for(store)
         assert again == first
-        store.received(HERE, first)
-        store.received(HERE, first)
+        store.acknowledge(HERE, first)
+        store.acknowledge(HERE, first)
         mine = [message.data for message in first if message.id == job.id]
         assert mine + receive(store)[job.id] == sent
         assert list(store.take_requests(HERE)) == []
@@ -684,13 +688,13 @@ class SharedStoreContract:
             assert [int(number) for who, number in found if who == name] == list(range(125))
 
     def test_messages_to_a_queued_job_of_an_engine_wait_for_whoever_takes_it(self, store: JobStore) -> None:
-        job, other, worker = queued_in_engine(store, "report"), queued_in_engine(store), this_holder()
+        job, other, worker = queued_in_engine(store, "report"), queued_in_engine(store), new_holder_id()
         for number in range(150):
             assert store.send(job.id, b"%d" % number)
         assert store.send(other.id, b"other")
         assert messages_for(store, worker) == []
         job.start()
-        assert store.take(Entry(job=job.record(), holder=worker), ENGINE) is None
+        assert store.transfer(Entry(job=job.record(), holder=worker), ENGINE) is None
         assert receive(store, ENGINE) == {other.id: [b"other"]}, "and none of the job that was taken"
         assert receive(store, worker) == {job.id: [b"%d" % number for number in range(150)]}
         assert store.send(job.id, b"150")
@@ -700,9 +704,9 @@ class SharedStoreContract:
         self, store: JobStore, shorten_leases: ShortenLeases
     ) -> None:
         shorten_leases(store, 0.1)
-        job, worker = queued_in_engine(store, "report"), this_holder()
+        job, worker = queued_in_engine(store, "report"), new_holder_id()
         job.start()
-        assert store.take(Entry(job=job.record(), holder=DEAD), ENGINE) is None
+        assert store.transfer(Entry(job=job.record(), holder=DEAD), ENGINE) is None
         assert store.renew(DEAD) is False
         assert store.send(job.id, b"a")
         assert wait_until(lambda: (store.get(job.id) or job).status == "lost")
