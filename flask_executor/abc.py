@@ -263,7 +263,7 @@ class Entry:
     """What is new about a job, to be written down."""
 
     job: Job
-    #: The process that has the job, see :mod:`flask_executor.holders`.
+    #: The process that has the job, see :mod:`flask_executor.stores.leases`.
     holder: str
     #: What came of it, packed; None when nothing has yet.
     outcome: bytes | None = None

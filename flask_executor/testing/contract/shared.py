@@ -125,8 +125,8 @@ class SharedStoreContract:
         def shorten(store: JobStore, seconds: float) -> None:
             modules = {base.__module__ for base in type(store).__mro__} | {"flask_executor.stores.leases"}
             for name in modules:
-                if hasattr(sys.modules[name], "LEASE"):
-                    monkeypatch.setattr(f"{name}.LEASE", seconds)
+                if hasattr(sys.modules[name], "LEASE_SECONDS"):
+                    monkeypatch.setattr(f"{name}.LEASE_SECONDS", seconds)
 
         return shorten
 
