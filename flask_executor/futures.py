@@ -148,7 +148,7 @@ class FutureProxy(Future[T]):
             for waiter in self._waiters:
                 waiter.add_cancelled(self)
             self._condition.notify_all()
-        self._channel.ended(self._job, None)
+        self._channel.ended(self._job, None, None)
         self._invoke_callbacks()
         return True
 

@@ -571,11 +571,11 @@ class AppExecutor(JobChannel):
     def progressed(self, job: JobState) -> None:
         self.tracker.changed(job)
 
-    def returned(self, job: JobState, result: Any, packed: bytes | None) -> None:
-        self.tracker.returned(job, result, packed)
+    def pack_result(self, job: JobState, result: Any, packed: bytes | None) -> bytes | None:
+        return self.tracker.pack_result(job, result, packed)
 
-    def ended(self, job: JobState, error: BaseException | None) -> None:
-        self.tracker.ended(job, error)
+    def ended(self, job: JobState, error: BaseException | None, outcome: bytes | None) -> None:
+        self.tracker.ended(job, error, outcome)
         if job.error is not None and job_failed.receivers:
             self._tell(job_failed, job)
         if job_finished.receivers:

@@ -40,17 +40,23 @@ class JobChannel(abc.ABC):
         """A job that runs elsewhere has reported something new."""
 
     @abc.abstractmethod
-    def returned(self, job: JobState, result: Any, packed: bytes | None) -> None:
-        """The job has returned, and will have succeeded unless this raises; quick.
+    def pack_result(self, job: JobState, result: Any, packed: bytes | None) -> bytes | None:
+        """What the store is to keep of the result, for :meth:`ended`; None when it is not stored. Changes nothing.
 
-        :param packed: the result as it came from a worker process, pickled.
+        If this raises, the job has failed with that error.
+
+        :param packed: the result as it came from a worker process, pickled; None when it was made in this process.
         :raises NotPicklable: for a result that has to be stored and cannot.
         :raises ResultTooLarge: for one that is too large for that.
         """
 
     @abc.abstractmethod
-    def ended(self, job: JobState, error: BaseException | None) -> None:
-        """The job has its final status; its future is not settled yet."""
+    def ended(self, job: JobState, error: BaseException | None, outcome: bytes | None) -> None:
+        """The job has its final status; its future is not settled yet.
+
+        :param error: what it failed with; None when it succeeded, was stopped or was cancelled.
+        :param outcome: its result as :meth:`pack_result` has packed it.
+        """
 
     @abc.abstractmethod
     def settled(self, future: Future[Any], call_back: Callable[[], object] | None) -> None:
@@ -216,12 +222,12 @@ class Call:
         running: RunningJob = self._running  # type: ignore[assignment]
         try:
             result = running.call(call_sync, self.fn, self.args, self.kwargs)
-            self.channel.returned(self.job, result, None)
+            outcome = self.channel.pack_result(self.job, result, None)
         except BaseException as error:
             running.uninterruptible()
             self._finish_attempt(error, forced=running.interrupted)
             raise
-        self._end(JobStatus.SUCCEEDED)
+        self._end(JobStatus.SUCCEEDED, None, outcome)
         return result
 
     # ---- where it is run elsewhere ----
@@ -249,11 +255,11 @@ class Call:
     def succeed(self, result: Any, packed: bytes | None = None) -> None:
         """Settle the call with its result, which came packed like this from a worker process."""
         try:
-            self.channel.returned(self.job, result, packed)
+            outcome = self.channel.pack_result(self.job, result, packed)
         except Exception as error:  # it cannot be kept
             self.fail(error)
             return
-        self._end(JobStatus.SUCCEEDED)
+        self._end(JobStatus.SUCCEEDED, None, outcome)
         self.future.set_result(result)
 
     def fail(self, error: BaseException, status: JobStatus = JobStatus.FAILED) -> None:
@@ -314,11 +320,11 @@ class Call:
         del self.future  # the error's traceback refers to this call, and the future will refer to the error
         future.set_exception(error)
 
-    def _end(self, status: JobStatus, error: BaseException | None = None) -> None:
+    def _end(self, status: JobStatus, error: BaseException | None = None, outcome: bytes | None = None) -> None:
         self.job.end(status, error)
         if self._timers is not None:
             self._cancel_timers()
-        self.channel.ended(self.job, error)
+        self.channel.ended(self.job, error, outcome)
 
     def _watch(self) -> None:
         attempt = self.job.attempt

@@ -118,10 +118,11 @@ class JobTracker:
         """What is to be told when the job has something new to report."""
         return None
 
-    def returned(self, job: JobState, result: Any, packed: bytes | None) -> None:
-        """The job has returned."""
+    def pack_result(self, job: JobState, result: Any, packed: bytes | None) -> bytes | None:
+        """See :meth:`~flask_executor.jobs.call.JobChannel.pack_result`: the memory of this process has the handle."""
+        return None
 
-    def ended(self, job: JobState, error: BaseException | None) -> None:
+    def ended(self, job: JobState, error: BaseException | None, outcome: bytes | None) -> None:
         """The job has ended."""
         self._memory.end(job)
 

@@ -5,7 +5,7 @@
   the process that has a job                       store              another process
  ┌───────────────────────────────────────────┐   ┌───────┐   ┌─────────────────────────────────────────────┐
  │ submit: claim() ──────────────────────────┼──>│ keys  │<──┼─ futures.get(key): held() ──> StoredFuture, │
- │ worker: stepped, reports, returned, ended │   │       │   │    which reads record and outcome when asked│
+ │ worker: changed, report, ended            │   │       │   │    which reads record and outcome when asked│
  │   └──> Recorder (thread): write(), renew()┼──>│ jobs  │<──┼─ jobs.get(), find(), list()                 │
  │        take_requests() <──────────────────┼───│       │<──┼─ stop(), cancel(), send(): ask_to_stop(),   │
  │   ├──> requests (thread): stops the job   │   │       │   │    send()                                   │
@@ -100,7 +100,6 @@ class SharedJobTracker(JobTracker):
         self._closed = False
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
         self._sealers: dict[str, PayloadSigner] = {}  # by what they seal
-        self._outcomes: dict[str, bytes] = {}  # between returned() and ended()
         self._held: set[str] = set()  # ids of jobs that wait here for the engine to get them
         self._acquired: set[str] = set()  # ids of jobs of this process that an engine has sent
         self._adopting = threading.Lock()
@@ -363,21 +362,20 @@ class SharedJobTracker(JobTracker):
     def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
         return self._recorder.report if self._recorder.tracks(job.id) else None
 
-    def returned(self, job: JobState, result: Any, packed: bytes | None) -> None:
+    def pack_result(self, job: JobState, result: Any, packed: bytes | None) -> bytes | None:
         if not self._recorder.tracks(job.id):
-            return
+            return None
         if packed is None:
             packed = b"".join(pickle_or_explain(result, f"The result of job {job.name}", "be kept in the store"))
         limit = self._options.result_max_bytes
         if len(packed) > limit:
             raise ResultTooLarge(job.name, len(packed), limit, self._options.config_key("EXECUTOR_RESULT_MAX_BYTES"))
-        self._outcomes[job.id] = self._signer().seal(job.id, PayloadKind.RESULT, packed)
+        return self._signer().seal(job.id, PayloadKind.RESULT, packed)
 
-    def ended(self, job: JobState, error: BaseException | None) -> None:
+    def ended(self, job: JobState, error: BaseException | None, outcome: bytes | None) -> None:
         self._memory.end(job)
         self._acquired.discard(job.id)
         if self._recorder.tracks(job.id):
-            outcome = self._outcomes.pop(job.id, None)
             try:
                 if error is not None:
                     outcome = self._signer().seal(job.id, PayloadKind.ERROR, self._packed_error(error))
@@ -513,7 +511,6 @@ class SharedJobTracker(JobTracker):
         self.store.after_fork()
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
-        self._outcomes = {}
         self._held, self._acquired, self._adopting = set(), set(), threading.Lock()
         self._follower.after_fork()
         self._start_threads()

@@ -77,7 +77,7 @@ def test_a_job_that_comes_again_when_it_has_ended_is_not_run_again(worker: Worke
     assert worker.tracker.acquire(call, ENGINE)
     call.job.start()
     call.job.end(JobStatus.SUCCEEDED)
-    worker.tracker.ended(call.job, None)
+    worker.tracker.ended(call.job, None, None)
     assert not worker.adopt(job), "nor before its end is written"
     worker.tracker.finish(call.job)
     assert not worker.adopt(job)
