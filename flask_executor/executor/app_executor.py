@@ -656,14 +656,12 @@ class AppExecutor(JobChannel):
         if self.consumer is not None and self.consumer.postpone(call, delay):
             return
         self.tracker.changed(call.job)
-        if self._closed:
-            call.fail_finally(error)
-        elif self._backend is None or self._backend.capacity is None:
+        if self._backend is None or self._backend.capacity is None:
             self._run_again(call, error)
-        else:
-            self._waiting.add(call, error, delay, lambda: self._run_again(call, error))
-            if self._closed and self._waiting.discard(call):  # since it was asked above
-                call.give_up(error)
+            return
+        self._waiting.add(call, error, delay, lambda: self._run_again(call, error))
+        if self._closed and self._waiting.discard(call):  # shutdown() gave up those that waited before
+            call.fail_finally(error)
 
     def _run_again(self, call: Call, error: BaseException) -> None:
         try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from conftest import MakeExecutor
+from flask_executor.executor.pending import ScheduledCalls
 from flask_executor.jobs.retry import Retry
 
 
@@ -40,3 +44,20 @@ def test_which_errors() -> None:
 def test_wrong_numbers_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Retry(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_shutdown_as_an_attempt_fails_gives_up_the_next_one(
+    make_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = make_executor()
+    add = ScheduledCalls.add
+
+    def shut_down_and_add(*args: Any) -> None:
+        executor.shutdown(wait=False)
+        add(*args)
+
+    monkeypatch.setattr(ScheduledCalls, "add", shut_down_and_add)
+    future = executor.options(retries=1, backoff=60).submit(int, "nine")
+    with pytest.raises(ValueError, match="nine"):
+        future.result(10)
+    assert future.status == "failed"
