@@ -350,17 +350,17 @@ class FutureCollection(Generic[F]):
 
     :param max_length: most futures to hold, None for no bound. When it is exceeded finished ones leave first,
         oldest first. An unfinished one that has to leave can still be found by key until it ends.
-    :param max_kept: most futures to hold beyond those, which were put in to be kept; None for no bound.
+    :param max_pinned: most futures to hold that are pinned, and so do not count for ``max_length``; None for no bound.
     """
 
-    # Who owns what: everything is changed under _lock. _held counts the keys of each future in _futures and _kept.
+    # Who owns what: everything is changed under _lock. _held counts the keys of each future in _futures and _pinned.
 
-    def __init__(self, max_length: int | None = 50, max_kept: int | None = None) -> None:
+    def __init__(self, max_length: int | None = 50, max_pinned: int | None = None) -> None:
         self.max_length = max_length
-        self._max_kept = max_kept
+        self._max_pinned = max_pinned
         self._lock = threading.RLock()  # a future's finalizer may run in the middle and look here
         self._futures: dict[Hashable, F] = {}
-        self._kept: dict[Hashable, F] = {}
+        self._pinned: dict[Hashable, F] = {}
         self._held: Counter[F] = Counter()
         self._evicted_unfinished: weakref.WeakValueDictionary[Hashable, F] = weakref.WeakValueDictionary()
 
@@ -374,32 +374,32 @@ class FutureCollection(Generic[F]):
                 raise KeyExists(future_key)
             self._put(future_key, future)
 
-    def setdefault(self, future_key: Hashable, future: F, *, keep: bool = False) -> F:
+    def setdefault(self, future_key: Hashable, future: F, *, pinned: bool = False) -> F:
         """The future under this key; ``future``, now held, if there was none.
 
-        :param keep: whether it does not count, and stays when others have to leave.
+        :param pinned: if true, :meth:`pin` the one that is returned.
         """
         with self._lock:
-            there = self._get(future_key)
-            if there is None:
-                self._put(future_key, future, keep=keep)
+            existing = self._get(future_key)
+            if existing is None:
+                self._put(future_key, future, pinned=pinned)
                 return future
-            if keep:
+            if pinned:
                 self.pin(future_key)
-            return there
+            return existing
 
     def pin(self, future_key: Hashable) -> None:
-        """Have the future under this key, if there is one, count no more, and stay when others have to leave."""
+        """Exempt the future under this key, if there is one, from ``max_length``: it never leaves to make room."""
         with self._lock:
-            if future_key not in self._kept:
-                future = self.pop(future_key)
+            if future_key not in self._pinned:
+                future = FutureCollection.pop(self, future_key)  # held here: a subclass may also free the key elsewhere
                 if future is not None:
-                    self._put(future_key, future, keep=True)
+                    self._put(future_key, future, pinned=True)
 
     def expire(self, before: float) -> None:
         """Let go of the handles of jobs that ended before this time, in seconds since the epoch."""
         with self._lock:
-            for futures in self._futures, self._kept:
+            for futures in self._futures, self._pinned:
                 for key in [key for key, future in futures.items() if has_ended(future, before)]:
                     self._release(futures.pop(key))
 
@@ -411,7 +411,7 @@ class FutureCollection(Generic[F]):
     def pop(self, future_key: Hashable) -> F | None:
         """Take a future out, and free its key; None for an unknown key."""
         with self._lock:
-            future = self._futures.pop(future_key, None) or self._kept.pop(future_key, None)
+            future = self._futures.pop(future_key, None) or self._pinned.pop(future_key, None)
             if future is None:
                 return self._evicted_unfinished.pop(future_key, None)
             self._release(future)
@@ -423,17 +423,17 @@ class FutureCollection(Generic[F]):
         :param within: only those that are longer tuples which begin with this.
         """
         with self._lock:
-            keys = [*self._futures, *self._kept]
+            keys = [*self._futures, *self._pinned]
         return [key for key in keys if _is_within(key, within)] if within else keys
 
     def __contains__(self, item: object) -> bool:
         """Whether a future is held, or a key."""
         if isinstance(item, Future):
             return item in self._held
-        return item in self._futures or item in self._kept
+        return item in self._futures or item in self._pinned
 
     def __len__(self) -> int:
-        return len(self._futures) + len(self._kept)
+        return len(self._futures) + len(self._pinned)
 
     def __getattr__(self, attr: str) -> Callable[..., Any]:
         if attr.startswith("__"):  # copy, pickle and the like ask for optional methods
@@ -455,7 +455,7 @@ class FutureCollection(Generic[F]):
     def _get(self, future_key: Hashable) -> F | None:
         future = self._futures.get(future_key)
         if future is None:
-            future = self._kept.get(future_key)
+            future = self._pinned.get(future_key)
         if future is None:
             future = self._evicted_unfinished.get(future_key)
             if future is not None and future.done():
@@ -463,10 +463,10 @@ class FutureCollection(Generic[F]):
                 return None
         return future
 
-    def _put(self, future_key: Hashable, future: F, *, keep: bool = False) -> None:
+    def _put(self, future_key: Hashable, future: F, *, pinned: bool = False) -> None:
         # Whether they are done is for their own state to say: others would have to be asked for.
         self._held[future] += 1
-        futures, most = (self._kept, self._max_kept) if keep else (self._futures, self.max_length)
+        futures, most = (self._pinned, self._max_pinned) if pinned else (self._futures, self.max_length)
         futures[future_key] = future
         while most is not None and len(futures) > most:
             oldest = next(iter(futures))

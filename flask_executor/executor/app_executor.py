@@ -545,7 +545,7 @@ class AppExecutor(JobChannel):
             return None
         if job.key is None or not job.status.ended or job.status is JobStatus.SUCCEEDED:
             return False
-        futures = self.tracker.futures_for(job.key)
+        futures = self.tracker.futures
         with self._key_lock:
             there = futures.get(job.key)
             if there is None or there.job_id != id:  # somebody was faster

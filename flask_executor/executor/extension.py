@@ -587,7 +587,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         if is_retry_request():
             owner = options.owner or job_owner(self.name)  # or the job's page would not be shown
             options = replace(options, again=True, owner=owner)
-        options = replace(options, keep=True)
+        options = replace(options, pinned=True)
         with store_errors_as_503():
             future = self._submit(options, fn, args, kwargs, once=True)
             return result_or_answer(self._binding()[1], future)

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from flask_executor.futures import FutureCollection, FutureProxy
+from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.jobs.model import RESERVED_PREFIX, JobOptions
 from flask_executor.tracking.local import JobTracker
@@ -97,6 +97,6 @@ class Flow:
     def reset(self) -> None:
         """Forget all steps."""
         self._calls.clear()
-        steps: FutureCollection[FutureProxy[Any]] = self._binding.tracker.internal_futures
-        for key in steps.keys((_FLOW, self.key)):
-            steps.pop(key)
+        futures = self._binding.tracker.futures
+        for key in futures.keys((_FLOW, self.key)):
+            futures.pop(key)

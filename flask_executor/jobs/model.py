@@ -79,8 +79,8 @@ class JobOptions:
     delay: float = 0.0
     #: What is known of it beforehand, by name.
     meta: Mapping[str, Any] | None = None
-    #: Whether its handle is held for as long as its record, however many there are.
-    keep: bool = False
+    #: If true, its handle does not count for ``EXECUTOR_FUTURES_MAX_LENGTH``, and is held as long as its record.
+    pinned: bool = False
     #: Whether ``submit_once`` starts anew what has failed.
     again: bool = False
 

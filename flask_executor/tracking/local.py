@@ -51,8 +51,6 @@ class JobTracker:
         self.records: JobRecords = self._memory
         most, ttl = options.max_records, options.result_ttl
         self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(options.futures_max_length, most, ttl)
-        #: Those under keys that this package has made, which the other bound would be too small for.
-        self.internal_futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(most, most, ttl)
         self._next_look = 0.0  # when handles are looked through again for those that have expired
 
     def reconfigure(self, options: TrackingOptions) -> None:
@@ -60,18 +58,13 @@ class JobTracker:
         self._options = options
         self.futures.max_length = options.futures_max_length
 
-    def futures_for(self, key: Hashable) -> FutureCollection[FutureProxy[Any]]:
-        """Where the handle with this key belongs."""
-        return self.internal_futures if is_internal_key(key) else self.futures
-
     def find(self, options: JobOptions) -> FutureProxy[Any] | None:
         """The handle of the job that has this key, unless it is free, or is to be used again as the job has failed."""
-        futures = self.futures_for(options.key)
-        there = futures.get(options.key)
+        there = self.futures.get(options.key)
         if there is None or (options.again and has_failed(there)):
             return None
-        if options.keep:
-            futures.keep(options.key)
+        if is_pinned(options):
+            self.futures.pin(options.key)
         return there
 
     def take(self, call: Call) -> FutureProxy[Any] | None:
@@ -79,16 +72,16 @@ class JobTracker:
 
         For one thread at a time.
         """
-        futures, key = self.futures_for(call.job.key), call.job.key
+        futures, key = self.futures, call.job.key
         there = futures.get(key)
         if there is not None and call.options.again and has_failed(there):
             futures.pop(key)
-        there = futures.setdefault(key, call.future, keep=call.options.keep)
+        there = futures.setdefault(key, call.future, pinned=is_pinned(call.options))
         return None if there is call.future else there  # somebody may have added it by hand just now
 
     def handle(self, job: Job) -> FutureProxy[Any] | None:
         """The handle of a job that has this record, if it is held."""
-        future = None if job.key is None else self.futures_for(job.key).get(job.key)
+        future = None if job.key is None else self.futures.get(job.key)
         return future if getattr(future, "job_id", None) == job.id else None
 
     def add(self, call: Call) -> None:
@@ -102,13 +95,12 @@ class JobTracker:
             return
         ttl = self._options.result_ttl
         self._next_look = now + ttl / 8  # so seldom that it costs next to nothing per job
-        for futures in self.futures, self.internal_futures:
-            futures.expire(now - ttl)
+        self.futures.expire(now - ttl)
 
     def remove(self, future: FutureProxy[Any]) -> None:
         """The job was not accepted."""
         if future.key is not None:
-            self.futures_for(future.key).pop(future.key)
+            self.futures.pop(future.key)
         self._memory.remove(future.job_id)
 
     def changed(self, job: JobState) -> None:
@@ -143,7 +135,6 @@ class JobTracker:
     def after_fork(self) -> None:
         """In the child of a fork: leave to the parent what is the parent's."""
         self.futures.after_fork()
-        self.internal_futures.after_fork()
 
     def abandoned(self, job: JobState) -> None:
         """In the child of a fork: this job is the parent's."""
@@ -157,17 +148,23 @@ class JobTracker:
 
 
 class ExpiringFutures(FutureCollection[FutureProxy[Any]]):
-    """Handles in the memory of one process, which leave with the records of their jobs.
+    """``executor.futures`` in the memory of one process. Handles leave with the records of their jobs.
+
+    Those under keys that this package has made are listed only for a ``within`` that begins as they do.
 
     :param ttl: seconds for which the handle of a job that has ended is held.
     """
 
-    def __init__(self, max_length: int | None, max_kept: int, ttl: float) -> None:
-        super().__init__(max_length, max_kept)
+    def __init__(self, max_length: int | None, max_pinned: int, ttl: float) -> None:
+        super().__init__(max_length, max_pinned)
         self._ttl = ttl
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
-        return [key for key in super().keys(within) if self.get(key) is not None]
+        keys = super().keys(within)
+        return [key for key in keys if is_listed(key, within) and self.get(key) is not None]
+
+    def __len__(self) -> int:
+        return len(self.keys())
 
     def __contains__(self, item: object) -> bool:
         return super().__contains__(item) and (isinstance(item, Future) or self.get(item) is not None)
@@ -178,6 +175,20 @@ class ExpiringFutures(FutureCollection[FutureProxy[Any]]):
             self.pop(future_key)
             return None
         return future
+
+
+def is_pinned(options: JobOptions) -> bool:
+    """Whether the handle is exempt from ``EXECUTOR_FUTURES_MAX_LENGTH``, which would be too small.
+
+    ``result_or_202`` asks for that. Keys that this package has made imply it: each step of a flow and each job that was
+    started over HTTP has one.
+    """
+    return options.pinned or is_internal_key(options.key)
+
+
+def is_listed(key: Hashable, within: tuple[Hashable, ...]) -> bool:
+    """Whether ``keys(within)`` lists this key: users do not see those that this package has made."""
+    return bool(within) or not is_internal_key(key)
 
 
 def has_failed(future: Any) -> bool:

@@ -54,9 +54,9 @@ from flask_executor.jobs.call import JobChannel
 from flask_executor.jobs.current import RunningJob
 from flask_executor.jobs.model import Job, JobMessage, JobState, JobStatus
 from flask_executor.jobs.packing import pack_error, pickle_or_explain, unpack_error, unpack_result
-from flask_executor.stores.codec import encode_key, is_internal_key
+from flask_executor.stores.codec import encode_key
 from flask_executor.stores.leases import HEARTBEAT_SECONDS, LEASE_SECONDS, is_alive
-from flask_executor.tracking.local import JobTracker, TrackingOptions, has_failed
+from flask_executor.tracking.local import JobTracker, TrackingOptions, has_failed, is_pinned
 from flask_executor.tracking.merged_records import MergedRecords
 from flask_executor.tracking.signing import (
     MESSAGE,
@@ -106,9 +106,8 @@ class SharedJobTracker(JobTracker):
         self._parts: list[Any] = []
         self._start_threads()
         self.records = MergedRecords(self._memory, store, self._is_written)
-        length = options.futures_max_length
-        self.futures = StoredFutureCollection(length, store, self.handle, lambda key: not is_internal_key(key))
-        self.internal_futures = StoredFutureCollection(options.max_records, store, self.handle, is_internal_key)
+        length, most = options.futures_max_length, options.max_records
+        self.futures: StoredFutureCollection = StoredFutureCollection(length, most, store, self.handle)
         weakref.finalize(self, _dispose, self._parts)
 
     def _start_threads(self) -> None:
@@ -145,8 +144,8 @@ class SharedJobTracker(JobTracker):
 
     def take(self, call: Call) -> FutureProxy[Any] | None:
         self._signer()  # or the result could not be kept
-        job, futures = call.job, self.futures_for(call.job.key)
-        here = FutureCollection.get(futures, job.key)
+        job = call.job
+        here = FutureCollection.get(self.futures, job.key)
         if here is not None and getattr(here, "key", None) != job.key:  # added by hand
             return here
         encode_key(job.key)  # or it could not be stored
@@ -156,7 +155,7 @@ class SharedJobTracker(JobTracker):
             if there is None:
                 if not _is_sent(call):
                     self._recorder.add(job, claimed=True)
-                futures.hold(job.key, call.future)
+                self.futures.hold(job.key, call.future, pinned=is_pinned(call.options))
         except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
             self._recorder.remove_when_possible(job.id)
             raise
@@ -187,7 +186,7 @@ class SharedJobTracker(JobTracker):
         self._recorder.forget(future.job_id)
         self._memory.remove(future.job_id)
         if future.key is not None:
-            FutureCollection.pop(self.futures_for(future.key), future.key)
+            FutureCollection.pop(self.futures, future.key)
         if future.key is not None or self._options.track == "all":
             try:
                 self.store.remove(future.job_id)
@@ -514,9 +513,8 @@ class SharedJobTracker(JobTracker):
         self._held, self._acquired, self._adopting = set(), set(), threading.Lock()
         self._follower.after_fork()
         self._start_threads()
-        for futures in (self.futures, self.internal_futures):
-            futures.after_fork()
-            futures.clear()
+        self.futures.after_fork()
+        self.futures.clear()
 
     def abandoned(self, job: JobState) -> None:
         pass  # the store knows what becomes of it

@@ -14,6 +14,7 @@ from flask_executor.exceptions import (
 )
 from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.jobs.model import Job, JobStatus
+from flask_executor.tracking.local import is_listed
 from flask_executor.tracking.stored_future import StoredFuture
 
 _STATES = {JobStatus.QUEUED: PENDING, JobStatus.RUNNING: RUNNING, JobStatus.CANCELLED: CANCELLED}
@@ -25,20 +26,14 @@ class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
     The base holds those of this process, and what was added by hand, which stays in this process.
 
     :param handle: makes the handle of a job of which the store has this record.
-    :param belongs: whether a key belongs here.
     """
 
     def __init__(
-        self,
-        max_length: int | None,
-        store: JobStore,
-        handle: Callable[[Job], FutureProxy[Any]],
-        belongs: Callable[[Hashable], bool],
+        self, max_length: int | None, max_pinned: int, store: JobStore, handle: Callable[[Job], FutureProxy[Any]]
     ) -> None:
-        super().__init__(max_length)
+        super().__init__(max_length, max_pinned)
         self._store = store
         self._handle = handle
-        self._belongs = belongs
 
     def get(self, future_key: Hashable) -> FutureProxy[Any] | None:
         here = super().get(future_key)
@@ -55,14 +50,11 @@ class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
             here = None
         return self._handle(job) if here is None and job is not None else here
 
-    def pin(self, future_key: Hashable) -> None:
-        """All stay as long as their records."""
-
-    def hold(self, future_key: Hashable, future: FutureProxy[Any]) -> None:
+    def hold(self, future_key: Hashable, future: FutureProxy[Any], *, pinned: bool) -> None:
         """Hold the handle of a job of this process, which has the key."""
         with self._lock:
             super().pop(future_key)
-            self._put(future_key, future)
+            self._put(future_key, future, pinned=pinned)
 
     def add(self, future_key: Hashable, future: FutureProxy[Any]) -> None:
         if self.get(future_key) is not None:
@@ -88,13 +80,14 @@ class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
     def clear(self) -> None:
         """Let go of the handles of this process."""
         with self._lock:
-            for key in list(self._futures):
+            for key in [*self._futures, *self._pinned]:
                 super().pop(key)
             self._evicted_unfinished.clear()
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
-        stored = [key for key in self._store.keys(within) if self._belongs(key)]
-        by_hand = [key for key, future in list(self._futures.items()) if _is_by_hand(key, future)]
+        stored = [key for key in self._store.keys(within) if is_listed(key, within)]
+        with self._lock:
+            by_hand = [key for key in super().keys(within) if _is_by_hand(key, self._get(key))]
         return [*by_hand, *stored]
 
     def __contains__(self, item: object) -> bool:

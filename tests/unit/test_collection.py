@@ -133,7 +133,7 @@ def test_to_keep_what_is_held() -> None:
     futures: FutureCollection[Any] = FutureCollection(max_length=1)
     first = finished(1)
     futures.add("a", first)
-    assert futures.setdefault("a", finished(2), keep=True) is first
+    assert futures.setdefault("a", finished(2), pinned=True) is first
     futures.pin("a")
     futures.pin("nothing")
     futures.add("b", finished())
