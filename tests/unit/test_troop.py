@@ -14,7 +14,6 @@ import pytest
 from servers import family
 
 from conftest import wait_until
-from flask_executor.backends.engine import prefork
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -76,7 +75,7 @@ def test_when_the_parent_is_killed_the_others_end(start: Start, tmp_path: Path) 
 
 @needs_proc
 def test_one_that_was_started_again_ends_with_the_parent_too(start: Start, tmp_path: Path) -> None:
-    parent = start(f"prefork._PAUSE = 0.01\nrun_processes(2, {_SLEEP})")
+    parent = start(f"prefork._RESTART_DELAY = 0.01\nrun_processes(2, {_SLEEP})")
     assert wait_until(lambda: len(begun(tmp_path)) == 2, 30)
     os.kill(min(begun(tmp_path)), signal.SIGKILL)
     assert wait_until(lambda: len(begun(tmp_path)) == 3, 30)
@@ -105,7 +104,7 @@ folder.joinpath("ended").touch()
 
 def test_one_that_is_forked_while_all_are_told_to_end_is_told_too(start: Start) -> None:
     parent = start("""
-prefork._PAUSE, fork, pids = 0.01, os.fork, []
+prefork._RESTART_DELAY, fork, pids = 0.01, os.fork, []
 def fork_and_be_told():
     pids.append(fork())
     if pids[-1] and len(pids) == 3:  # another thread has got the signal, so that it was not held back
@@ -130,13 +129,36 @@ run_processes(2, work)
     assert all("SIG_DFL" in text and text.endswith("set()") for text in said)
 
 
-def test_a_process_that_is_gone_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = prefork._WorkerGroup(lambda: None)
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    monkeypatch.setattr(one, "_pids", {child.pid})
-    one.end()
-    one.close()
+def test_a_process_that_somebody_else_has_waited_for_is_no_trouble(start: Start) -> None:
+    parent = start("""
+group = prefork._WorkerGroup(lambda: None)
+group.start()
+os.waitpid(group._workers[0].pid, 0)
+group.terminate()
+group.watch()
+group.close()
+""")
+    assert parent.wait(30) == 0
+
+
+def test_a_process_is_replaced_although_another_that_it_has_started_goes_on(start: Start, tmp_path: Path) -> None:
+    parent = start("""
+prefork._RESTART_DELAY = 0.01
+def work():
+    try:
+        (folder / "first").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    if os.fork():
+        os._exit(1)
+    folder.joinpath(str(os.getpid())).touch()
+    time.sleep(120)
+group = prefork._WorkerGroup(work)
+group.start()
+group.watch()
+""")
+    assert parent.wait(30) == 0
+    assert wait_until(lambda: len(begun(tmp_path)) == 1)
 
 
 def test_it_ends_in_order(start: Start, tmp_path: Path) -> None:

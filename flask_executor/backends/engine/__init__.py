@@ -1,4 +1,4 @@
-"""What the workers of RQ, Celery and Dask call, and how several workers are started at once."""
+"""What workers of RQ, Celery and Dask call to run a job, and how several worker processes are started."""
 
 from flask_executor.backends.engine.entrypoint import run
 

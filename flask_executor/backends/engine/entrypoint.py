@@ -1,27 +1,45 @@
-"""What workers of other systems run: a call that an app has sent there, in that app."""
+"""What workers of RQ, Celery and Dask call to run a job that an app has sent.
+
+.. code-block:: text
+
+    worker of the engine         adapter (rq, celery, dask)         this module           consumer of the executor
+      takes a message ──────────> run(address, id, data) ─────────> run() ──────────────> Consumer.run(id, data)
+                                    in RQ's or Celery's main          finds the app and     runs the job in a worker
+                                    thread, a thread of Dask's        its executor: the     process, writes down its
+                                                                      worker's own app,     outcome
+      ends the message     <─────── returns                  <─────── None           <───── or
+      runs it again later  <─────── raises what the engine   <─────── seconds        <───── gives the job back
+                                    has for that
+
+An :data:`Address` travels with each call, so that a worker that has not loaded the app can import it. Executors add
+their consumers with :func:`register`.
+"""
 
 from __future__ import annotations
 
 import functools
 import threading
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from flask import Flask
 
-from flask_executor.abc import BackendOptions, JobRecords
+from flask_executor.abc import BackendOptions
 from flask_executor.exceptions import ConfigError
 from flask_executor.helpers.app_import import find_import_string, import_app
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.contexts import current_app_or_none
 from flask_executor.jobs.model import JobStatus
 
-_ELSEWHERE = 2.0  # seconds until a job may come back that is not for this worker
-_CONSUMERS = "flask_executor_consumers"  # in app.extensions: what runs calls, by the executor's name
+if TYPE_CHECKING:
+    from flask_executor.executor.consumer import Consumer
+
+_OTHER_WORKER_DELAY = 2.0  # seconds until the engine offers a job again that this worker cannot run
+_CONSUMERS = "flask_executor_consumers"  # in app.extensions: the consumers, by the names of their executors
 
 #: Import string of an app or None, the app's name, the name of the executor there.
 Address = tuple[str | None, str, str]
 
-#: Set when this process was told to end, and is to begin with no more jobs.
+#: Set when this process was told to end: its consumers begin no more jobs.
 shutting_down = threading.Event()
 
 #: The app of this process, if it is a worker of one; see :meth:`flask_executor.abc.Backend.work`.
@@ -29,7 +47,7 @@ worker_app: Flask | None = None
 
 
 def address_of(options: BackendOptions) -> Address:
-    """Where workers find the app, and the executor in it, of a backend that has these options."""
+    """The address of the executor that a backend with these options belongs to."""
     app = None if options.app is None else options.app()
     if app is None:
         raise RuntimeError("workers of other systems run jobs of an app, and this backend was made without one")
@@ -37,78 +55,58 @@ def address_of(options: BackendOptions) -> Address:
 
 
 def run(address: Address, id: str, data: bytes) -> float | None:
-    """Run a call that an app has sent, and return when what came of it is written down.
+    """Run a call that an app has sent, and return when its outcome is in the store.
 
-    :param address: where the app is; in a worker that has it loaded already only the names count.
+    Called in the thread that the engine's worker runs its tasks in, which it blocks.
+
+    :param address: where the app is; a worker that has loaded the app compares the names only.
     :param id: of the job.
     :param data: the call, packed and signed.
-    :return: None; in how many seconds the engine is to run it again.
-    :raises ConfigError: when there is no such app or executor here; see :func:`requeue_elsewhere`.
-    :raises UntrustedResult: when the call was not signed with the app's secret key, or packed by another version.
-    :raises NotPicklable: when it cannot be rebuilt here.
+    :return: None, or seconds until the engine is to run the call again.
+    :raises ConfigError: if this worker cannot find the app or the executor; see :func:`requeue_elsewhere`.
+    :raises UntrustedResult: if the call was not signed with the app's secret key, or packed by another version.
+    :raises NotPicklable: if the call cannot be rebuilt in this worker.
     """
     return _consumer(address).run(id, data)
 
 
 def requeue_elsewhere(id: str, error: ConfigError) -> float:
-    """A job is not for this worker, and perhaps for another: in how many seconds the engine is to give it to one."""
+    """This worker cannot run a job, but another one may: seconds until the engine is to offer it again."""
     logger.warning("Job %s goes back into the queue, as it is not for this worker. %s", id, error)
-    return _ELSEWHERE
+    return _OTHER_WORKER_DELAY
 
 
 def is_lost(address: Address, id: str) -> bool:
-    """Whether it is known that a job had begun, and the process is gone that had it.
+    """Whether the store knows that a job had begun and that the process which ran it is dead.
 
-    :raises StoreUnavailable: when nobody can tell.
+    :raises StoreUnavailable: if the store does not answer.
     """
     try:
         job = _consumer(address).tracker.records.get(id)
-    except ConfigError:  # it is for another worker
+    except ConfigError:  # the job is for another worker
         return False
     return job is not None and job.status is JobStatus.LOST
 
 
 def refuse(address: Address, id: str, error: Exception, name: str) -> None:
-    """An engine has given up a job. It fails with ``error`` if nobody has begun with it.
+    """The engine has given up a job: it fails with ``error``, unless a worker has begun it.
 
-    :param name: what it is called, for one that has no record yet.
-    :raises StoreUnavailable: when that cannot be written down.
+    :param name: the job's name, for a job that has no record yet.
+    :raises StoreUnavailable: if the failure cannot be written to the store.
     """
     _consumer(address).tracker.refuse(id, error, name)
 
 
-class Records(Protocol):
-    """Where it is written down what comes of calls; :class:`flask_executor.sharing.SharedJobTracker`."""
-
-    @property
-    def records(self) -> JobRecords:
-        """What is known of jobs."""
-
-    def refuse(self, id: str, error: Exception, name: str = ...) -> None:
-        """A job that waits in the queue of an engine cannot be run."""
-
-
-class Consumes(Protocol):
-    """What runs the calls that were sent to an executor; :class:`flask_executor.consumer.Consumer`."""
-
-    @property
-    def tracker(self) -> Records:
-        """What the engine's jobs are recorded in."""
-
-    def run(self, id: str, data: bytes) -> float | None:
-        """Run a call."""
-
-
-def register(app: Flask, name: str, consumer: Consumes) -> None:
-    """Have calls that are sent to this executor of the app run by ``consumer``."""
+def register(app: Flask, name: str, consumer: Consumer) -> None:
+    """Have ``consumer`` run the calls that are sent to the executor ``name`` of ``app``."""
     app.extensions.setdefault(_CONSUMERS, {})[name] = consumer
 
 
-def _consumer(address: Address) -> Consumes:
+def _consumer(address: Address) -> Consumer:
     import_string, app_name, name = address
     for app in (worker_app, current_app_or_none()):
-        if app is not None and app.name == app_name and name in app.extensions.get(_CONSUMERS, ()):
-            return _registered(app, name)
+        if app is not None and app.name == app_name and (consumer := _registered(app, name)) is not None:
+            return consumer
     if import_string is None:
         raise ConfigError(
             "EXECUTOR_APP",
@@ -123,14 +121,15 @@ def _consumer(address: Address) -> Consumes:
             import_string,
             f"where the app {app_name!r} is: here it is {app.name!r}. Give each app its own EXECUTOR_QUEUE",
         )
-    if name not in app.extensions.get(_CONSUMERS, ()):
+    consumer = _registered(app, name)
+    if consumer is None:
         raise ConfigError("EXECUTOR_APP", import_string, f"an app that has an executor {name!r} for an engine")
-    return _registered(app, name)
-
-
-def _registered(app: Flask, name: str) -> Consumes:
-    consumer: Consumes = app.extensions[_CONSUMERS][name]
     return consumer
+
+
+def _registered(app: Flask, name: str) -> Consumer | None:
+    consumers: dict[str, Consumer] = app.extensions.get(_CONSUMERS, {})
+    return consumers.get(name)
 
 
 @functools.cache

@@ -1,134 +1,124 @@
-"""Several processes that do the same, and are started again when they die."""
+"""Several worker processes that run the same function, and are replaced when they die.
+
+.. code-block:: text
+
+    run_processes()                        worker process (forked)
+      start() ────────────────────────────> _child_main() ─> work()
+      watch(): waits for sentinels   <───── dies, or work() returns
+        died: start another after a delay
+      SIGTERM, Ctrl-C: terminate all ─────> SIGTERM: work() ends in its own way
+      dies: the lifeline is closed ───────> SIGTERM from the thread that reads the lifeline
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from flask_executor.helpers.log import logger
 
-_PAUSE = 1.0  # seconds after which one that died is started again
-_LOOK = 0.1  # seconds between two looks whether one has ended
-_ENDING = (signal.SIGTERM, signal.SIGINT)
+_RESTART_DELAY = 1.0  # seconds between the death of a worker process and the start of the next one
+_LONGEST_WAIT = 0.5  # seconds until the worker processes are checked although no sentinel has become readable
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_processes(count: int, work: Callable[[], object]) -> None:
-    """Run so many processes that do ``work`` until they return, or are told to by SIGTERM or Ctrl-C.
+    """Run ``work`` in forked processes until it has returned in all of them; SIGTERM and Ctrl-C terminate them.
 
-    They are told to also when this process is gone. One alone is this process itself.
+    A process that dies is replaced. When the calling process dies, the others get SIGTERM.
+
+    :param count: how many processes. With 1, ``work`` runs in the calling process.
     """
     if count == 1:
         work()
         return
-    troop = _WorkerGroup(work)
-    before = {number: signal.signal(number, troop.end) for number in _ENDING}
+    group = _WorkerGroup(work)
+    handlers = {number: signal.signal(number, group.terminate) for number in _END_SIGNALS}
     try:
         for _ in range(count):
-            troop.start()
-        troop.watch()
+            group.start()
+        group.watch()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        troop.close()
+        group.close()
 
 
 class _WorkerGroup:
-    """The processes, as the one knows them that has started them."""
+    """The worker processes, as seen by the process that starts them."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._work = work
-        self._pids: set[int] = set()
+        self._workers: list[BaseProcess] = []
         self._ending = False
-        # Nobody writes into it: it ends when the last one does that could, which is this process alone.
-        self._alive, self._lifeline = os.pipe()
+        # Only this process keeps the second end, and never writes to it: the first one becomes readable at its death.
+        # (multiprocessing's own sentinel of the parent is also held open by the siblings that were forked later.)
+        self._parent_death, self._lifeline = os.pipe()
 
     def start(self) -> None:
-        """Start one more, if they are not to end."""
+        """Start a worker process, unless the group is ending."""
         if self._ending:
             return
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # or the child would answer as the parent
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)  # the child would run the parent's handlers
         try:
-            pid = os.fork()
-            if not pid:
-                self._live(mask)
-            self._pids.add(pid)
+            worker = multiprocessing.get_context("fork").Process(
+                target=self._child_main, args=(mask,), name="flask-executor-prefork"
+            )
+            worker.start()
+            self._workers.append(worker)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if self._ending:  # another thread may have got the signal, just before there was anybody to tell
-            _tell(pid)
+        if self._ending:  # another thread received the signal while the worker was not in the list yet
+            worker.terminate()
 
     def watch(self) -> None:
-        """Wait until all have ended, and replace those that die."""
-        while self._pids:
-            # Not one long wait: Python does not notice a signal that comes in the instant before that begins.
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                time.sleep(_LOOK)
-            if pid not in self._pids:  # nobody, or somebody else's
-                continue
-            self._pids.discard(pid)
-            code = os.waitstatus_to_exitcode(status)
-            if code and not self._ending:
-                logger.error("Worker process %d ended with exit code %d. Another one is started.", pid, code)
-                time.sleep(_PAUSE)
-                self.start()
+        """Wait until all worker processes have ended, and replace those that die."""
+        while self._workers:
+            # The limit is for what wakes up no wait: a signal in the instant before it begins, and the death of a
+            # worker that has started a process which still holds the sentinel open.
+            readable = connection.wait([worker.sentinel for worker in self._workers], _LONGEST_WAIT)
+            for worker in tuple(self._workers):
+                if worker.sentinel in readable or worker.exitcode is not None:
+                    worker.join()  # the sentinel is readable an instant before the exit code is
+                    self._workers.remove(worker)
+                    self._replace_if_dead(worker)
 
-    def end(self, *_: Any) -> None:
-        """Tell all to end: what a signal does."""
+    def _replace_if_dead(self, worker: BaseProcess) -> None:
+        if worker.exitcode != 0 and not self._ending:
+            logger.error(
+                "Worker process %d ended with exit code %s. Another one is started.", worker.pid, worker.exitcode
+            )
+            time.sleep(_RESTART_DELAY)
+            self.start()
+
+    def terminate(self, *_: Any) -> None:
+        """Send SIGTERM to all worker processes, and start no more. This is the handler of signals."""
         self._ending = True
-        for pid in tuple(self._pids):
-            _tell(pid)
+        for worker in tuple(self._workers):
+            worker.terminate()
 
     def close(self) -> None:
-        os.close(self._alive)
+        os.close(self._parent_death)
         os.close(self._lifeline)
 
-    def _live(self, mask: set[int | signal.Signals]) -> None:
-        """What a child does; it does not return."""
-        code = 1
-        try:
-            os.setpgid(0, 0)  # Ctrl-C is the parent's
-            os.close(self._lifeline)
-            for number in _ENDING:
-                signal.signal(number, signal.SIG_DFL)
-            threading.Thread(target=self._end_with_parent, name="flask-executor-parent", daemon=True).start()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            code = _code_of(self._work)
-            # As the interpreter does, and multiprocessing in its children: jobs that still run are stopped in order.
-            threading._shutdown()  # type: ignore[attr-defined]
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    def _child_main(self, mask: set[int | signal.Signals]) -> None:
+        os.setpgid(0, 0)  # a terminal sends Ctrl-C to the parent only
+        os.close(self._lifeline)
+        for number in _END_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        threading.Thread(target=self._terminate_with_parent, name="flask-executor-parent", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._work()
 
-    def _end_with_parent(self) -> None:
-        os.read(self._alive, 1)
+    def _terminate_with_parent(self) -> None:
+        os.read(self._parent_death, 1)
         main = threading.main_thread().ident
         if main is not None:
-            signal.pthread_kill(main, signal.SIGTERM)  # to the one that may be waiting, which it wakes up
-
-
-def _tell(pid: int) -> None:
-    with suppress(ProcessLookupError):  # it has just ended
-        os.kill(pid, signal.SIGTERM)
-
-
-def _code_of(work: Callable[[], object]) -> int:
-    """The exit code of a process that has done this."""
-    try:
-        work()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+            signal.pthread_kill(main, signal.SIGTERM)  # a signal to the process may not wake up the main thread
