@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from flask import Flask, Response, current_app, g, jsonify, request
 
-from conftest import wait_until
 from flask_executor import Executor
 from flask_executor.executor.extension import propagate_exceptions_callback
 from flask_executor.executor.submitters import ExecutorJob
 from flask_executor.futures import Future, FutureCollection, FutureProxy
+from flask_executor.testing.contract.fixtures import wait_until
 
 
 def fib(n: int) -> int:

@@ -21,10 +21,9 @@ import pytest
 from flask import Flask, request
 from flask.testing import FlaskClient
 from flask_restful import Api
-from servers import family, gunicorn, serving
+from web_servers import family, gunicorn, serving
 from werkzeug.exceptions import Unauthorized
 
-from conftest import run_in_threads, wait_until
 from flask_executor import MissingExtra, WorkerLost
 from flask_executor.compat import flask_multiprocess_controller as compat
 from flask_executor.compat.flask_multiprocess_controller import (
@@ -35,6 +34,7 @@ from flask_executor.compat.flask_multiprocess_controller import (
     MetaMPTask,
     TemplateFactory,
 )
+from flask_executor.testing.contract.fixtures import run_in_threads, wait_until
 
 # The two examples of its documentation, with a body in place of "[...]".
 

@@ -15,20 +15,22 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from requirements import require
+from variants import store_url
 
-from conftest import require, run_in_threads, store_url, wait_until
 from flask_executor import Executor, MissingExtra, UntrustedResult
 from flask_executor.testing import drain
+from flask_executor.testing.contract.fixtures import run_in_threads, wait_until
 
 if not os.environ.get("CI"):  # there it is an error
     for needed in ("flask_socketio", "flask_sqlalchemy", "requests", "rq"):
         pytest.importorskip(needed)
 
-import offices
+import flask_worker_app
 import socketio
 import sqlalchemy
 from flask_sqlalchemy import SQLAlchemy
-from offices import Office
+from flask_worker_app import Office
 
 from flask_executor.compat.flask_worker import Manager, RouterMixin, WorkerMixin, set_route
 
@@ -46,7 +48,7 @@ VARIANTS = [
 def office(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
     redis_url = store_url("redis", request) if "rq" in request.param else None
     folder = tmp_path_factory.mktemp("office")
-    with offices.opened(folder, redis_url, socketio="sockets" in request.param) as office:
+    with flask_worker_app.opened(folder, redis_url, socketio="sockets" in request.param) as office:
         yield office
 
 
@@ -72,7 +74,7 @@ def test_example_1_runs_once_and_is_remembered(office: Office) -> None:
 def test_the_documented_setup_with_eventlet(tmp_path: Path, request: pytest.FixtureRequest, runner: str) -> None:
     require("eventlet")
     redis_url = store_url("redis", request) if runner == "rq" else None
-    with offices.opened(tmp_path, redis_url, eventlet=True) as office:
+    with flask_worker_app.opened(tmp_path, redis_url, eventlet=True) as office:
         assert office.wait_at("/example1").follow() == "Example 1 finished"
         assert "wsgi starting up" in (tmp_path / "log").read_text(), "it is the server of eventlet"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import wait_until
 from flask_executor.compat.multipro_lab import Main, MessageRouter, TaskQueue, Timer
+from flask_executor.testing.contract.fixtures import wait_until
 
 # What its examples do: a handler of each worker is registered in __init__, some take the body by another name.
 IMPORTS = """

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from processes import without_linux
+from variants import TYPES
 
-from conftest import TYPES, MakeExecutor, without_linux
 from flask_executor.testing.contract import BackendContract
+from flask_executor.testing.contract.fixtures import MakeExecutor
 
 ALL = {**TYPES, "immediate with pickle": {"type": "immediate", "immediate_pickle": True}}
 

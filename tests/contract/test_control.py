@@ -7,10 +7,12 @@ import time
 from typing import Any
 
 import pytest
+from processes import without_linux
 from tasks import add
+from variants import TYPES
 
-from conftest import TYPES, MakeExecutor, without_linux
 from flask_executor.testing.contract import ControlContract
+from flask_executor.testing.contract.fixtures import MakeExecutor
 
 
 class TestControl(ControlContract):

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from variants import store_url
 
-from conftest import store_url, wait_until
 from flask_executor.abc import Entry, JobStore, StopRequest, StoreOptions
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.jobs.model import JobState, JobStatus
@@ -21,6 +21,7 @@ from flask_executor.stores.leases import new_holder_id
 from flask_executor.stores.redis import RedisStore
 from flask_executor.stores.sqlite import MIGRATIONS, SQLiteStore
 from flask_executor.testing.contract import SharedStoreContract
+from flask_executor.testing.contract.fixtures import wait_until
 from flask_executor.testing.contract.shared import ENGINE, HERE, MakeStore, queued_in_engine, receive, started
 
 

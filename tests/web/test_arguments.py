@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Optional
 
 import pytest
+from requirements import require
 
-from conftest import require
 from flask_executor.web.arguments import (
     Mismatch,
     MismatchError,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import offices
+import flask_worker_app
 import pytest
 from browsers import Tabs, assert_accessible, expect_status, part
-from offices import Office
+from flask_worker_app import Office
 from playwright.sync_api import Page, expect
+from variants import store_url
 
-from conftest import store_url, wait_until
+from flask_executor.testing.contract.fixtures import wait_until
 
 pytestmark = pytest.mark.web
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.web
 @pytest.fixture(params=["rq", "executor"])
 def office(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Office]:
     redis_url = store_url("redis", request) if request.param == "rq" else None
-    with offices.opened(tmp_path, redis_url) as office:
+    with flask_worker_app.opened(tmp_path, redis_url) as office:
         yield office
 
 

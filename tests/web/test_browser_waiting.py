@@ -11,7 +11,7 @@ import pytest
 from browsers import HOSTILE, LOOKS, Puppet, Shop, Tabs, assert_accessible, assert_harmless, expect_status, part
 from playwright.sync_api import Locator, Page, expect
 
-from conftest import wait_until
+from flask_executor.testing.contract.fixtures import wait_until
 
 pytestmark = pytest.mark.web
 

@@ -14,13 +14,14 @@ import pytest
 import tasks
 from flask import Blueprint, Flask, abort, has_request_context, render_template_string, request, session
 from flask.testing import FlaskClient
-from lodgers import Counter
+from requirements import require
+from service_examples import Counter
 from werkzeug.test import TestResponse
 from werkzeug.wrappers import Response
 
-from conftest import MakeExecutor, require, wait_until
 from flask_executor import ConfigError, Executor, Job, StoreUnavailable, current_job
 from flask_executor.testing import drain
+from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until
 from flask_executor.web import Controller
 from flask_executor.web.tokens import SHOW, JobToken, sign_permit
 

@@ -10,9 +10,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from servers import get, gunicorn
+from web_servers import get, gunicorn
 
-from conftest import wait_until
+from flask_executor.testing.contract.fixtures import wait_until
 
 APP = """
 import os

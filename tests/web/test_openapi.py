@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import pytest
 from flask import Flask
+from requirements import require
 
-from conftest import MakeExecutor, require
 from flask_executor import checkpoint, current_job
+from flask_executor.testing.contract.fixtures import MakeExecutor
 from flask_executor.web import Controller
 
 pytestmark = pytest.mark.web

@@ -14,9 +14,9 @@ from flask.testing import FlaskClient
 from werkzeug.exceptions import HTTPException
 from werkzeug.test import TestResponse
 
-from conftest import MakeExecutor, wait_until
 from flask_executor import Executor, StoreUnavailable, current_job, job_finished
 from flask_executor.testing import drain
+from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until
 from flask_executor.web import Controller
 
 DOCUMENT = "application/vnd.flask-executor.job+json"

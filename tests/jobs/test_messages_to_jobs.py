@@ -1,0 +1,107 @@
+"""Messages to jobs that run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tasks
+from flask import Flask
+
+from flask_executor import Executor, JobStopped, NotPicklable, current_job
+from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until
+
+
+@pytest.fixture(params=["thread", "process", "process spawn"])
+def executor(app: Flask, make_executor: MakeExecutor, request: pytest.FixtureRequest) -> Executor:
+    type, _, method = request.param.partition(" ")
+    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    return make_executor(type=type, max_workers=1, start_method=method or None)
+
+
+def test_messages(executor: Executor) -> None:
+    future = executor.submit(tasks.echo_messages, 100)
+    assert future.send("page", 0), "it need not have started"
+    assert wait_until(lambda: future.message == "receiving", 20)
+    for number in range(1, 100):
+        assert future.send("page", number)
+    assert future.result(20) == [("page", number) for number in range(100)]
+    assert not future.send("page", 100)
+
+
+def test_a_job_that_waits_gets_them_when_it_starts(executor: Executor) -> None:
+    first, second, third = (executor.submit(tasks.echo_messages, 2) for _ in range(3))
+    for number, future in enumerate((third, second, first)):
+        future.send("a", number)
+        future.send("b", [number])
+    results = [future.result(20) for future in (first, second, third)]
+    assert results == [[("a", number), ("b", [number])] for number in (2, 1, 0)]
+
+
+def test_no_message_in_time(executor: Executor) -> None:
+    assert executor.submit(tasks.no_messages).result(20) == (None, None)
+
+
+def test_a_job_that_waits_for_a_message_is_stopped(executor: Executor) -> None:
+    future = executor.submit(tasks.receive_for_ever)
+    assert wait_until(lambda: future.message == "receiving", 20)
+    assert future.stop(grace=10)
+    with pytest.raises(JobStopped):
+        future.result(5)
+
+
+def test_a_message_does_not_end_a_sleep(make_executor: MakeExecutor) -> None:
+    def work() -> object:
+        current_job.update(message="sleeping")
+        current_job.sleep(0.3)
+        return current_job.receive(0)
+
+    future = make_executor().submit(work)
+    assert wait_until(lambda: future.message == "sleeping")
+    future.send("wake", "up")
+    assert not wait_until(future.done, 0.1)
+    message: Any = future.result(10)
+    assert message.body == "up"
+
+
+def test_retries_begin_without_the_messages_of_the_last_attempt(make_executor: MakeExecutor) -> None:
+    def work() -> object:
+        message = current_job.receive(5)
+        if current_job.attempt == 1:
+            raise ValueError
+        return message.body if message else None
+
+    future = make_executor().options(retries=1, backoff=0).submit(work)
+    future.send("a", 1)
+    assert wait_until(lambda: future.record().attempt == 2)
+    future.send("a", 2)
+    assert future.result(10) == 2
+
+
+def test_messages_between_two_attempts(executor: Executor) -> None:
+    future = executor.options(retries=1, backoff=0.5).submit(tasks.receive_at_last, 2)
+    assert wait_until(lambda: future.record().attempt == 2, 20)
+    future.send("a", 1)
+    assert future.result(20) == ("a", 1)
+
+
+@pytest.mark.parametrize("size", [10, 20_000])
+def test_messages_that_a_job_has_got_are_not_kept(make_executor: MakeExecutor, size: int) -> None:
+    executor = make_executor(type="process", max_workers=1, start_method="fork")
+    future = executor.submit(tasks.echo_messages, 3000, " " * size)
+    assert wait_until(lambda: future.message == "receiving", 20)
+    for number in range(2999):
+        future.send("page", number)
+    (task,) = executor._dispatcher._tasks.values()
+    assert len(task.mail) < 100
+    future.send("page", 2999)
+    assert future.result(20) == [("page", number) for number in range(3000)]
+
+
+def test_what_cannot_be_sent(make_executor: MakeExecutor) -> None:
+    executor = make_executor(type="process", max_workers=1)
+    future = executor.submit(tasks.echo_messages, 1)
+    with pytest.raises(NotPicklable, match="The message for job echo_messages"):
+        future.send("a", lambda: None)
+    future.send("a", 1)
+    assert future.result(10) == [("a", 1)]
