@@ -131,7 +131,7 @@ class Producer:
         if future not in self._sent:
             return False
         self._sent.discard(future)
-        future.give_up()  # type: ignore[attr-defined]
+        future.cancel_unaccepted()  # type: ignore[attr-defined]
         return True
 
     def _discard(self, job: Job) -> None:

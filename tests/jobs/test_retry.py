@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from conftest import MakeExecutor
 from flask_executor.executor.pending import ScheduledCalls
 from flask_executor.jobs.retry import Retry
+from flask_executor.testing.contract.fixtures import MakeExecutor
 
 
 def test_the_wait_doubles_and_a_part_of_it_is_random() -> None:
