@@ -227,7 +227,7 @@ class Seat:
                 end.settimeout(max(0.01, patience))
                 end.connect(str(self._place() / "socket"))
                 wire = FrameStream(end)
-                wire.say(Errand("status", service))
+                wire.send_message(Errand("status", service))
                 while selector.select(patience):
                     for kind, _, body in wire.receive():
                         if kind == RelayFrame.RESULT:

@@ -57,7 +57,7 @@ class Tenant:
     """
 
     def __init__(self, definition: ServiceDefinition, route: Callable[[str, ServiceMessage], None]) -> None:
-        self.resident: Callable[[], WorkerPlugin] = functools.partial(
+        self.make_plugin: Callable[[], WorkerPlugin] = functools.partial(
             ServiceResident, definition.name, definition.cls, definition.args
         )
         self.failures = 0
@@ -65,7 +65,7 @@ class Tenant:
         self._name = definition.name
         self._route = route
 
-    def failed(self, error: BaseException, pause: float) -> None:
+    def worker_failed(self, error: BaseException, delay: float) -> None:
         """A worker could not start, or died."""
         self.failures += 1
         died = isinstance(error, WorkerLost)
@@ -74,11 +74,11 @@ class Tenant:
             "Service %r: %s Another worker is started in %.1f s.",
             self._name,
             self.last_error,
-            pause,
+            delay,
             exc_info=None if died else error,
         )
 
-    def sent(self, message: ServiceMessage) -> None:
+    def message_received(self, message: ServiceMessage) -> None:
         """The service has sent a message."""
         self._route(self._name, message)
 
@@ -127,7 +127,7 @@ class Crew:
         self._owner = owner
         self._tenant = Tenant(definition, route)
         if multiprocessing.get_context(options.start_method).get_start_method() != "fork":
-            pickle_or_explain(self._tenant.resident, f"Service {definition.name!r} with its arguments")
+            pickle_or_explain(self._tenant.make_plugin, f"Service {definition.name!r} with its arguments")
         options = replace(options, max_workers=definition.workers, max_tasks_per_child=None)
         self._backend = ProcessBackend(options, self._tenant)
         self._mailbox = Mailbox(

@@ -47,9 +47,9 @@ class ServiceResident:
 
     def __init__(self, name: str, cls: type[Service], args: tuple[Any, ...]) -> None:
         self._name, self._cls, self._args = name, cls, args
-        self.wakes, self._wake = socket.socketpair()
+        self.wake_receiver, self._wake = socket.socketpair()
         self._wake.setblocking(False)
-        self.mark: Any = None
+        self.progress_mark: Any = None
         self._changed = threading.Condition()
         self._heard = 0
         self._broadcasts: deque[bytes] = deque()
@@ -60,7 +60,7 @@ class ServiceResident:
         self._leave_child: Callable[[Outcome], None]
         self._outside: contextvars.Context  # of all jobs
 
-    def move_in(
+    def setup(
         self, app: Flask, send: Callable[[CompactPickle], None], exit_if_forked_child: Callable[[Outcome], None]
     ) -> None:
         global _resident
@@ -74,13 +74,13 @@ class ServiceResident:
         now = time.monotonic()
         self._due = {name: now + seconds for name, seconds in service.schedule.items()}
 
-    def patience(self) -> float | None:
+    def next_timeout(self) -> float | None:
         return min(max(0.0, min(self._due.values()) - time.monotonic()), _LONGEST) if self._due else None
 
-    def tend(self) -> None:
-        self._tend(idle=True)
+    def run_due(self) -> None:
+        self._run_due(idle=True)
 
-    def _tend(self, *, idle: bool) -> None:
+    def _run_due(self, *, idle: bool) -> None:
         self.catch_up(0)
         now = time.monotonic()
         for name, due in self._due.items():
@@ -90,7 +90,7 @@ class ServiceResident:
                 if not self._try(name, self._outside.run, self._call, name) and not seconds:
                     self._due[name] = time.monotonic() + _REST
 
-    def hear(self, message: Broadcast) -> None:
+    def on_broadcast(self, message: Broadcast) -> None:
         with self._changed:
             self._heard = message.number
             if message.data is not None:
@@ -100,7 +100,7 @@ class ServiceResident:
             with contextlib.suppress(BlockingIOError):  # it is awake
                 self._wake.send(b"w")
 
-    def move_out(self) -> None:
+    def teardown(self) -> None:
         self._try("teardown", self._call, "teardown")
 
     # ---- messages ----
@@ -119,11 +119,11 @@ class ServiceResident:
         for ended, message in enumerate(messages):
             if ended and time.monotonic() >= end:
                 return ended
-            self.mark.value = mark_of(batch, ended + 1, ended)
+            self.progress_mark.value = mark_of(batch, ended + 1, ended)
             self._try("a message", self.handle_packed, message)
-            self.mark.value = mark_of(batch, ended + 1, ended + 1)
+            self.progress_mark.value = mark_of(batch, ended + 1, ended + 1)
             if self._broadcasts or self._due:
-                self._tend(idle=False)
+                self._run_due(idle=False)
         return len(messages)
 
     def handle_packed(self, message: bytes) -> Any:

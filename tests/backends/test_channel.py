@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from flask_executor.backends.process.channel import CallReceiver, CallSender, FrameStream, is_small
-from flask_executor.backends.process.dispatcher import _AHEAD
+from flask_executor.backends.process.dispatcher import _PREFETCH
 from flask_executor.backends.process.protocol import FrameKind, StopJob, WorkerReady
 from flask_executor.helpers.pickling import pickle_parts
 from flask_executor.jobs.model import JobStatus
@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_sent_later(pair: tuple[socket.socket, socket.socke
     out, into = FrameStream(pair[0]), FrameStream(pair[1])
     assert not out.send(FrameKind.RESULT, [b"x" * 5_000_000])
     assert out.pending
-    out.say(WorkerReady())
+    out.send_message(WorkerReady())
     frames: list[tuple[int, int, bytes]] = []
     while len(frames) < 2:
         frames += into.receive()
@@ -80,7 +80,7 @@ class Line:
 
     def give(self, value: object) -> None:
         self.number += 1
-        self.calls.give(self.number, 3, pickle_parts(value))
+        self.calls.send(self.number, 3, pickle_parts(value))
 
     def take(self) -> object:
         flusher = threading.Thread(target=self.wire.flush, kwargs={"wait": True})
@@ -131,12 +131,12 @@ def test_what_is_taken_back_does_not_arrive() -> None:
         assert line.take() == 0
         assert line.take() == 1
         assert line.taken == 2
-        assert line.calls.take_back() == {3, 4, 5}
-        assert line.calls.take_back() == set()
+        assert line.calls.recall() == {3, 4, 5}
+        assert line.calls.recall() == set()
         line.give("last")
         assert line.take() == "last"
-        assert line.calls.can_take_back(pickle_parts("small"))
-        assert not line.calls.can_take_back(pickle_parts("large" + "x" * 100_000))
+        assert line.calls.can_recall(pickle_parts("small"))
+        assert not line.calls.can_recall(pickle_parts("large" + "x" * 100_000))
     finally:
         line.close()
 
@@ -145,7 +145,7 @@ def test_nothing_can_be_taken_back_without_packets() -> None:
     line = Line(packets=False)
     try:
         line.give(1)
-        assert line.calls.take_back() == set()
+        assert line.calls.recall() == set()
         assert line.take() == 1
     finally:
         line.close()
@@ -154,7 +154,7 @@ def test_nothing_can_be_taken_back_without_packets() -> None:
 def test_what_a_worker_is_given_at_most_fits_into_the_line() -> None:
     line = Line(packets=True)
     try:
-        for _ in range(1 + _AHEAD):
-            line.calls.give(1, 1, [b"x" * 8_192])
+        for _ in range(1 + _PREFETCH):
+            line.calls.send(1, 1, [b"x" * 8_192])
     finally:
         line.close()

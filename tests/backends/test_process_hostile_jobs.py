@@ -129,12 +129,12 @@ def test_the_second_call_is_taken_while_the_first_is_taken_back(make_executor: M
     (worker,) = dispatcher._workers
     with dispatcher._lock:
         first, second = worker.tasks
-        assert worker.calls.take_back() == {first.number, second.number}
-        worker.calls.give(second.number, 1, second.parts)
+        assert worker.calls.recall() == {first.number, second.number}
+        worker.calls.send(second.number, 1, second.parts)
         # As if the worker had taken the second in the middle: a race that is seldom.
-        worker.calls.take_back = lambda: {first.number}
-        dispatcher._take_back(worker)
-        del worker.calls.take_back
+        worker.calls.recall = lambda: {first.number}
+        dispatcher._recall(worker)
+        del worker.calls.recall
     os.kill(pid, signal.SIGCONT)
     assert {future.result(10) for future in futures} == {0, 1}
 
@@ -214,12 +214,12 @@ def test_a_stop_is_never_lost_in_a_retry(make_executor: MakeExecutor, backend: s
 
 
 def test_a_worker_whose_words_make_no_sense_is_replaced(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
-    future = executor.submit(write_to_the_wire)
+    future = executor.submit(write_to_the_stream)
     assert isinstance(future.exception(10), WorkerLost)
     assert "cannot be understood, and is killed" in caplog.text
 
 
-def write_to_the_wire() -> None:
+def write_to_the_stream() -> None:
     """Finds the line to the parent, and writes nonsense."""
     import gc
     import time
@@ -227,17 +227,17 @@ def write_to_the_wire() -> None:
     from flask_executor.backends.process.reporter import Reporter
 
     (reporter,) = [each for each in gc.get_objects() if isinstance(each, Reporter)]
-    reporter._wire.socket.sendall(b"\xff" * 64)
+    reporter._stream.socket.sendall(b"\xff" * 64)
     time.sleep(20)
 
 
-write_to_the_wire.__module__ = "tasks"
-write_to_the_wire.__qualname__ = "write_to_the_wire"
+write_to_the_stream.__module__ = "tasks"
+write_to_the_stream.__qualname__ = "write_to_the_stream"
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "write_to_the_wire", write_to_the_wire, raising=False)
+    monkeypatch.setattr(tasks, "write_to_the_stream", write_to_the_stream, raising=False)
 
 
 def test_what_finalizers_do_in_the_middle(make_executor: MakeExecutor) -> None:
@@ -277,7 +277,7 @@ def test_a_worker_that_hangs_while_it_starts(
             threading.Event().wait()
 
     monkeypatch.setattr("flask_executor.backends.process.worker_main.detach_from_parent", hang_once)
-    monkeypatch.setattr("flask_executor.backends.process.dispatcher._START_LIMIT", 0.2)
+    monkeypatch.setattr("flask_executor.backends.process.dispatcher._START_TIMEOUT", 0.2)
     executor = make_executor(type="process", max_workers=1, start_method="fork")
     assert executor.submit(add, 1, 1).result(20) == 2
     assert "it hung while it was starting" in caplog.text

@@ -656,7 +656,7 @@ def test_the_pause_has_a_limit(forked: Executor) -> None:
     supervisor_of(counter)._crashes = 5000
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: "A worker process died" in (counter.status().last_error or ""))
-    assert 25 < supervisor_of(counter)._resume - time.monotonic() <= 30
+    assert 25 < supervisor_of(counter)._restart_at - time.monotonic() <= 30
 
 
 def test_what_waits_in_a_pause_uses_no_time_and_does_not_hold_up_the_end(forked: Executor) -> None:

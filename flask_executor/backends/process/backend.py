@@ -30,15 +30,15 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     chunks = True
     supports_kill = True
 
-    def __init__(self, options: BackendOptions, tenancy: PoolObserver | None = None) -> None:
+    def __init__(self, options: BackendOptions, observer: PoolObserver | None = None) -> None:
         if sys.platform == "win32":  # where a thread cannot wait for sockets and processes at once
             raise ConfigError(options.config_key("EXECUTOR_TYPE"), "process", "'thread' on Windows")
         # The standard pool's own constructor would make queues that nobody uses.
         self._mp_context = multiprocessing.get_context(options.start_method)
         self._max_workers = options.max_workers or os.cpu_count() or 1
-        self._supervisor = Supervisor(options, self._mp_context, self._max_workers, tenancy)
+        self._supervisor = Supervisor(options, self._mp_context, self._max_workers, observer)
         self._dispatcher = self._supervisor.dispatcher
-        self._standing = tenancy is not None
+        self._fixed_size = observer is not None
         # An app that is thrown away takes its workers along.
         finalizer = weakref.finalize(self, self._supervisor.shutdown, wait=False)
         finalizer.atexit = False
@@ -56,11 +56,11 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         """
         self._enqueue(call, given=given)
 
-    def _enqueue(self, call: Call, *, unattended: bool = False, given: Callable[[], object] | None = None) -> None:
+    def _enqueue(self, call: Call, *, fire_and_forget: bool = False, given: Callable[[], object] | None = None) -> None:
         parts = call.packed or pack_call(call)
         # The next attempt is the same call, whatever becomes of its arguments meanwhile.
         call.packed = parts if call.retried else None
-        task = Task(call, parts, unattended=unattended, given=given)
+        task = Task(call, parts, fire_and_forget=fire_and_forget, on_assigned=given)
         self._supervisor.start()
         self._dispatcher.add(task)
 
@@ -86,7 +86,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         return self._dispatcher.withdraw(call.job.id)
 
     def request_stop(self, call: Call, attempt: int, reason: JobStatus) -> None:
-        self._dispatcher.leave(call.job.id, attempt, reason)
+        self._dispatcher.request_stop(call.job.id, attempt, reason)
 
     def kill(self, call: Call, attempt: int) -> None:
         self._dispatcher.kill(call.job.id, attempt)
@@ -112,14 +112,14 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         Where workers stand it is something that nobody waits for: messages of a service.
         """
         call = PlainCall(fn, args, kwargs)
-        self._enqueue(call, unattended=self._standing)
+        self._enqueue(call, fire_and_forget=self._fixed_size)
         return call.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._supervisor.shutdown(wait=wait, cancel_futures=cancel_futures)
 
     def terminate(self, grace: float) -> None:
-        self._supervisor.abandon(grace)
+        self._supervisor.terminate(grace)
 
     @property
     def ended(self) -> bool:
@@ -127,7 +127,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         return self._supervisor.ended
 
     def worker_states(self) -> Sequence[WorkerState]:
-        return self._supervisor.dispatcher.crew()
+        return self._supervisor.dispatcher.worker_states()
 
     @property
     def workers(self) -> int:

@@ -44,7 +44,7 @@ class FrameStream:
         """The descriptor, to be selected on."""
         return self.socket.fileno()
 
-    def say(self, message: CompactPickle) -> bool:
+    def send_message(self, message: CompactPickle) -> bool:
         """Send a message, or as much of it as goes out without waiting; whether all is out."""
         return self.send(FrameKind.MESSAGE, pickle_parts(message))
 
@@ -149,22 +149,22 @@ class CallSender:
     What is too large for a packet goes over the wire, and its packet only says so. Where there are no packets all goes
     over the wire and nothing can be taken back.
 
-    :param wire: the wire to this worker.
+    :param stream: the stream to this worker.
     :param packets: both ends of the line for packets, None where there is none; they are closed with this.
     """
 
-    def __init__(self, wire: FrameStream, packets: tuple[socket.socket, socket.socket] | None) -> None:
-        self._wire = wire
+    def __init__(self, stream: FrameStream, packets: tuple[socket.socket, socket.socket] | None) -> None:
+        self._stream = stream
         self._here: socket.socket | None = None
         self._there: socket.socket | None = None
         if packets is not None:
             self._here, self._there = packets
 
-    def can_take_back(self, parts: list[bytes]) -> bool:
+    def can_recall(self, parts: list[bytes]) -> bool:
         """Whether a call like this can be taken back: it fits into a packet."""
         return self._here is not None and is_small(parts)
 
-    def give(self, number: int, attempt: int, parts: list[bytes]) -> None:
+    def send(self, number: int, attempt: int, parts: list[bytes]) -> None:
         """Send a call, or as much of it as goes out without waiting.
 
         :param number: tells the calls of one line apart.
@@ -175,14 +175,14 @@ class CallSender:
         size = _size(parts)
         head = _HEAD.pack(number, attempt, size)
         if self._here is None:
-            self._wire.send_parts([head, *parts], size)
+            self._stream.send_parts([head, *parts], size)
         elif is_small(parts):
             self._here.send(head + parts[0], _DONT_WAIT)
         else:
             self._here.send(head, _DONT_WAIT)
-            self._wire.send_parts(parts, size)
+            self._stream.send_parts(parts, size)
 
-    def take_back(self) -> set[int]:
+    def recall(self) -> set[int]:
         """Read back the calls that the worker has not begun; their numbers.
 
         They need not be the last that it was given: it may take one while others are taken back. The bytes of a large
@@ -210,7 +210,7 @@ class CallSender:
 
         :raises OSError: when the worker is gone.
         """
-        (self._here or self._wire.socket).shutdown(socket.SHUT_WR)
+        (self._here or self._stream.socket).shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close both ends of the line for packets."""
@@ -222,8 +222,8 @@ class CallSender:
 class CallReceiver:
     """The end of :class:`CallSender` in the worker."""
 
-    def __init__(self, wire: socket.socket, packets: socket.socket | None) -> None:
-        self._wire = wire
+    def __init__(self, stream: socket.socket, packets: socket.socket | None) -> None:
+        self._stream = stream
         self._packets = packets
         self._buffer = bytearray()
 
@@ -247,14 +247,14 @@ class CallReceiver:
 
     def fileno(self) -> int:
         """What is readable when there is a call, or there will be no more."""
-        return (self._packets or self._wire).fileno()
+        return (self._packets or self._stream).fileno()
 
     def _read(self, length: int) -> memoryview:
         if len(self._buffer) > max(length, _KEEP) or len(self._buffer) < length:
             self._buffer = bytearray(length)
         view, filled = memoryview(self._buffer)[:length], 0
         while filled < length:
-            count = self._wire.recv_into(view[filled:])
+            count = self._stream.recv_into(view[filled:])
             if not count:
                 raise EOFError
             filled += count

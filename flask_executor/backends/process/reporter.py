@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     pass
 
 REPORT_INTERVAL = 0.05  # seconds between two reports of progress
-_BACKLOG = 1000  # frames that wait to be sent before log records are dropped
+_MAX_PENDING_FRAMES = 1000  # frames that wait to be sent before log records are dropped
 
 
 class Reporter:
@@ -43,26 +43,26 @@ class Reporter:
     come faster than the parent reads for long.
     """
 
-    def __init__(self, wire: FrameStream) -> None:
-        self._wire = wire
+    def __init__(self, stream: FrameStream) -> None:
+        self._stream = stream
         self._lock = threading.RLock()  # a finalizer may log in the middle of it
-        self._late: RunningJob | None = None
+        self._unsent_report: RunningJob | None = None
         self._next_report = 0.0
         self._dropped = 0
         self._muted = False
         #: Readable when the listener should look whether something is late.
-        self.wakes, self._wake = socket.socketpair()
-        self._wake.setblocking(False)
+        self.wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_sender.setblocking(False)
 
     def send(self, kind: int, body: list[bytes], number: int = 0) -> None:
         """Send what must arrive, after everything that was reported before it."""
         with self._lock:
             self._send_report()
             self._send(kind, body, number)
-            if self._wire.pending:
+            if self._stream.pending:
                 self._flush(wait=True)
 
-    def say(self, message: CompactPickle) -> None:
+    def send_message(self, message: CompactPickle) -> None:
         """Send a message that must arrive."""
         self.send(FrameKind.MESSAGE, pickle_parts(message))
 
@@ -88,13 +88,13 @@ class Reporter:
         """The job has something new to tell. Until that is read it does not tell of more."""
         if self._muted:
             return
-        self._late = running
+        self._unsent_report = running
         if time.monotonic() >= self._next_report and self._lock.acquire(blocking=False):
             try:
                 self._send_report()
             finally:
                 self._lock.release()
-        if self._late is not None:
+        if self._unsent_report is not None:
             self._wake_listener()
 
     def log(self, record: logging.LogRecord) -> None:
@@ -103,55 +103,55 @@ class Reporter:
             return
         job = running_job()
         with self._lock:
-            if self._wire.pending > _BACKLOG:
+            if self._stream.pending > _MAX_PENDING_FRAMES:
                 self._dropped += 1
                 return
             if self._dropped:
-                self._say(LogsDropped(self._dropped))
+                self._send_message(LogsDropped(self._dropped))
                 self._dropped = 0
-            self._say(_logged(None if job is None else job.id, record))
-            pending = self._wire.pending
+            self._send_message(_log_report(None if job is None else job.id, record))
+            pending = self._stream.pending
         if pending:
             self._wake_listener()
 
-    def send_late(self) -> bool:
+    def send_pending(self) -> bool:
         """Send what is late, as far as the parent takes it; whether there is nothing left."""
         with self._lock:
             self._send_report()
             self._flush()
-            return self._late is None and not self._wire.pending
+            return self._unsent_report is None and not self._stream.pending
 
     def _send_report(self) -> None:
-        running = self._late
+        running = self._unsent_report
         if running is None or not self._flush():  # the parent is slow: later, with what is new then
             return
-        self._late = None
+        self._unsent_report = None
         running.report_pending = False  # before it is read: what comes from now on is told of again
         self._next_report = time.monotonic() + REPORT_INTERVAL
         job = running.record
         meta = None if job.meta is None else _pickled_meta(job.meta.copy())
-        self._say(ProgressReport(job.id, job.progress, job.message, meta))
+        self._send_message(ProgressReport(job.id, job.progress, job.message, meta))
 
-    def _say(self, message: CompactPickle) -> None:
+    def _send_message(self, message: CompactPickle) -> None:
         self._send(FrameKind.MESSAGE, pickle_parts(message))
 
     def _send(self, kind: int, body: list[bytes], number: int = 0) -> None:
         if self._muted:
             return
         try:
-            self._wire.send(kind, body, number)
+            self._stream.send(kind, body, number)
         except OSError:
             exit_with_descendants()
 
     def _flush(self, *, wait: bool = False) -> bool:
         try:
-            return self._wire.flush(wait=wait)
+            return self._stream.flush(wait=wait)
         except OSError:
             exit_with_descendants()
 
     def _wake_listener(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it is awake
-            self._wake.send(b"w")
+            self._wake_sender.send(b"w")
 
 
 def _pickled_meta(meta: Mapping[str, Any]) -> bytes:
@@ -161,26 +161,26 @@ def _pickled_meta(meta: Mapping[str, Any]) -> bytes:
         return pickle.dumps({name: safe_repr(value) for name, value in meta.items()}, pickle.HIGHEST_PROTOCOL)
 
 
-class _Forward(logging.Handler):
-    def __init__(self, outbox: Reporter) -> None:
+class _ForwardHandler(logging.Handler):
+    def __init__(self, reporter: Reporter) -> None:
         super().__init__()
-        self._outbox = outbox
+        self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._outbox.log(record)
+            self._reporter.log(record)
         except Exception:
             self.handleError(record)
 
 
-def forward_logs(outbox: Reporter) -> None:
+def forward_logs(reporter: Reporter) -> None:
     """Send log records to the parent, whose handlers they are meant for.
 
     The handlers here are copies: two processes would write into one file, and a thread of the parent may have held
     their locks when this one was forked.
     """
     install_record_factory(running_job)
-    forward = _Forward(outbox)
+    forward = _ForwardHandler(reporter)
     root = logging.getLogger()
     root.handlers = [forward]
     for each in list(logging.root.manager.loggerDict.values()):
@@ -189,7 +189,7 @@ def forward_logs(outbox: Reporter) -> None:
             each.handlers = [] if each.propagate else [forward]
 
 
-def _logged(id: str | None, record: logging.LogRecord) -> LogReport:
+def _log_report(id: str | None, record: logging.LogRecord) -> LogReport:
     """A record in a form that another process can rebuild; as the standard library's QueueHandler does."""
     fields = copy.copy(record).__dict__
     text = fields["message"] = fields["msg"] = record.getMessage()

@@ -74,24 +74,24 @@ from flask_executor.jobs.log_records import to_log_line
 from flask_executor.jobs.model import JobStatus
 from flask_executor.jobs.packing import settle_from_bytes, unpack_error, unpack_meta
 
-_MOST_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
-_PAUSE = 0.1  # seconds until a worker is started again that should stand; twice as long each time
-_LONGEST_PAUSE = 30.0  # seconds
-_DOUBLINGS = 10  # of the pause that lead to the longest, at least
-_STEADY = 10.0  # seconds after which a worker is taken to have started well
-_LOG_BACKLOG = 10_000  # log records that wait for the app's handlers before others are dropped
+_MAX_FAILED_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
+_RESTART_DELAY = 0.1  # seconds until a worker is started again that should stand; twice as long each time
+_MAX_RESTART_DELAY = 30.0  # seconds
+_MAX_DOUBLINGS = 10  # of the pause that lead to the longest, at least
+_STABLE_AFTER = 10.0  # seconds after which a worker is taken to have started well
+_MAX_QUEUED_LOG_RECORDS = 10_000  # log records that wait for the app's handlers before others are dropped
 
 
 class PoolObserver(Protocol):
     """Whoever wants the same number of workers at all times, with something living in them."""
 
     #: Makes that, in each worker; inherited or pickled.
-    resident: Callable[[], WorkerPlugin]
+    make_plugin: Callable[[], WorkerPlugin]
 
-    def failed(self, error: BaseException, pause: float) -> None:
+    def worker_failed(self, error: BaseException, delay: float) -> None:
         """A worker could not start, or died. Others are started in so many seconds."""
 
-    def sent(self, message: ServiceMessage) -> None:
+    def message_received(self, message: ServiceMessage) -> None:
         """A resident has sent a message. Quick, and runs no code of the user's."""
 
 
@@ -99,29 +99,29 @@ class Supervisor:
     """Starts worker processes, listens to them and buries them; see the top of this module."""
 
     def __init__(
-        self, options: BackendOptions, context: BaseContext, max_workers: int, tenancy: PoolObserver | None = None
+        self, options: BackendOptions, context: BaseContext, max_workers: int, observer: PoolObserver | None = None
     ) -> None:
         self._options = options
-        self._tenancy = tenancy
+        self._observer = observer
         self._context = context
         self._pid = os.getpid()
-        self._wakes, self._wake = map(close_in_child, socket.socketpair())
-        self._wake.setblocking(False)
+        self._wake_receiver, self._wake_sender = map(close_in_child, socket.socketpair())
+        self._wake_sender.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wakes, selectors.EVENT_READ)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         self._starting = threading.Lock()  # taken before the dispatcher's, never after
         self._thread: threading.Thread | None = None
         self._app_import: str | None = None
         self._failed_starts = 0  # one after the other
         self._crashes = 0  # of what should stand, one after the other
-        self._resume = 0.0  # when to start workers again (monotonic)
-        self._abandoned = False
+        self._restart_at = 0.0  # when to start workers again (monotonic)
+        self._terminated = False
         self.dispatcher = Dispatcher(
             max_workers,
             options.max_tasks_per_child,
             options.exit_grace,
             self._wake_up,
-            standing=tenancy is not None,
+            fixed_size=observer is not None,
         )
         #: Runs the user's code.
         self.callbacks = SerialThread("flask-executor-callbacks")
@@ -149,7 +149,7 @@ class Supervisor:
             cancelled = self.dispatcher.close(cancel_futures=cancel_futures)
             thread = self._thread
             if thread is None:
-                self.dispatcher.give_up()
+                self.dispatcher.terminate()
                 self._close()
         for task in cancelled:
             task.call.future.cancel()
@@ -163,14 +163,14 @@ class Supervisor:
         """Whether the thread has, or was never started."""
         return self._thread is None or not self._thread.is_alive()
 
-    def abandon(self, grace: float) -> None:
+    def terminate(self, grace: float) -> None:
         """End, and end workers by force that have not ended by themselves after ``grace`` seconds."""
         self.shutdown(wait=False)
         thread = self._thread
         if thread is not None:
             thread.join(grace)
             if thread.is_alive():
-                self._abandoned = True
+                self._terminated = True
                 self.dispatcher.kill_all()
                 self._wake_up()
                 thread.join(5.0)
@@ -191,60 +191,60 @@ class Supervisor:
     def _wake_up(self) -> None:
         """Have the thread look at everything."""
         with contextlib.suppress(OSError):  # it will anyway, or it has ended
-            self._wake.send(b"w")
+            self._wake_sender.send(b"w")
 
     # ---- the supervisor thread ----
 
     def _supervise(self) -> None:
         set_thread_callbacks(self.callbacks)
         try:
-            while self._tend():
-                for key, events in self._selector.select(self._patience()):
+            while self._step():
+                for key, events in self._selector.select(self._next_timeout()):
                     if key.data is None:
-                        self._wakes.recv(4096)
+                        self._wake_receiver.recv(4096)
                     elif isinstance(key.fileobj, int):  # a sentinel
-                        self._bury(key.data)
+                        self._reap(key.data)
                     else:
-                        self._attend(key.data, events)
+                        self._on_ready(key.data, events)
         except BaseException:
             logger.critical("The supervisor of the worker processes failed.", exc_info=True)
             raise
         finally:
             self._finish()
 
-    def _patience(self) -> float | None:
-        """Seconds until :meth:`_tend` has to be called unasked; None while there is no need."""
-        patience = self.dispatcher.patience()
-        pause = self._resume - time.monotonic()
+    def _next_timeout(self) -> float | None:
+        """Seconds until :meth:`_step` has to be called unasked; None while there is no need."""
+        timeout = self.dispatcher.next_timeout()
+        pause = self._restart_at - time.monotonic()
         if pause <= 0:
-            return patience
-        return pause if patience is None else min(patience, pause)
+            return timeout
+        return pause if timeout is None else min(timeout, pause)
 
-    def _attend(self, worker: WorkerProcess, events: int) -> None:
-        if worker.silent:  # since what came before this in the same round
+    def _on_ready(self, worker: WorkerProcess, events: int) -> None:
+        if worker.eof:  # since what came before this in the same round
             return
         if events & selectors.EVENT_WRITE:
-            self.dispatcher.send_on(worker)
+            self.dispatcher.flush(worker)
         if events & selectors.EVENT_READ:
             self._read(worker)
 
-    def _tend(self) -> bool:
+    def _step(self) -> bool:
         """Do what is due; False when all is done."""
-        missing, workers, left = self.dispatcher.tend()
+        missing, workers, left = self.dispatcher.step()
         for task in left:
             task.call.stopped()
         for worker in workers:
-            if not worker.silent:
-                self._watch(worker, worker.wire, selectors.EVENT_READ)
+            if not worker.eof:
+                self._watch(worker, worker.stream, selectors.EVENT_READ)
                 self._watch(worker, worker.control, 0)
-        if self.dispatcher.done or self._abandoned:
+        if self.dispatcher.done or self._terminated:
             return False
         now = time.monotonic()
         if self.dispatcher.closing:  # somebody waits for the end
-            self._resume = min(self._resume, now + _PAUSE)
-        if now >= self._resume:
+            self._restart_at = min(self._restart_at, now + _RESTART_DELAY)
+        if now >= self._restart_at:
             for _ in range(missing):
-                self._hire()
+                self._start_worker()
         return True
 
     def _watch(self, worker: WorkerProcess, line: FrameStream, events: int) -> None:
@@ -260,14 +260,14 @@ class Supervisor:
         elif there.events != events:
             self._selector.modify(line, events, worker)
 
-    def _hire(self) -> None:
+    def _start_worker(self) -> None:
         try:
             worker = WorkerProcess(self._context, self._settings())
         except Exception as error:  # no memory, no processes, or something that cannot be pickled for it
-            self._start_failed(_not_started(error), time.monotonic())
+            self._on_start_failed(_not_started(error), time.monotonic())
             return
-        self.dispatcher.hired(worker)
-        self._selector.register(worker.wire, selectors.EVENT_READ, worker)
+        self.dispatcher.worker_started(worker)
+        self._selector.register(worker.stream, selectors.EVENT_READ, worker)
         self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
 
     def _settings(self) -> WorkerSettings:
@@ -278,46 +278,46 @@ class Supervisor:
             app_config_key=self._options.config_key("EXECUTOR_APP"),
             initializers=tuple(self._options.initializers),
             log_levels={} if self._app_import is None else log_levels(),
-            resident=None if self._tenancy is None else self._tenancy.resident,
+            make_plugin=None if self._observer is None else self._observer.make_plugin,
         )
 
     def _read(self, worker: WorkerProcess) -> bool:
         """Read what the worker has sent; False when there is nothing (any more)."""
         try:
-            frames = worker.wire.receive()
+            frames = worker.stream.receive()
         except BlockingIOError:
             return False
         except EOFError:  # it has ended, or is about to; what is left to be done is done when the sentinel says so
-            self._stop_listening(worker)
+            self._unwatch(worker)
             return False
         except Exception:  # what it says is no frame
-            self._break_with(worker)
+            self._kill_garbled(worker)
             return False
         for kind, number, body in frames:
             try:
                 if kind == FrameKind.MESSAGE:
-                    self._hear(worker, pickle.loads(body))
+                    self._on_message(worker, pickle.loads(body))
                 else:
-                    self._settle(self.dispatcher.ended(worker, number), kind, body)
+                    self._settle(self.dispatcher.call_ended(worker, number), kind, body)
             except Exception:
-                self._break_with(worker)
+                self._kill_garbled(worker)
                 return False
         return True
 
-    def _stop_listening(self, worker: WorkerProcess) -> None:
-        if not worker.silent:
-            worker.silent = True
-            for line in (worker.wire, worker.control):
+    def _unwatch(self, worker: WorkerProcess) -> None:
+        if not worker.eof:
+            worker.eof = True
+            for line in (worker.stream, worker.control):
                 if line in self._selector.get_map():
                     self._selector.unregister(line)
 
-    def _break_with(self, worker: WorkerProcess) -> None:
+    def _kill_garbled(self, worker: WorkerProcess) -> None:
         """It says what no worker says: that is the end of it, and of the job it runs, but of nothing else."""
         logger.exception("Worker process %s cannot be understood, and is killed.", worker.process.pid)
-        self._stop_listening(worker)
+        self._unwatch(worker)
         worker.kill()
 
-    def _hear(self, worker: WorkerProcess, message: CompactPickle) -> None:
+    def _on_message(self, worker: WorkerProcess, message: CompactPickle) -> None:
         if isinstance(message, ProgressReport):
             call = self.dispatcher.call(message.id)
             if call is not None:
@@ -326,19 +326,19 @@ class Supervisor:
                     call.job.meta = {**(call.job.meta or {}), **unpack_meta(message.meta)}
                 call.progressed()
         elif isinstance(message, LogReport):
-            self._logged(message)
+            self._on_log_report(message)
         elif isinstance(message, LogsDropped):
             logger.warning("%d log records of worker processes came too fast and are gone.", message.count)
         elif isinstance(message, StartFailed):
             worker.retired = True
-            self._start_failed(unpack_error(message.error), worker.born)
+            self._on_start_failed(unpack_error(message.error), worker.born)
         elif isinstance(message, AppLoaded):
             worker.is_up = True
         elif isinstance(message, WorkerReady):
             self._failed_starts = 0
-            self.dispatcher.ready(worker)
-        elif isinstance(message, ServiceMessage) and self._tenancy is not None:
-            self._tenancy.sent(message)
+            self.dispatcher.worker_ready(worker)
+        elif isinstance(message, ServiceMessage) and self._observer is not None:
+            self._observer.message_received(message)
 
     def _settle(self, task: Task, kind: int, body: bytes) -> None:
         if not task.begun:  # a plain future that was cancelled after its call had been handed out
@@ -350,41 +350,41 @@ class Supervisor:
             with contextlib.suppress(Exception):
                 task.call.fail(error)
 
-    def _logged(self, message: LogReport) -> None:
+    def _on_log_report(self, message: LogReport) -> None:
         call = None if message.id is None else self.dispatcher.call(message.id)
         record = _rebuilt(message)
         if call is not None:
             record.__dict__.update(job_id=call.job.id, job_key=call.job.key)
             call.job.add_log(to_log_line(record))
             call.progressed()
-        if len(self.callbacks) < _LOG_BACKLOG:
+        if len(self.callbacks) < _MAX_QUEUED_LOG_RECORDS:
             self.callbacks.run(lambda: _handle(record))
 
-    def _start_failed(self, error: BaseException, born: float) -> None:
+    def _on_start_failed(self, error: BaseException, born: float) -> None:
         """A worker could not start that was started then (monotonic)."""
-        if self._tenancy is not None:
-            self._failed_starts += self._pause(self._tenancy, error, born)
-            if self._failed_starts >= _MOST_STARTS and not self.dispatcher.is_served:
-                self._fail_all(error, self.dispatcher.pop_attended())
-                self._abandoned |= self.dispatcher.closing  # what is left would wait for ever
+        if self._observer is not None:
+            self._failed_starts += self._delay_restart(self._observer, error, born)
+            if self._failed_starts >= _MAX_FAILED_STARTS and not self.dispatcher.has_ready_worker:
+                self._fail_all(error, self.dispatcher.pop_awaited())
+                self._terminated |= self.dispatcher.closing  # what is left would wait for ever
             return
         self._failed_starts += 1
         # What it says is told at once; without a word it is tried again.
-        if not isinstance(error, WorkerLost) or self._failed_starts >= _MOST_STARTS:
+        if not isinstance(error, WorkerLost) or self._failed_starts >= _MAX_FAILED_STARTS:
             self._fail_all(error, self.dispatcher.pop_oldest())
 
-    def _pause(self, tenancy: PoolObserver, error: BaseException, born: float) -> bool:
+    def _delay_restart(self, observer: PoolObserver, error: BaseException, born: float) -> bool:
         """Start workers again in a while: the longer, the more often this was so.
 
         :param born: when the worker was started that has failed (monotonic).
         :return: whether this has begun a pause. Workers that were started before the last one ended fail together.
         """
         now = time.monotonic()
-        begins = born >= self._resume
+        begins = born >= self._restart_at
         if begins:
-            self._resume = now + min(_LONGEST_PAUSE, _PAUSE * 2 ** min(self._crashes, _DOUBLINGS))
+            self._restart_at = now + min(_MAX_RESTART_DELAY, _RESTART_DELAY * 2 ** min(self._crashes, _MAX_DOUBLINGS))
             self._crashes += 1
-        tenancy.failed(error, max(0.0, self._resume - now))
+        observer.worker_failed(error, max(0.0, self._restart_at - now))
         return begins
 
     def _fail_all(self, error: BaseException, tasks: list[Task]) -> None:
@@ -393,39 +393,39 @@ class Supervisor:
         for task in tasks:
             task.call.fail(error, status)
 
-    def _bury(self, worker: WorkerProcess) -> None:
+    def _reap(self, worker: WorkerProcess) -> None:
         """A worker process has ended: settle what it had begun, and let others have the rest."""
         self._selector.unregister(worker.sentinel)
-        while not worker.silent and self._read(worker):  # what it has still sent
+        while not worker.eof and self._read(worker):  # what it has still sent
             pass
-        self._stop_listening(worker)
+        self._unwatch(worker)
         worker.kill()  # what its jobs have started
-        worker.buried = True
+        worker.reaped = True
         exit_code = worker.join()
         was_retired, was_killed = worker.retired, False
-        for task in self.dispatcher.buried(worker):
+        for task in self.dispatcher.worker_exited(worker):
             if task.killed:
                 was_killed = True
                 task.call.stopped(forced=True)
             else:
                 what = f"The worker process died that ran job {task.call.job.name}."
                 lost = WorkerLost(what, worker.process.pid, exit_code)
-                lost.mark = worker.mark
+                lost.mark = worker.progress_mark
                 task.call.fail(lost, JobStatus.LOST)
         if was_retired or was_killed:
             return
         if not worker.ready:
             # One that was killed before it got to its first job is nobody's loss, but it must not go on for ever.
-            self._start_failed(WorkerLost(_NO_START, worker.process.pid, exit_code), worker.born)
-        elif self._tenancy is not None:
-            if time.monotonic() - worker.born > _STEADY:
+            self._on_start_failed(WorkerLost(_NO_START, worker.process.pid, exit_code), worker.born)
+        elif self._observer is not None:
+            if time.monotonic() - worker.born > _STABLE_AFTER:
                 self._crashes = 0
             died = WorkerLost("A worker process died.", worker.process.pid, exit_code)
-            self._pause(self._tenancy, died, worker.born)
+            self._delay_restart(self._observer, died, worker.born)
 
     def _finish(self) -> None:
         """Close everything; the last thing that happens."""
-        tasks, workers = self.dispatcher.give_up()
+        tasks, workers = self.dispatcher.terminate()
         for task in tasks:
             error = WorkerLost(f"Job {task.call.job.name} was cut off as the process ended.")
             task.call.fail(error, JobStatus.LOST)
@@ -436,8 +436,8 @@ class Supervisor:
 
     def _close(self) -> None:
         self._selector.close()
-        self._wakes.close()
-        self._wake.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
         self.callbacks.close(wait=False)
 
 

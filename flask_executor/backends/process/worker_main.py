@@ -57,7 +57,7 @@ from flask_executor.jobs.packing import Outcome, pack_error, run_packed
 if TYPE_CHECKING:
     from flask import Flask
 
-_MOST_EARLY = 16  # jobs that are not here yet, and have messages
+_MAX_UNKNOWN_JOBS = 16  # jobs that are not here yet, and have messages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,66 +74,70 @@ class WorkerSettings:
     #: Levels by logger, where they are not inherited.
     log_levels: Mapping[str, int]
     #: Makes what lives in the process, if anything does.
-    resident: Callable[[], WorkerPlugin] | None = None
+    make_plugin: Callable[[], WorkerPlugin] | None = None
     #: See :func:`flask_executor.inherited.root_pid`.
     root_pid: int = field(default_factory=root_pid)
 
 
 class WorkerPlugin(Protocol):
-    """What lives in a worker process, and is there for every call; used by its main thread, but for :meth:`hear`."""
+    """Code that lives in a worker process beside its calls, as a service does.
 
-    #: Readable when :meth:`tend` is to be called.
-    wakes: socket.socket
-    #: Has a ``value``, a number up to 64 bits, that the parent sees too, even when the process was killed.
-    mark: Any
+    The worker's main thread calls all methods but :meth:`on_broadcast`.
+    """
 
-    def move_in(
+    #: Readable when :meth:`run_due` is to be called.
+    wake_receiver: socket.socket
+    #: Shared memory with a ``value`` of 64 bits, which the parent can read even after the worker was killed.
+    progress_mark: Any
+
+    def setup(
         self, app: Flask, send: Callable[[CompactPickle], None], exit_if_forked_child: Callable[[Outcome], None]
     ) -> None:
-        """Get ready. What this raises ends the process.
+        """Get ready. An error that this raises ends the process.
 
-        :param exit_if_forked_child: to be called after code of the user's; ends a process that this has forked.
+        :param send: sends a message to the parent.
+        :param exit_if_forked_child: to be called after code of the user's: it ends a process which that has forked.
         """
 
-    def patience(self) -> float | None:
-        """Seconds until :meth:`tend` is to be called unasked; None for as long as nothing happens."""
+    def next_timeout(self) -> float | None:
+        """Seconds until :meth:`run_due` is to be called; None for not before ``wake_receiver`` is readable."""
 
-    def tend(self) -> None:
+    def run_due(self) -> None:
         """Do what is due. Never raises."""
 
-    def hear(self, message: Broadcast) -> None:
-        """Take a message that is for all workers; in the listener thread."""
+    def on_broadcast(self, message: Broadcast) -> None:
+        """Take a message that is for all workers. The listener thread calls this."""
 
-    def move_out(self) -> None:
-        """The process ends."""
+    def teardown(self) -> None:
+        """Clean up: the worker ends."""
 
 
 def main(
     settings: WorkerSettings,
-    wire: socket.socket,
+    stream: socket.socket,
     control: socket.socket,
     life: socket.socket,
     packets: socket.socket | None,
-    mark: Any = None,
+    progress_mark: Any = None,
 ) -> None:
     """The life of a worker process."""
     inherited = [*logging._handlerList]  # type: ignore[attr-defined]
     own_process_group()
     die_with_parent(life)
     mark_as_worker(settings.root_pid)
-    outbox = Reporter(FrameStream(wire))
+    reporter = Reporter(FrameStream(stream))
     if hasattr(os, "register_at_fork"):
         # What a job forks is an ordinary process: it says nothing here, and ends when it is told to. Signals wait
         # meanwhile, or one that comes at once would meet our handler there.
         os.register_at_fork(
             before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS),
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS),
-            after_in_child=outbox.mute,
+            after_in_child=reporter.mute,
         )
-    resident = None if settings.resident is None else settings.resident()
-    if resident is not None:
-        resident.mark = mark
-    worker = Worker(outbox, CallReceiver(wire, packets), resident)
+    plugin = None if settings.make_plugin is None else settings.make_plugin()
+    if plugin is not None:
+        plugin.progress_mark = progress_mark
+    worker = Worker(reporter, CallReceiver(stream, packets), plugin)
     try:
         if settings.app is not None:
             detach_from_parent()  # before there is a second thread
@@ -147,13 +151,13 @@ def main(
             signal.signal(number, lambda *_: None)
         app = worker.prepare(settings)
     except BaseException as error:
-        outbox.say(StartFailed(pack_error(error)))
+        reporter.send_message(StartFailed(pack_error(error)))
         return
-    outbox.say(WorkerReady())
+    reporter.send_message(WorkerReady())
     with contextlib.suppress(EOFError):  # the parent wants no more of this worker
         worker.work(app)
-    if resident is not None:
-        resident.move_out()
+    if plugin is not None:
+        plugin.teardown()
     # Not the parent's: it writes them itself, and a thread of it may have held their locks when this one was forked.
     logging.shutdown([handler for handler in logging._handlerList if handler not in inherited])  # type: ignore[attr-defined]
 
@@ -161,18 +165,18 @@ def main(
 class Worker:
     """Runs the calls that come."""
 
-    def __init__(self, outbox: Reporter, calls: CallReceiver, resident: WorkerPlugin | None = None) -> None:
-        self._outbox = outbox
+    def __init__(self, reporter: Reporter, calls: CallReceiver, plugin: WorkerPlugin | None = None) -> None:
+        self._reporter = reporter
         self._calls = calls
-        self._resident = resident
+        self._plugin = plugin
         self._lock = threading.Lock()
         self._running: RunningJob | None = None
-        self._early: StopJob | None = None  # for a job that is not here yet
-        self._mail: dict[str, list[DeliverMessage]] = {}  # for jobs that are not here yet
+        self._last_stop: StopJob | None = None  # for a job that is not here yet
+        self._undelivered: dict[str, list[DeliverMessage]] = {}  # for jobs that are not here yet
 
     def prepare(self, settings: WorkerSettings) -> Flask:
         """Get the app and run the initializers."""
-        forward_logs(self._outbox)
+        forward_logs(self._reporter)
         for name, level in settings.log_levels.items():
             logging.getLogger(name).setLevel(level)
         if settings.app is not None:
@@ -180,15 +184,15 @@ class Worker:
             dispose_engines(app)
         else:
             app = import_app(settings.app_import, settings.app_config_key)
-            forward_logs(self._outbox)  # again: the app may have set up its own
-        self._outbox.say(AppLoaded())
+            forward_logs(self._reporter)  # again: the app may have set up its own
+        self._reporter.send_message(AppLoaded())
         for initialize in settings.initializers:
             with app.app_context():
                 initialize()
-            self._outbox.exit_if_forked_child(Outcome.RESULT)
-        if self._resident is not None:
-            self._resident.move_in(app, self._outbox.say, self._outbox.exit_if_forked_child)
-            self._outbox.exit_if_forked_child(Outcome.RESULT)
+            self._reporter.exit_if_forked_child(Outcome.RESULT)
+        if self._plugin is not None:
+            self._plugin.setup(app, self._reporter.send_message, self._reporter.exit_if_forked_child)
+            self._reporter.exit_if_forked_child(Outcome.RESULT)
         return app
 
     def work(self, app: Flask) -> None:
@@ -196,50 +200,50 @@ class Worker:
 
         :raises EOFError: when there will be no more.
         """
-        if self._resident is not None:
-            calls: Iterator[None] = self._between_calls(self._resident)
+        if self._plugin is not None:
+            calls: Iterator[None] = self._between_calls(self._plugin)
         else:
             calls = itertools.repeat(None)
         for _ in calls:
             number, attempt, payload = self._calls.next()
-            kind, body = run_packed(app, attempt, payload, self._adopt)
+            kind, body = run_packed(app, attempt, payload, self._begin)
             del payload
-            self._outbox.exit_if_forked_child(kind)
+            self._reporter.exit_if_forked_child(kind)
             with self._lock:
                 self._running = None
-            self._outbox.send(kind, body, number)
+            self._reporter.send(kind, body, number)
             del body
 
-    def _between_calls(self, resident: WorkerPlugin) -> Iterator[None]:
-        """Have the resident do what is due until there is a call; again and again."""
-        calls, wakes = self._calls.fileno(), resident.wakes.fileno()
+    def _between_calls(self, plugin: WorkerPlugin) -> Iterator[None]:
+        """Have the plugin do what is due until there is a call; again and again."""
+        calls, wakes = self._calls.fileno(), plugin.wake_receiver.fileno()
         poll = select.poll()  # a selector would take longer than some calls
         for number in (calls, wakes):
             poll.register(number, select.POLLIN)
         while True:
-            patience = resident.patience()
-            ready = [number for number, _ in poll.poll(None if patience is None else 1000 * patience)]
-            if ready != [calls] or patience == 0:
+            timeout = plugin.next_timeout()
+            ready = [number for number, _ in poll.poll(None if timeout is None else 1000 * timeout)]
+            if ready != [calls] or timeout == 0:
                 if wakes in ready:
-                    resident.wakes.recv(4096)
-                resident.tend()
+                    plugin.wake_receiver.recv(4096)
+                plugin.run_due()
             if calls in ready:
                 yield
 
-    def _adopt(self, job: JobState) -> RunningJob:
-        running = RunningJob(job, self._outbox.report, is_remote=True)
+    def _begin(self, job: JobState) -> RunningJob:
+        running = RunningJob(job, self._reporter.report, is_remote=True)
         with self._lock:
             self._running = running
-            early = self._early
+            early = self._last_stop
             if early is not None and (early.id, early.attempt) == (job.id, job.attempt):
                 running.request_stop(early.reason)
-            for message in self._mail.pop(job.id, ()):
-                _post(running, message)
+            for message in self._undelivered.pop(job.id, ()):
+                _deliver(running, message)
         return running
 
     def listen(self, control: FrameStream) -> None:
         """In the listener thread: hand on what the parent says, until it is gone."""
-        wakes = self._outbox.wakes
+        wakes = self._reporter.wake_receiver
         due: float | None = None
         with selectors.DefaultSelector() as selector:
             selector.register(control, selectors.EVENT_READ)
@@ -247,45 +251,45 @@ class Worker:
             while True:
                 ready = {key.fileobj for key, _ in selector.select(due)}
                 if control in ready:
-                    self._hear(control)
+                    self._read_control(control)
                 if wakes in ready:
                     wakes.recv(4096)
                     due = REPORT_INTERVAL
                 elif not ready:
-                    due = None if self._outbox.send_late() else REPORT_INTERVAL
+                    due = None if self._reporter.send_pending() else REPORT_INTERVAL
 
-    def _hear(self, control: FrameStream) -> None:
+    def _read_control(self, control: FrameStream) -> None:
         try:
             for _, _, body in control.receive():
                 message = pickle.loads(body)
                 if isinstance(message, StopJob):
-                    self._leave(message)
+                    self._on_stop(message)
                 elif isinstance(message, DeliverMessage):
-                    self._told(message)
-                elif self._resident is not None:
-                    self._resident.hear(message)
+                    self._on_message(message)
+                elif self._plugin is not None:
+                    self._plugin.on_broadcast(message)
         except EOFError:
             exit_with_descendants()
 
-    def _told(self, message: DeliverMessage) -> None:
+    def _on_message(self, message: DeliverMessage) -> None:
         with self._lock:
             running = self._running
             if running is not None and running.id == message.id:
-                _post(running, message)
+                _deliver(running, message)
                 return
-            self._mail.setdefault(message.id, []).append(message)
-            if len(self._mail) > _MOST_EARLY:  # what came too late, for jobs that had ended
-                del self._mail[next(iter(self._mail))]
+            self._undelivered.setdefault(message.id, []).append(message)
+            if len(self._undelivered) > _MAX_UNKNOWN_JOBS:  # what came too late, for jobs that had ended
+                del self._undelivered[next(iter(self._undelivered))]
 
-    def _leave(self, message: StopJob) -> None:
+    def _on_stop(self, message: StopJob) -> None:
         with self._lock:
-            self._early = message
+            self._last_stop = message
             running = self._running
             if running is not None and (running.id, running.attempt) == (message.id, message.attempt):
                 running.request_stop(message.reason)
 
 
-def _post(running: RunningJob, message: DeliverMessage) -> None:
+def _deliver(running: RunningJob, message: DeliverMessage) -> None:
     try:
         running.deliver(pickle.loads(message.data))
     except Exception as error:  # whatever a foreign __reduce__ or an import leads to

@@ -28,15 +28,15 @@ class Task:
     __slots__ = (
         "begun",
         "call",
-        "given",
+        "fire_and_forget",
         "id",
         "killed",
         "mail",
         "number",
+        "on_assigned",
         "parts",
+        "stop_sent",
         "taken",
-        "told",
-        "unattended",
         "worker",
     )
 
@@ -45,14 +45,14 @@ class Task:
         call: Call,
         parts: list[bytes],
         *,
-        unattended: bool = False,
-        given: Callable[[], object] | None = None,
+        fire_and_forget: bool = False,
+        on_assigned: Callable[[], object] | None = None,
     ) -> None:
         self.call = call
         #: Called before a worker gets it that has not begun with it.
-        self.given = given
+        self.on_assigned = on_assigned
         #: Whether nobody waits for it: it is kept while workers cannot start, and taken in until all has ended.
-        self.unattended = unattended
+        self.fire_and_forget = fire_and_forget
         #: The call as bytes, one part if it is small.
         self.parts = parts
         self.id = call.job.id
@@ -67,8 +67,8 @@ class Task:
         self.mail: list[DeliverMessage] = []
         #: Whether its worker has taken it for certain, and no other will.
         self.taken = False
-        #: What its worker was told last: the attempt, and why it has to leave.
-        self.told: tuple[int, JobStatus] | None = None
+        #: What its worker was stop_sent last: the attempt, and why it has to leave.
+        self.stop_sent: tuple[int, JobStatus] | None = None
 
 
 @contextlib.contextmanager
@@ -91,102 +91,105 @@ class WorkerProcess:
 
     def __init__(self, context: BaseContext, settings: WorkerSettings) -> None:
         # Memory that both processes see: what is marked there is known even of a worker that was killed.
-        self._mark: Any = None if settings.resident is None else context.RawValue("Q", 0)
+        self._progress_mark: Any = None if settings.make_plugin is None else context.RawValue("Q", 0)
         here, there = zip(*(socket.socketpair() for _ in range(3)), strict=True)
         packets = packet_pair()
         for line in (*here, *(packets or ())):
             close_in_child(line)
-        self.wire, self.control = FrameStream(here[0]), FrameStream(here[1])
+        self.stream, self.control = FrameStream(here[0]), FrameStream(here[1])
         self._life = here[2]  # closed by the system when this process ends, whatever way
-        self.calls = CallSender(self.wire, packets)
+        self.calls = CallSender(self.stream, packets)
         inside = None if packets is None else packets[1].dup()
         self.process: Any = context.Process(  # type: ignore[attr-defined]
-            target=main, args=(settings, *there, inside, self._mark), name="flask-executor-worker", daemon=False
+            target=main,
+            args=(settings, *there, inside, self._progress_mark),
+            name="flask-executor-worker",
+            daemon=False,
         )
         forking.worker = there[2]
         try:
             with _allow_daemon_children():
                 self.process.start()
         except BaseException:
-            self._close_lines()
+            self._close_sockets()
             raise
         finally:
             forking.worker = None
             for line in (*there, inside):
                 if line is not None:
                     line.close()
-        self._death: int | None = None
+        self._pidfd: int | None = None
         forget_in_child(self.process)
         #: Readable when the process has ended. Unlike multiprocessing's sentinel, a pipe that is closed then, it is
         #: not held open by what the job has started.
         with contextlib.suppress(AttributeError, OSError):  # Linux has it
-            self._death = os.pidfd_open(self.process.pid)
-        self.sentinel: int = self.process.sentinel if self._death is None else self._death
+            self._pidfd = os.pidfd_open(self.process.pid)
+        self.sentinel: int = self.process.sentinel if self._pidfd is None else self._pidfd
         self.tasks: deque[Task] = deque()
         #: Whether it has its app, and whether its initializers have run as well.
         self.is_up = self.ready = False
         #: Whether it gets no more calls.
         self.retired = False
         #: How many calls it was given so far, and when it began with the one it runs, or was started (monotonic).
-        self.given = 0
+        self.assigned = 0
         self.since = self.born = time.monotonic()
         self._number = 0  # of the call that it was given last
         #: Whether it will send nothing more.
-        self.silent = False
-        self.buried = False
-        self._end: TimerHandle | None = None
+        self.eof = False
+        self.reaped = False
+        self._kill_timer: TimerHandle | None = None
 
-    def give(self, task: Task) -> None:
+    def assign(self, task: Task) -> None:
         """Send a call. Never waits."""
         self._number += 1
         task.number = self._number
         task.worker = self
         self.tasks.append(task)
-        self.given += 1
+        self.assigned += 1
         try:
-            self.calls.give(self._number, task.call.job.attempt, task.parts)
+            self.calls.send(self._number, task.call.job.attempt, task.parts)
         except BlockingIOError:  # it does not even take what it has to have room for
             self.kill()
         except OSError:  # it is dead; the supervisor will know in a moment
             pass
 
-    def take_back(self, *, dead: bool = False) -> list[Task]:
+    def recall(self, *, dead: bool = False) -> list[Task]:
         """The calls that it has not begun, and will not; in the order in which they were given.
 
         :param dead: take back all of them. From a worker that lives a large one cannot be taken back.
         """
-        if not self.tasks or not (dead or self.calls.can_take_back(self.tasks[0].parts)):
+        if not self.tasks or not (dead or self.calls.can_recall(self.tasks[0].parts)):
             return []
-        numbers = self.calls.take_back()
+        numbers = self.calls.recall()
         back = [task for task in self.tasks if task.number in numbers]
         if back:
             self.tasks = deque(task for task in self.tasks if task.number not in numbers)
-            self.given -= len(back)
+            self.assigned -= len(back)
         return back
 
     @property
-    def mark(self) -> int:
+    def progress_mark(self) -> int:
         """What the resident has marked last."""
-        return 0 if self._mark is None else int(self._mark.value)
+        return 0 if self._progress_mark is None else int(self._progress_mark.value)
 
-    def leave(self, task: Task, reason: JobStatus) -> None:
+    def request_stop(self, task: Task, reason: JobStatus) -> None:
         """Tell the job, once."""
         attempt = task.call.job.attempt
-        if task.told != (attempt, reason):
-            task.told = (attempt, reason)
+        if task.stop_sent != (attempt, reason):
+            task.stop_sent = (attempt, reason)
             with contextlib.suppress(OSError):
-                self.control.say(StopJob(task.id, attempt, reason))
+                self.control.send_message(StopJob(task.id, attempt, reason))
 
     def retire(self, grace: float) -> None:
         """Let it end after what it was given; by force, if it has not after ``grace`` seconds."""
         self.retired = True
         with contextlib.suppress(OSError):
             self.calls.end()
-        self._end = timer.call_later(grace, self.kill)
+        self._kill_timer = timer.call_later(grace, self.kill)
 
     def kill(self) -> None:
         """End it, and whatever its job has started, at once."""
-        if self.buried:  # its number may be another process's by now
+        if self.reaped:  # its number may be another process's by now
             return
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -205,13 +208,13 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Close our ends of its lines."""
-        self._close_lines()
-        if self._death is not None:
-            os.close(self._death)
-            self._death = None
-        if self._end is not None:
-            self._end.cancel()
+        self._close_sockets()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
 
-    def _close_lines(self) -> None:
-        for line in (self.wire, self.control, self.calls, self._life):
+    def _close_sockets(self) -> None:
+        for line in (self.stream, self.control, self.calls, self._life):
             line.close()
