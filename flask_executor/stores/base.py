@@ -20,7 +20,7 @@ from flask_executor.stores.leases import is_alive, pid_of
 _PAUSE = 1.0
 _HOUR = 3600.0
 #: Messages of one job that are given at a time.
-MAIL_AT_ONCE = 100
+MESSAGES_PER_JOB = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,25 +17,25 @@ All names begin with ``flask-executor:{space}:``:
     sent:<n>      there for a while after       check       there after somebody has looked whether one can
                   message n was sent                        write
 
-Redis itself lets records expire. Whoever waits for a job subscribes to the channel ``job:<id>``.
+Redis itself lets records expire. Each write publishes to the channel ``job:<id>``, to which a watch subscribes. The
+steps are scripts, see :mod:`flask_executor.stores.redis_scripts`.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
-from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
+from flask_executor.abc import Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import MissingExtra, StoreUnavailable
 from flask_executor.helpers import redact_url
-from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LogLine, new_id
+from flask_executor.jobs.model import Job, JobStatus, LogLine, new_id
+from flask_executor.stores import redis_scripts as scripts
 from flask_executor.stores.base import (
-    MAIL_AT_ONCE,
     SharedStore,
     StoredRecord,
     as_lost,
@@ -63,173 +63,11 @@ try:
 except ImportError as error:
     raise MissingExtra("redis", "redis") from error
 
-_PATIENCE = 2.0  # seconds to wait for an answer
-_DOUBT = 30.0  # seconds within which a command may come again whose answer was lost
-_AT_ONCE = 500  # records that are read in one go
+_T = TypeVar("_T")
 
-# What changes more than one name is a script, so that it happens in one piece. In mode "claim" it answers with the
-# record that is in the way, if one is; in mode "lose" with the record that is there, if the job has ended; in modes
-# "take", "pass" (which takes only what is there) and "revive" with the one that is there, if it is not what is
-# expected: a job of "instead", or just that text.
-_PUT = """
-local p, mode, id, record, ended, key, holder = unpack(ARGV, 1, 7)
-local ttl, memory, now, outcome, instead, lease, owner, names = unpack(ARGV, 8, 15)
-if mode == 'claim' then
-    local there = redis.call('GET', p .. 'key:' .. key)
-    if there and there ~= instead and there ~= id then
-        local other = redis.call('GET', p .. 'job:' .. there)
-        if other then return other end
-    end
-    redis.call('SET', p .. 'key:' .. key, id)
-    redis.call('ZADD', p .. 'keys', now, key)
-    redis.call('SET', p .. 'lease:' .. holder, '', 'PX', lease)
-elseif mode == 'lose' and redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 0 then
-    return redis.call('GET', p .. 'job:' .. id)
-elseif mode == 'take' or mode == 'pass' then
-    if redis.call('SREM', p .. 'open:' .. instead, id) == 0 then
-        local there = redis.call('GET', p .. 'job:' .. id)
-        if there or mode == 'pass' then return there end
-    end
-elseif mode == 'revive' then
-    local there = redis.call('GET', p .. 'job:' .. id)
-    local has = key ~= '' and redis.call('GET', p .. 'key:' .. key)
-    local other = has and has ~= id and redis.call('EXISTS', p .. 'job:' .. has) == 1
-    if there and (other or there ~= instead) then return there end
-end
-local old = redis.call('GET', p .. 'job:' .. id)
-redis.call('SET', p .. 'job:' .. id, record)
-local former = old and string.match(old, '"holder": "([^"]*)"}$')
-if former and former ~= holder then
-    redis.call('SREM', p .. 'open:' .. former, id)
-    redis.call('SREM', p .. 'mailed:' .. former, id)
-end
-if not old then
-    redis.call('ZADD', p .. 'jobs', now, id)
-    if owner ~= '' then redis.call('ZADD', p .. 'of:' .. owner, now, id) end
-    if key ~= '' then
-        redis.call('SET', p .. 'last:' .. key, id)
-        if ended == '' and redis.call('SET', p .. 'key:' .. key, id, 'NX') then
-            redis.call('ZADD', p .. 'keys', now, key)
-        end
-    end
-end
-if outcome ~= '' then redis.call('SET', p .. 'result:' .. id, outcome) end
-for n = 16, #ARGV do redis.call('RPUSH', p .. 'log:' .. id, ARGV[n]) end
-if #ARGV > 15 then redis.call('LTRIM', p .. 'log:' .. id, -LOG_LINES, -1) end
-local own = {'job:' .. id, 'result:' .. id, 'log:' .. id, 'mail:' .. id}
-for _, name in ipairs({'key:', 'last:'}) do
-    if key ~= '' and redis.call('GET', p .. name .. key) == id then table.insert(own, name .. key) end
-end
-if ended == '' then
-    redis.call('SADD', p .. 'holders', holder)
-    if redis.call('SADD', p .. 'open:' .. holder, id) == 1 and redis.call('EXISTS', p .. 'mail:' .. id) == 1 then
-        redis.call('SADD', p .. 'mailed:' .. holder, id)
-    end
-    redis.call('ZREM', p .. 'ended', names)
-    for _, name in ipairs(own) do redis.call('PERSIST', p .. name) end
-else
-    redis.call('SREM', p .. 'open:' .. holder, id)
-    redis.call('SREM', p .. 'mailed:' .. holder, id)
-    redis.call('ZADD', p .. 'ended', ended, names)
-    for _, name in ipairs(own) do redis.call('PEXPIRE', p .. name, ttl) end
-    if mode ~= 'lose' then redis.call('HDEL', p .. 'stops', id) end
-    redis.call('SET', p .. 'gone:' .. id, '', 'PX', memory)
-    if key ~= '' then redis.call('SET', p .. 'gone-key:' .. key, '', 'PX', memory) end
-end
-redis.call('PUBLISH', p .. 'job:' .. id, '')
-return false
-""".replace("LOG_LINES", str(LOG_LINES))
-
-# ARGV: prefix, id, key, owner, how it stands in "ended", whether also the memory of it.
-_FORGET = """
-local p, id, key, owner = unpack(ARGV, 1, 4)
-for _, name in ipairs({'key:', 'last:'}) do
-    if key ~= '' and redis.call('GET', p .. name .. key) == id then redis.call('DEL', p .. name .. key) end
-end
-if key ~= '' and redis.call('EXISTS', p .. 'key:' .. key) == 0 then redis.call('ZREM', p .. 'keys', key) end
-redis.call('DEL', p .. 'job:' .. id, p .. 'result:' .. id, p .. 'log:' .. id, p .. 'mail:' .. id)
-redis.call('HDEL', p .. 'stops', id)
-redis.call('ZREM', p .. 'jobs', id)
-if owner ~= '' then redis.call('ZREM', p .. 'of:' .. owner, id) end
-redis.call('ZREM', p .. 'ended', ARGV[5])
-if ARGV[6] ~= '' then redis.call('DEL', p .. 'gone:' .. id) end
-redis.call('PUBLISH', p .. 'job:' .. id, '')
-"""
-
-# ARGV: prefix, the name of an id. Answers with the record of that job.
-_BY_NAME = """
-local id = redis.call('GET', ARGV[1] .. ARGV[2])
-return id and redis.call('GET', ARGV[1] .. 'job:' .. id)
-"""
-
-# ARGV: prefix, the name of a sorted set of ids, from, to. Answers with the records that are there, highest first.
-_NEWEST = """
-local ids = redis.call('ZREVRANGE', ARGV[1] .. ARGV[2], ARGV[3], ARGV[4])
-if #ids == 0 then return false end
-for n, id in ipairs(ids) do ids[n] = ARGV[1] .. 'job:' .. id end
-return redis.call('MGET', unpack(ids))
-"""
-
-# ARGV: prefix, key, id.
-_RELEASE = """
-local p, key, id = unpack(ARGV, 1, 3)
-if redis.call('GET', p .. 'key:' .. key) == id then
-    redis.call('DEL', p .. 'key:' .. key)
-    redis.call('ZREM', p .. 'keys', key)
-    return 1
-end
-return 0
-"""
-
-# ARGV: prefix, id, holder, the record as it was read, message, its number, milliseconds to remember that. Answers with
-# 0 when the record is another by now, and -1 when there are too many. The client asks again when an answer is lost.
-_SEND = """
-local p, id, holder, record, message, number, memory = unpack(ARGV)
-if redis.call('GET', p .. 'job:' .. id) ~= record then return 0 end
-if redis.call('EXISTS', p .. 'sent:' .. number) == 1 then return 1 end
-if redis.call('XLEN', p .. 'mail:' .. id) >= MOST_MESSAGES then return -1 end
-redis.call('XADD', p .. 'mail:' .. id, '*', 'm', message)
-redis.call('SADD', p .. 'mailed:' .. holder, id)
-redis.call('SET', p .. 'sent:' .. number, '', 'PX', memory)
-return 1
-""".replace("MOST_MESSAGES", str(MOST_MESSAGES))
-
-# ARGV: prefix, id, how it stands in "ended", request. It is for whoever has the job when he looks.
-_STOP = """
-local p, id, names, request = unpack(ARGV)
-if redis.call('EXISTS', p .. 'job:' .. id) == 1 and not redis.call('ZSCORE', p .. 'ended', names) then
-    redis.call('HSET', p .. 'stops', id, request)
-end
-"""
-
-# ARGV: prefix, holder. Answers with requests to stop, and pairs of an id and messages; with nothing if there are none.
-_REQUESTS = """
-local p, holder = unpack(ARGV)
-local stops = {}
-for _, id in ipairs(redis.call('HKEYS', p .. 'stops')) do
-    if redis.call('SISMEMBER', p .. 'open:' .. holder, id) == 1 then
-        table.insert(stops, id)
-        table.insert(stops, redis.call('HGET', p .. 'stops', id))
-        redis.call('HDEL', p .. 'stops', id)
-    end
-end
-local ids = redis.call('SMEMBERS', p .. 'mailed:' .. holder)
-if #stops == 0 and #ids == 0 then return false end
-for n, id in ipairs(ids) do
-    ids[n] = {id, redis.call('XRANGE', p .. 'mail:' .. id, '-', '+', 'COUNT', AT_ONCE)}
-end
-return {stops, ids}
-""".replace("AT_ONCE", str(MAIL_AT_ONCE))
-
-# ARGV: prefix, holder, id, numbers of messages.
-_RECEIVED = """
-local p, holder, id = unpack(ARGV, 1, 3)
-redis.call('XDEL', p .. 'mail:' .. id, unpack(ARGV, 4))
-if redis.call('XLEN', p .. 'mail:' .. id) == 0 then
-    redis.call('DEL', p .. 'mail:' .. id)
-    redis.call('SREM', p .. 'mailed:' .. holder, id)
-end
-"""
+_ANSWER_TIMEOUT = 2.0  # seconds
+_RESEND_WINDOW = 30.0  # seconds within which a command whose answer was lost may come again
+_BATCH_SIZE = 500  # records that are read or written by one script, so that others need not wait long for Redis
 
 #: What this module reads and writes; see the table above.
 VERSION = 1
@@ -248,74 +86,68 @@ class RedisStore(SharedStore):
     def _connect(self) -> None:
         pool = redis.ConnectionPool.from_url(
             self._url,
-            socket_timeout=_PATIENCE,
-            socket_connect_timeout=_PATIENCE,
+            socket_timeout=_ANSWER_TIMEOUT,
+            socket_connect_timeout=_ANSWER_TIMEOUT,
             health_check_interval=30,
-            # For a connection that was open when Redis was restarted. Who got no answer in time does not wait again.
+            # For a connection that was open when Redis was restarted. After a timeout nobody is made to wait again.
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             retry_on_error=[redis.ConnectionError],  # redis-py 5 asks for that too
         )
-        pool.make_connection()  # which connects nowhere, but raises for an option that there is not
+        pool.make_connection()  # connects to nothing, but raises for an unknown option
         if pool.connection_kwargs.get("decode_responses"):
             raise ValueError("without decode_responses, as results are bytes")
-        # A client that has made its pool itself closes it when it is collected. After a fork that waits for ever: a
-        # thread of the parent may have held the lock of the pool.
+        # A client that makes its own pool closes it when it is collected. After a fork that would wait for ever:
+        # a thread of the parent may have held the lock of the pool.
         self._redis: Any = redis.Redis(connection_pool=pool)
-        self._known = False  # whether the server has our scripts, and the version was looked at
+        self._script: Any = functools.cache(self._redis.register_script)  # which loads it when Redis does not have it
+        self._version_checked = False
 
     # ---- one job ----
 
     def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
-        instead = ""
+        replaces = None
         while True:
             with self.reaching():
-                there = self._call(_PUT, *self._arguments("claim", entry, instead))
-                job = self._detect_loss(_stored(there))
+                text = self._put(scripts.CLAIM, entry, replaces=replaces, lease=_milliseconds(LEASE_SECONDS))
+                job = self._detect_loss(_stored(text))
             if job is None:
                 return None
-            if not again or not job.status.ended or job.status is JobStatus.SUCCEEDED or job.id == instead:
+            if not again or not job.status.ended or job.status is JobStatus.SUCCEEDED or job.id == replaces:
                 return job
-            instead = job.id
+            replaces = job.id
 
     def write(self, entries: Sequence[Entry]) -> None:
         with self.reaching():
-            self._call_each(_PUT, [self._arguments("write", entry) for entry in entries])
+            for batch in _batches(entries):
+                outcomes = [entry.outcome or b"" for entry in batch]
+                self._run(scripts.WRITE, *outcomes, entries=[_fields(entry) for entry in batch], **self._times())
 
     def transfer(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
         with self.reaching():
-            text = self._call(_PUT, *self._arguments("take" if new else "pass", entry, former or ""))
+            text = self._put(scripts.TRANSFER, entry, former=former, create=new)
             there = _stored(text)
-            if lost and there is not None and there.job.status is JobStatus.LOST:
-                there = _stored(self._call(_PUT, *self._arguments("revive", entry, text)))
+            if text is not None and lost and there is not None and there.job.status is JobStatus.LOST:
+                there = _stored(self._put(scripts.REVIVE, entry, seen=text.decode()))
         return None if there is None or was_transferred(there, entry) else there.job
 
     def _mark_lost(self, stored: StoredRecord) -> Job:
         lost = as_lost(stored)
-        there = _stored(self._call(_PUT, *self._arguments("lose", Entry(job=lost, holder=stored.holder))))
+        there = _stored(self._put(scripts.MARK_LOST, Entry(job=lost, holder=stored.holder)))
         if there is not None:
             return there.job
         report_loss(lost)
         return lost
 
-    def _arguments(self, mode: str, entry: Entry, instead: str | bytes = "") -> list[Any]:
-        job, ttl = entry.job, self.options.result_ttl
-        return [
-            mode,
-            job.id,
-            encode_job(job, holder=entry.holder),
-            "" if job.ended_at is None else repr(job.ended_at),
-            "" if job.key is None else encode_key(job.key),
-            entry.holder,
-            _milliseconds(ttl),
-            _milliseconds(ttl + self.memory),
-            repr(time.time()),
-            entry.outcome or "",
-            instead,
-            _milliseconds(LEASE_SECONDS),
-            replace_surrogates(job.owner) or "",
-            _names(job),
-            *map(encode_line, entry.log),
-        ]
+    def _put(self, script: str, entry: Entry, **arguments: Any) -> bytes | None:
+        """Call a script that writes an entry: None, or the record that is why it has not."""
+        answer: bytes | None = self._run(
+            script, entry.outcome or b"", entry=_fields(entry), **self._times(), **arguments
+        )
+        return answer
+
+    def _times(self) -> dict[str, float]:
+        ttl = self.options.result_ttl
+        return {"now": time.time(), "ttl": _milliseconds(ttl), "memory": _milliseconds(ttl + self.memory)}
 
     def outcome(self, id: str) -> bytes | None:
         with self.reaching():
@@ -332,8 +164,7 @@ class RedisStore(SharedStore):
             if stored is not None:
                 for name in ("open", "mailed"):
                     self._redis.srem(f"{self._prefix}{name}:{stored.holder}", id)
-                names = _names(stored.job)
-                self._call(_FORGET, *json.loads(names), names, "1")
+                self._run(scripts.FORGET, jobs=[_names(stored.job)], completely=True)
 
     # ---- looking ----
 
@@ -344,7 +175,7 @@ class RedisStore(SharedStore):
         return self._by_name(f"key:{key}")
 
     def _by_name(self, name: str) -> StoredRecord | None:
-        return _stored(self._call(_BY_NAME, name))
+        return _stored(self._run(scripts.RECORD_BY_NAME, name=name))
 
     def _read(self, id: str) -> StoredRecord | None:
         return _stored(self._redis.get(f"{self._prefix}job:{id}"))
@@ -390,11 +221,11 @@ class RedisStore(SharedStore):
 
     def _newest(self, owner: str | None, limit: int | None) -> Iterator[bytes | None]:
         """The records, youngest first, read some at a time."""
-        ids = "jobs" if owner is None else f"of:{owner}"
-        begin, size = 0, _AT_ONCE if limit is None else max(1, min(limit, _AT_ONCE))
-        while (texts := self._call(_NEWEST, ids, begin, begin + size - 1)) is not None:
+        name = "jobs" if owner is None else f"of:{owner}"
+        begin, size = 0, _BATCH_SIZE if limit is None else max(1, min(limit, _BATCH_SIZE))
+        while (texts := self._run(scripts.NEWEST_RECORDS, name=name, first=begin, last=begin + size - 1)) is not None:
             yield from texts
-            begin, size = begin + size, _AT_ONCE
+            begin, size = begin + size, _BATCH_SIZE
 
     def _not_ended(self) -> Iterator[bytes | None]:
         """The records of the jobs that have not ended, youngest first."""
@@ -410,14 +241,14 @@ class RedisStore(SharedStore):
 
     def release(self, key: Hashable, id: str) -> bool:
         with self.reaching():
-            return bool(self._call(_RELEASE, encode_key(key), id))
+            return bool(self._run(scripts.RELEASE, key=encode_key(key), id=id))
 
     def ask_to_stop(self, request: StopRequest) -> None:
         with self.reaching():
             stored = self._read(request.id)
             if stored is not None:
                 asked = json.dumps([request.grace, request.only_queued])
-                self._call(_STOP, request.id, _names(stored.job), asked)
+                self._run(scripts.ASK_TO_STOP, id=request.id, names=_names(stored.job), request=asked)
 
     def send(self, id: str, data: bytes) -> bool:
         number = new_id()
@@ -426,7 +257,15 @@ class RedisStore(SharedStore):
                 stored = _stored(text)
                 if stored is None or stored.job.status.ended:
                     break
-                sent = self._call(_SEND, id, stored.holder, text, data, number, _milliseconds(_DOUBT))
+                sent = self._run(
+                    scripts.SEND,
+                    data,
+                    id=id,
+                    holder=stored.holder,
+                    seen=text.decode(),
+                    number=number,
+                    memory=_milliseconds(_RESEND_WINDOW),
+                )
                 if sent == -1:
                     raise message_limit_error(id)
                 if sent:
@@ -435,7 +274,7 @@ class RedisStore(SharedStore):
 
     def take_requests(self, holder: str) -> Sequence[StopRequest | StoredMessage]:
         with self.reaching():
-            found = self._call(_REQUESTS, holder)
+            found = self._run(scripts.TAKE_REQUESTS, holder=holder)
         if found is None:
             return []
         stops, mail = found
@@ -453,7 +292,7 @@ class RedisStore(SharedStore):
         for message in messages:
             by_job.setdefault(message.id, []).append(message.number)
         with self.reaching():
-            self._call_each(_RECEIVED, [[holder, id, *numbers] for id, numbers in by_job.items()])
+            self._run(scripts.ACKNOWLEDGE, holder=holder, messages=by_job)
 
     def renew(self, holder: str) -> bool:
         name = f"{self._prefix}lease:{holder}"
@@ -476,8 +315,9 @@ class RedisStore(SharedStore):
             return self._purge(self._redis.zrangebyscore(f"{self._prefix}ended", "-inf", f"({ended_before!r}"))
 
     def _purge(self, members: Sequence[bytes]) -> int:
-        """Have records leave, given as they stand in ``ended``."""
-        self._call_each(_FORGET, [[*json.loads(names), names, ""] for names in members])
+        """Remove records, given as they stand in ``ended``."""
+        for batch in _batches(members):
+            self._run(scripts.FORGET, jobs=[names.decode() for names in batch])
         return len(members)
 
     def find_lost(self) -> None:
@@ -491,7 +331,7 @@ class RedisStore(SharedStore):
     def sweep(self) -> None:
         self.find_lost()
         with self.reaching():
-            self.purge(time.time() - self.options.result_ttl)  # what stands in lists of those that have expired
+            self.purge(time.time() - self.options.result_ttl)  # expired records still stand in lists
             too_many = self._redis.zcard(f"{self._prefix}ended") - self.options.max_records
             if too_many > 0:
                 self._purge(self._redis.zrange(f"{self._prefix}ended", 0, too_many - 1))
@@ -521,12 +361,11 @@ class RedisStore(SharedStore):
     @contextmanager
     def reaching(self, *, writing: bool = False) -> Iterator[None]:
         with super().reaching():
-            if not self._known:
-                self._get_to_know()
+            if not self._version_checked:
+                self._check_version()
             yield
 
-    def _get_to_know(self) -> None:
-        """Look at the version, and give the server our scripts."""
+    def _check_version(self) -> None:
         name = f"{self._prefix}version"
         self._redis.set(name, VERSION, nx=True)
         version = int(self._redis.get(name))
@@ -536,29 +375,12 @@ class RedisStore(SharedStore):
                 f"another version of Flask-Executor has written it (its schema is {version}, this knows {VERSION}). "
                 f"Use that version, or another database (redis://host/1), or delete all names {self._prefix}*",
             )
-        for script in (_PUT, _FORGET, _RELEASE, _BY_NAME, _NEWEST, _SEND, _STOP, _REQUESTS, _RECEIVED):
-            self._redis.script_load(script)
-        self._known = True
+        self._version_checked = True
 
-    def _call(self, script: str, *arguments: Any) -> Any:
-        """What a script answers."""
-        try:
-            return self._redis.evalsha(_digest(script), 0, self._prefix, *arguments)
-        except redis.exceptions.NoScriptError:  # it was restarted
-            self._get_to_know()
-            return self._redis.evalsha(_digest(script), 0, self._prefix, *arguments)
-
-    def _call_each(self, script: str, calls: Sequence[Sequence[Any]]) -> None:
-        """Call a script with each of these arguments, all in one go."""
-        with self._redis.pipeline(transaction=False) as pipeline:
-            for arguments in calls:
-                pipeline.evalsha(_digest(script), 0, self._prefix, *arguments)
-            try:
-                pipeline.execute()
-                return
-            except redis.exceptions.NoScriptError:
-                self._get_to_know()
-        self._call_each(script, calls)
+    def _run(self, script: str, *data: bytes, **arguments: Any) -> Any:
+        """What a script answers, see :mod:`flask_executor.stores.redis_scripts`."""
+        named = json.dumps({name: value for name, value in arguments.items() if value is not None})
+        return self._script(script)(args=[self._prefix, named, *data])
 
     def _reasons(self) -> tuple[type[Exception], ...]:
         return (redis.RedisError, OSError)
@@ -588,9 +410,9 @@ class _Subscription(Watch):
                 self._pubsub.subscribe(*new)
             self._channels = wanted
             while new:  # what changes from here on must be heard of
-                message = self._pubsub.get_message(timeout=_PATIENCE)
+                message = self._pubsub.get_message(timeout=_ANSWER_TIMEOUT)
                 if message is None:
-                    raise redis.TimeoutError(f"no answer in {_PATIENCE:g} s")
+                    raise redis.TimeoutError(f"no answer in {_ANSWER_TIMEOUT:g} s")
                 self._hear(message)
                 if message["type"] == "subscribe":
                     new.discard(message["channel"].decode())
@@ -631,10 +453,20 @@ class _Subscription(Watch):
             raise
 
 
-@functools.cache
-def _digest(script: str) -> str:
-    """What Redis calls a script."""
-    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+def _fields(entry: Entry) -> dict[str, Any]:
+    """An entry as scripts take it, without the outcome, which is bytes."""
+    job = entry.job
+    fields = {
+        "id": job.id,
+        "record": encode_job(job, holder=entry.holder),
+        "holder": entry.holder,
+        "names": _names(job),
+        "log": [encode_line(line) for line in entry.log],
+        "key": None if job.key is None else encode_key(job.key),
+        "owner": replace_surrogates(job.owner) or None,
+        "ended": job.ended_at,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _names(job: Job) -> str:
@@ -651,6 +483,11 @@ def _stored(text: bytes | None) -> StoredRecord | None:
     except (KeyError, TypeError, ValueError) as error:
         skipped(error)
         return None
+
+
+def _batches(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    for begin in range(0, len(items), _BATCH_SIZE):
+        yield items[begin : begin + _BATCH_SIZE]
 
 
 def _milliseconds(seconds: float) -> int:

@@ -24,7 +24,7 @@ from flask_executor.exceptions import StoreUnavailable
 from flask_executor.helpers.fork_hooks import after_fork_in_child, around_fork
 from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LogLine
 from flask_executor.stores.base import (
-    MAIL_AT_ONCE,
+    MESSAGES_PER_JOB,
     SharedStore,
     StoredRecord,
     as_lost,
@@ -352,7 +352,7 @@ class SQLiteStore(SharedStore):
                 for number, id in jobs
                 for message, data in connection.execute(
                     "SELECT message, data FROM messages WHERE number = ? ORDER BY message LIMIT ?",
-                    (number, MAIL_AT_ONCE),
+                    (number, MESSAGES_PER_JOB),
                 )
             ]
 
