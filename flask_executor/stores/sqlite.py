@@ -6,22 +6,17 @@ work on network file systems, where that mode has no shared memory (https://sqli
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import os
 import sqlite3
 import stat
 import threading
 import time
-import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar
 
 from flask_executor.abc import MOST_MESSAGES, Entry, StopRequest, StoredMessage, StoreOptions, Watch
 from flask_executor.exceptions import StoreUnavailable
-from flask_executor.helpers.fork_hooks import after_fork_in_child, around_fork
 from flask_executor.jobs.model import LOG_LINES, Job, JobStatus, LogLine
 from flask_executor.stores.base import (
     MESSAGES_PER_JOB,
@@ -30,72 +25,21 @@ from flask_executor.stores.base import (
     as_lost,
     message_limit_error,
     report_loss,
-    skipped,
     was_transferred,
 )
-from flask_executor.stores.codec import (
-    decode_key,
-    decode_meta,
-    encode_key,
-    encode_meta,
-    encode_prefix,
-    replace_surrogates,
-)
+from flask_executor.stores.codec import decode_key, encode_key, encode_prefix, replace_surrogates
 from flask_executor.stores.leases import LEASE_SECONDS
+from flask_executor.stores.sqlite_connection import Connection, is_locked
+from flask_executor.stores.sqlite_schema import COLUMNS, INSERT, LOG_COLUMNS, UPDATE, record_of, row_of
 
-_BUSY = 3.0  # seconds to wait for others who write
-_GONE = 10  # times as many as there may be records are remembered to have been
-_AT_ONCE = 500  # records that leave in one transaction, so that it is short
-_LATE = 5.0  # seconds after the end of a job within which it is written, nearly always
-_SHORTEST, _LONGEST = 0.002, 0.025  # seconds between two looks whether somebody has written
+_REMEMBERED_PER_RECORD = 10  # expired jobs that are remembered, as a multiple of `max_records`
+_PURGE_BATCH = 500  # records that are deleted in one transaction, so that others need not wait long
+_WRITE_DELAY = 5.0  # seconds within which the end of a job is written, nearly always
+_MIN_POLL_INTERVAL, _MAX_POLL_INTERVAL = 0.002, 0.025  # seconds between two looks whether the file has changed
 
-_COLUMNS = (
-    "id, key, name, owner, status, queued_at, started_at, ended_at, error, attempt, progress, message, meta, "
-    "stop_requested, holder"
-)
-_FIELDS = _COLUMNS.split(", ")
-_INSERT = f"INSERT INTO jobs (space, has_key, {_COLUMNS}) VALUES ({', '.join('?' * (2 + len(_FIELDS)))})"
-_UPDATE = f"UPDATE jobs SET {', '.join(f'{column} = ?' for column in _FIELDS[4:])} WHERE id = ?"
-_LINE = "time, level, logger, text, trace"
-
-# Each index is one more page to write at each step of a job, so there are no more than are needed. What has not ended
-# has no ended_at; `has_key` is 1 while the job has its key.
-_SCHEMA = (
-    """CREATE TABLE jobs (
-        number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, space TEXT NOT NULL, key TEXT, has_key INTEGER NOT NULL,
-        name TEXT NOT NULL, owner TEXT, status TEXT NOT NULL, queued_at REAL NOT NULL, started_at REAL, ended_at REAL,
-        error TEXT, attempt INTEGER NOT NULL, progress REAL, message TEXT, meta TEXT, stop_requested INTEGER NOT NULL,
-        holder TEXT NOT NULL)""",
-    "CREATE UNIQUE INDEX jobs_with_key ON jobs (space, key) WHERE has_key",
-    "CREATE INDEX jobs_by_key ON jobs (space, key) WHERE key IS NOT NULL",
-    "CREATE INDEX jobs_by_owner ON jobs (space, owner) WHERE owner IS NOT NULL",
-    "CREATE INDEX jobs_by_end ON jobs (space, ended_at) WHERE ended_at IS NOT NULL",
-    "CREATE INDEX jobs_not_ended ON jobs (holder) WHERE ended_at IS NULL",
-    "CREATE TABLE outcomes (number INTEGER PRIMARY KEY REFERENCES jobs ON DELETE CASCADE, data BLOB NOT NULL)",
-    """CREATE TABLE log (
-        line INTEGER PRIMARY KEY, number INTEGER NOT NULL REFERENCES jobs ON DELETE CASCADE, time REAL NOT NULL,
-        level TEXT NOT NULL, logger TEXT NOT NULL, text TEXT NOT NULL)""",
-    "CREATE INDEX log_by_job ON log (number)",
-    """CREATE TABLE requests (
-        number INTEGER PRIMARY KEY REFERENCES jobs ON DELETE CASCADE, grace REAL, only_queued INTEGER NOT NULL)""",
-    "CREATE TABLE holders (holder TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE gone (id TEXT PRIMARY KEY, space TEXT NOT NULL, key TEXT, until REAL NOT NULL) WITHOUT ROWID",
-    "CREATE INDEX gone_by_key ON gone (space, key) WHERE key IS NOT NULL",
-    "CREATE INDEX gone_by_time ON gone (until)",
-)
-
-# `has_mail` is 1 while messages wait for the job: its holder looks often, and there are none nearly always.
-_MESSAGES = (
-    "ALTER TABLE jobs ADD COLUMN has_mail INTEGER NOT NULL DEFAULT 0",
-    "CREATE INDEX jobs_with_mail ON jobs (holder) WHERE has_mail AND ended_at IS NULL",
-    """CREATE TABLE messages (
-        message INTEGER PRIMARY KEY, number INTEGER NOT NULL REFERENCES jobs ON DELETE CASCADE, data BLOB NOT NULL)""",
-    "CREATE INDEX messages_by_job ON messages (number)",
-)
-
-#: What brings a file of an older version up to date: the statements that lead from version n to n + 1, at n.
-#: Version 0 is an empty file. The number of entries is the version that this module reads and writes.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA, ("ALTER TABLE log ADD COLUMN trace TEXT",), _MESSAGES)
+_CORRUPT = "it is no SQLite database, or a broken one ({}). It is left as it is: move it away, and a new one is made"
+_CURRENT = "(ended_at IS NULL OR ended_at > ?)"
+_WITH_MAIL = "holder = ? AND has_mail AND ended_at IS NULL"
 
 
 class SQLiteStore(SharedStore):
@@ -108,7 +52,7 @@ class SQLiteStore(SharedStore):
         self._path = Path(options.url.removeprefix("sqlite:///"))
         self.where = str(self._path)
         self._space = options.space
-        self._writes, self._reads = _Connection(self._path), _Connection(self._path)
+        self._writes, self._reads = Connection(self._path), Connection(self._path)
         self._leases: dict[str, float] = {}  # of the holders in this process: until when they hold, at least
 
     # ---- one job ----
@@ -143,7 +87,7 @@ class SQLiteStore(SharedStore):
     def write(self, entries: Sequence[Entry]) -> None:
         with self._writing() as connection:
             for entry in entries:
-                changed = connection.execute(_UPDATE, (*_values(entry)[4:], entry.job.id))
+                changed = connection.execute(UPDATE, (*row_of(entry)[4:], entry.job.id))
                 if not changed.rowcount:
                     self._restore(connection, entry)
                 _write_more(connection, entry)
@@ -156,7 +100,7 @@ class SQLiteStore(SharedStore):
             if there is None:
                 self._restore(connection, entry)
             elif self._may_take(connection, there, former, lost=lost):
-                connection.execute(_UPDATE, (*_values(entry)[4:], entry.job.id))
+                connection.execute(UPDATE, (*row_of(entry)[4:], entry.job.id))
                 there = None
             if there is None:
                 _write_more(connection, entry)
@@ -177,7 +121,7 @@ class SQLiteStore(SharedStore):
         :raises sqlite3.IntegrityError: when another job has the key, or there is this one already.
         """
         has_key = has_key and entry.job.key is not None
-        connection.execute(_INSERT, (self._space, has_key, *_values(entry)))
+        connection.execute(INSERT, (self._space, has_key, *row_of(entry)))
 
     def _restore(self, connection: sqlite3.Connection, entry: Entry) -> None:
         """Write a record that is not here (any more), and let the job have its key if that is free."""
@@ -197,9 +141,9 @@ class SQLiteStore(SharedStore):
     def log(self, id: str) -> Sequence[LogLine]:
         with self._reading() as connection:
             rows = connection.execute(
-                f"SELECT {_LINE} FROM log JOIN jobs USING (number) WHERE id = ? ORDER BY line", (id,)
+                f"SELECT {LOG_COLUMNS} FROM log JOIN jobs USING (number) WHERE id = ? ORDER BY line", (id,)
             ).fetchall()
-        return [LogLine(**dict(zip(_LINE.split(", "), row, strict=True))) for row in rows]
+        return [LogLine(**dict(zip(LOG_COLUMNS.split(", "), row, strict=True))) for row in rows]
 
     def remove(self, id: str) -> None:
         with self._writing() as connection:
@@ -262,9 +206,9 @@ class SQLiteStore(SharedStore):
 
     def _one(self, connection: sqlite3.Connection, condition: str, *values: object) -> StoredRecord | None:
         """The youngest record that a condition holds for."""
-        query = f"SELECT {_COLUMNS} FROM jobs WHERE {condition} AND {_CURRENT} ORDER BY number DESC LIMIT 1"
+        query = f"SELECT {COLUMNS} FROM jobs WHERE {condition} AND {_CURRENT} ORDER BY number DESC LIMIT 1"
         row = connection.execute(query, (*values, self._oldest())).fetchone()
-        return None if row is None else _stored(row)
+        return None if row is None else record_of(row)
 
     def _select(
         self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None
@@ -278,10 +222,10 @@ class SQLiteStore(SharedStore):
             index = "INDEXED BY jobs_not_ended"
         with self._reading() as connection:
             rows = connection.execute(
-                f"SELECT {_COLUMNS} FROM jobs {index} WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT ?",
+                f"SELECT {COLUMNS} FROM jobs {index} WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT ?",
                 (self._space, self._oldest(), *wanted.values(), -1 if limit is None else limit),
             ).fetchall()
-        return [stored for row in rows if (stored := _stored(row)) is not None]
+        return [stored for row in rows if (stored := record_of(row)) is not None]
 
     # ---- keys, requests, leases ----
 
@@ -328,21 +272,13 @@ class SQLiteStore(SharedStore):
         return found
 
     def _take_stops(self, holder: str) -> list[StopRequest]:
-        if not self._stops(self._reading, holder):
-            return []
+        with self._reading() as connection:
+            if not _stops(connection, holder):
+                return []
         with self._writing() as connection:
-            rows = self._stops(lambda: _same(connection), holder)
+            rows = _stops(connection, holder)
             connection.executemany("DELETE FROM requests WHERE number = ?", [row[:1] for row in rows])
         return [StopRequest(id=row[1], grace=row[2], only_queued=bool(row[3])) for row in rows if row[4] is None]
-
-    def _stops(self, access: Callable[[], Any], holder: str) -> list[Any]:
-        with access() as connection:
-            rows: list[Any] = connection.execute(
-                "SELECT number, id, grace, only_queued, ended_at FROM requests JOIN jobs USING (number) "
-                "WHERE holder = ? AND status != ?",  # who finds a lost job again is to stop it
-                (holder, JobStatus.LOST.value),
-            ).fetchall()
-        return rows
 
     def _mail(self, holder: str) -> list[StoredMessage]:
         with self._reading() as connection:
@@ -399,7 +335,7 @@ class SQLiteStore(SharedStore):
 
     def _purge(self, condition: str, values: tuple[object, ...], limit: float) -> int:
         total, until = 0, time.time() + self.memory
-        chosen = f"SELECT id FROM jobs WHERE {condition} ORDER BY ended_at LIMIT {_AT_ONCE}"
+        chosen = f"SELECT id FROM jobs WHERE {condition} ORDER BY ended_at LIMIT {_PURGE_BATCH}"
         while True:
             with self._writing() as connection:
                 connection.execute(
@@ -409,7 +345,7 @@ class SQLiteStore(SharedStore):
                 )
                 deleted = connection.execute(f"DELETE FROM jobs WHERE id IN ({chosen})", values).rowcount
             total += deleted
-            if deleted < _AT_ONCE:
+            if deleted < _PURGE_BATCH:
                 return total
 
     def find_lost(self) -> None:
@@ -434,7 +370,7 @@ class SQLiteStore(SharedStore):
             connection.execute("DELETE FROM gone WHERE until < ?", (now,))
             connection.execute(
                 "DELETE FROM gone WHERE until < (SELECT until FROM gone ORDER BY until DESC LIMIT 1 OFFSET ?)",
-                (_GONE * self.options.max_records,),
+                (_REMEMBERED_PER_RECORD * self.options.max_records,),
             )
             connection.executemany("DELETE FROM holders WHERE holder = ?", [(holder,) for holder in dead])
             connection.execute("PRAGMA incremental_vacuum(1000)").fetchall()
@@ -524,204 +460,23 @@ class SQLiteStore(SharedStore):
         return (sqlite3.Error, OSError)
 
     def _is_slow(self, error: Exception) -> bool:
-        return _is_locked(error)
+        return is_locked(error)
 
     def _explain(self, error: Exception) -> str:
-        if _is_locked(error):
-            return f"another process has written to it for more than {_BUSY:g} s"
+        if is_locked(error):
+            return f"another process has written to it for more than {Connection.BUSY_TIMEOUT:g} s"
         if isinstance(error, sqlite3.OperationalError) or not isinstance(error, sqlite3.DatabaseError):
             return f"{error}; see that {self._path.parent} exists, is writable, and has space left"
         return _CORRUPT.format(error)
 
 
-_CORRUPT = "it is no SQLite database, or a broken one ({}). It is left as it is: move it away, and a new one is made"
-_CURRENT = "(ended_at IS NULL OR ended_at > ?)"
-_WITH_MAIL = "holder = ? AND has_mail AND ended_at IS NULL"
-
-
-class _Connection:
-    """A connection that is opened when it is needed. ``with`` gives it, under its lock.
-
-    No connection is open while this process forks. SQLite keeps account of a process's locks on a file, and in a child
-    the account would be of locks that the child does not have (https://sqlite.org/howtocorrupt.html, "Carrying an open
-    database connection across a fork").
-    """
-
-    _all: ClassVar[weakref.WeakSet[_Connection]] = weakref.WeakSet()
-    _locked: ClassVar[list[_Connection]] = []
-    _numbers = itertools.count()
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._number = next(self._numbers)
-        self._all.add(self)
-        self.lock = threading.RLock()  # a finalizer may come here in the middle
-        self._open: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
-
-    def __enter__(self) -> sqlite3.Connection:
-        self.lock.acquire()
-        try:
-            if self._open is None:
-                self._open = _connect(self._path)
-                self._file = self._identity()
-        except BaseException:
-            self.lock.release()
-            raise
-        return self._open
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if isinstance(error, sqlite3.DatabaseError) and not _is_locked(error):
-                self.close()  # what is wrong may be mended when it is opened again
-        finally:
-            self.lock.release()
-
-    def is_elsewhere(self) -> bool:
-        """Whether the file that is open is not the one that is at its path."""
-        return self._open is not None and self._file != self._identity()
-
-    def close(self) -> None:
-        connection, self._open = self._open, None
-        if connection is not None:
-            with suppress(sqlite3.Error):
-                connection.close()
-
-    def after_fork(self) -> None:
-        """In the child. What is open has come by a fork that Python was not told of, and is not even to be closed."""
-        if self._open is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._open))
-        self._open = None
-        self.lock = threading.RLock()
-
-    @classmethod
-    def before_fork(cls) -> None:
-        """Close all, and let nobody open one."""
-        # In the order in which they were made: who has the one that writes may want the one that reads.
-        for connection in sorted(cls._all, key=lambda each: each._number):
-            connection.lock.acquire()
-            connection.close()
-            cls._locked.append(connection)
-
-    @classmethod
-    def after_fork_in_parent(cls) -> None:
-        while cls._locked:
-            cls._locked.pop().lock.release()
-
-    def _identity(self) -> tuple[int, int] | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
-
-
-around_fork(_Connection.before_fork, _Connection.after_fork_in_parent)
-after_fork_in_child(_Connection._locked.clear)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-    connection = sqlite3.connect(path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA journal_size_limit = 67108864")
-        _prepare(connection, str(path))
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _prepare(connection: sqlite3.Connection, where: str) -> None:
-    """Make the tables, or bring them up to date.
-
-    :raises StoreUnavailable: for a file of a newer version.
-    """
-    version = _version_of(connection)
-    if version < len(MIGRATIONS):
-        if version == 0:
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            _until_unlocked(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
-        connection.execute("BEGIN IMMEDIATE")
-        for statements in MIGRATIONS[_version_of(connection) :]:  # somebody may have been faster
-            for statement in statements:
-                connection.execute(statement)
-        if _version_of(connection) < len(MIGRATIONS):
-            connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        connection.execute("COMMIT")
-    elif version > len(MIGRATIONS):
-        raise StoreUnavailable(
-            where,
-            f"a newer version of Flask-Executor has written it (its schema is {version}, this one knows "
-            f"{len(MIGRATIONS)}). Update this one, or give it another file",
-        )
-
-
-def _version_of(connection: sqlite3.Connection) -> int:
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    return version
-
-
-def _until_unlocked(step: Callable[[], object]) -> None:
-    """Several processes may make the same file at once, and SQLite does not wait for this step of the others."""
-    deadline = time.monotonic() + _BUSY
-    while True:
-        try:
-            step()
-            return
-        except sqlite3.OperationalError as error:
-            if not _is_locked(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
-def _is_locked(error: BaseException) -> bool:
-    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
-
-
-@contextmanager
-def _same(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    yield connection
-
-
-def _values(entry: Entry) -> list[Any]:
-    """What is written of a job, in the order of the columns."""
-    job = entry.job
-    return [
-        job.id,
-        None if job.key is None else encode_key(job.key),
-        replace_surrogates(job.name),
-        replace_surrogates(job.owner),
-        job.status.value,
-        job.queued_at,
-        job.started_at,
-        job.ended_at,
-        replace_surrogates(job.error),
-        job.attempt,
-        job.progress,
-        replace_surrogates(job.message),
-        encode_meta(job),
-        job.stop_requested,
-        entry.holder,
-    ]
-
-
-def _stored(row: tuple[Any, ...]) -> StoredRecord | None:
-    fields = dict(zip(_FIELDS, row, strict=True))
-    holder = fields.pop("holder")
-    try:
-        fields["key"] = None if fields["key"] is None else decode_key(fields["key"])
-        fields["status"] = JobStatus(fields["status"])
-        fields["meta"] = decode_meta(fields["meta"])
-    except (SyntaxError, ValueError) as error:
-        skipped(error)
-        return None
-    fields["stop_requested"] = bool(fields["stop_requested"])
-    return StoredRecord(Job(**fields), holder)
+def _stops(connection: sqlite3.Connection, holder: str) -> list[tuple[int, str, float | None, int, float | None]]:
+    """The requests to stop jobs of a holder. One for a lost job stays for the holder that takes the job over."""
+    return connection.execute(
+        "SELECT number, id, grace, only_queued, ended_at FROM requests JOIN jobs USING (number) "
+        "WHERE holder = ? AND status != ?",
+        (holder, JobStatus.LOST.value),
+    ).fetchall()
 
 
 def _write_more(connection: sqlite3.Connection, entry: Entry) -> None:
@@ -738,7 +493,7 @@ def _write_more(connection: sqlite3.Connection, entry: Entry) -> None:
 def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]) -> None:
     (number,) = connection.execute("SELECT number FROM jobs WHERE id = ?", (id,)).fetchone()
     connection.executemany(
-        f"INSERT INTO log (number, {_LINE}) VALUES (?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO log (number, {LOG_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
         [
             (
                 number,
@@ -763,7 +518,7 @@ class _FileWatch(Watch):
 
     def __init__(self, store: SQLiteStore) -> None:
         self._store = store
-        self._connection = _Connection(store._path)
+        self._connection = Connection(store._path)
         self._woken = threading.Event()
         self._version = 0
         self._ids: Collection[str] = ()
@@ -777,7 +532,7 @@ class _FileWatch(Watch):
 
     def wait(self, timeout: float) -> Collection[str] | None:
         deadline = time.monotonic() + timeout
-        pause = _SHORTEST
+        pause = _MIN_POLL_INTERVAL
         while not self._woken.wait(max(0.0, min(pause, deadline - time.monotonic()))):
             version = self._data_version()
             if version != self._version:
@@ -785,13 +540,13 @@ class _FileWatch(Watch):
                 return self._ended()
             if time.monotonic() >= deadline:
                 return ()
-            pause = min(pause * 1.5, _LONGEST)
+            pause = min(pause * 1.5, _MAX_POLL_INTERVAL)
         self._woken.clear()
         return ()
 
     def _ended(self) -> Collection[str]:
         """Those that have ended since this was asked last."""
-        since, self._asked = self._asked - _LATE, time.time()
+        since, self._asked = self._asked - _WRITE_DELAY, time.time()
         with self._store.reaching(), self._connection as connection:
             rows = connection.execute(
                 "SELECT id FROM jobs WHERE space = ? AND ended_at IS NOT NULL AND ended_at >= ?",

@@ -19,7 +19,8 @@ from flask_executor.exceptions import StoreUnavailable
 from flask_executor.jobs.model import JobState, JobStatus
 from flask_executor.stores.leases import new_holder_id
 from flask_executor.stores.redis import RedisStore
-from flask_executor.stores.sqlite import MIGRATIONS, SQLiteStore
+from flask_executor.stores.sqlite import SQLiteStore
+from flask_executor.stores.sqlite_schema import MIGRATIONS
 from flask_executor.testing.contract import SharedStoreContract
 from flask_executor.testing.contract.fixtures import wait_until
 from flask_executor.testing.contract.shared import ENGINE, HERE, MakeStore, queued_in_engine, receive, started

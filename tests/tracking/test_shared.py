@@ -42,7 +42,7 @@ from flask_executor import (
 )
 from flask_executor.abc import StoreOptions
 from flask_executor.jobs.model import JobMessage
-from flask_executor.stores import sqlite
+from flask_executor.stores import sqlite, sqlite_schema
 from flask_executor.testing import drain
 from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, wait_until
 from flask_executor.tracking.signing import MESSAGE, PayloadSigner, pack_message
@@ -732,7 +732,7 @@ def file(tmp_path: Path) -> Path:
 def test_sqlite_is_locked_for_long(
     make_executor: MakeExecutor, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("flask_executor.stores.sqlite._BUSY", 0.2)
+    monkeypatch.setattr("flask_executor.stores.sqlite_connection.Connection.BUSY_TIMEOUT", 0.2)
     here = make_executor(store="sqlite")
     gate = threading.Event()
     future = here.submit_stored("report", gate.wait, 10)
@@ -854,11 +854,11 @@ def test_a_file_of_an_older_version_is_brought_up_to_date(
     before.submit_stored("report", add, 1, 2).result(10)
     before.shutdown()
     step = ("ALTER TABLE jobs ADD COLUMN colour TEXT", "CREATE INDEX jobs_by_colour ON jobs (colour)")
-    monkeypatch.setattr(sqlite, "MIGRATIONS", (*sqlite.MIGRATIONS, step))
+    monkeypatch.setattr(sqlite_schema, "MIGRATIONS", (*sqlite_schema.MIGRATIONS, step))
     after = make_executor(other := another_app(app))
     assert after.futures.result("report") == 3
     connection = sqlite3.connect(file)
-    assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite.MIGRATIONS),)
+    assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_schema.MIGRATIONS),)
     assert connection.execute("SELECT colour FROM jobs").fetchall() == [(None,)]
     connection.close()
     assert other is not None
