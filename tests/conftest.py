@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flask import Flask
 from processes import left_behind
 from redis_server import RedisServer
 from requirements import require
+from two_apps import another_app
 from variants import SHARED_STORES, store_url
 
 from flask_executor import Executor
@@ -81,6 +83,35 @@ def shared_store(request: pytest.FixtureRequest) -> str:
 def any_store(request: pytest.FixtureRequest) -> str:
     """``EXECUTOR_STORE`` of each store, with nothing in it."""
     return store_url(request.param, request)
+
+
+@pytest.fixture
+def here(shared_store: str, make_executor: MakeExecutor) -> Executor:
+    """An executor with a shared store."""
+    return make_executor(store=shared_store, max_workers=4)
+
+
+@pytest.fixture
+def there(here: Executor, app: Flask, make_executor: MakeExecutor) -> Executor:
+    """Another process's executor with the store of ``here``; in truth, another app's in this process."""
+    other = another_app(app)
+    there = make_executor(other)
+    there.keep = other  # type: ignore[attr-defined]  # an executor does not keep its app alive
+    return there
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What a job waits for; set at the end of the test."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Where the SQLite store of the app is."""
+    return tmp_path / "instance" / "executor.sqlite"
 
 
 @pytest.fixture(scope="session")
