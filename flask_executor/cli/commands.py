@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -21,8 +21,8 @@ from flask import current_app
 from flask.cli import AppGroup, NoAppException
 
 from flask_executor.cli.console import (
-    called,
     details,
+    job_title,
     log_line,
     one_line,
     pressed_keys,
@@ -43,6 +43,7 @@ from flask_executor.helpers import safe_repr
 from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.stores.codec import decode_key, encode_key
 from flask_executor.tracking.shared import SharedJobTracker
+from flask_executor.web.status import job_document, log_document, timestamp
 
 _LOOK = 1.0  # seconds after which a job is looked at again of which nothing was heard: its process may have died
 _PATIENCE = 3.0  # seconds beyond the grace within which a job should have stopped
@@ -108,7 +109,7 @@ def show(text: str, as_json: bool) -> None:
     job = _find(binding, tracker, text)
     log = tracker.records.log(job.id)
     if as_json:
-        _print_json({**_data(job), "log": [asdict(line) for line in log]})
+        _print_json({**_data(job), "log": [log_document(line, with_error=True) for line in log]})
         return
     for label, value in details(job):
         click.echo(f"{label:<10} {value}")
@@ -142,14 +143,14 @@ def stop(context: click.Context, text: str, grace: float | None, wait: bool, as_
     if as_json:
         _print_json(_data(job))
     elif had_ended:
-        click.echo(f"{called(job)} has ended already: {styled(job.status)}.")
+        click.echo(f"{job_title(job)} has ended already: {styled(job.status)}.")
     elif job.status.ended:
-        click.echo(f"{called(job)}: {styled(job.status)}.")
+        click.echo(f"{job_title(job)}: {styled(job.status)}.")
     elif not wait:
-        click.echo(f"{called(job)} was asked to stop.")
+        click.echo(f"{job_title(job)} was asked to stop.")
     else:
         click.echo(
-            f"{called(job)} was asked to stop, and is still {styled(job.status)}: it has to get to a checkpoint."
+            f"{job_title(job)} was asked to stop, and is still {styled(job.status)}: it has to get to a checkpoint."
         )
     context.exit(1 if wait and not job.status.ended else 0)
 
@@ -225,9 +226,9 @@ def wait(context: click.Context, text: str, timeout: float | None, as_json: bool
     if as_json:
         _print_json(_data(job))
     elif job.status.ended:
-        click.echo(f"{called(job)}: {styled(job.status)}.{f' {one_line(job.error)}' if job.error else ''}")
+        click.echo(f"{job_title(job)}: {styled(job.status)}.{f' {one_line(job.error)}' if job.error else ''}")
     else:
-        click.echo(f"{called(job)} is still {styled(job.status)} after {timeout:g} s.", err=True)
+        click.echo(f"{job_title(job)} is still {styled(job.status)} after {timeout:g} s.", err=True)
     context.exit(2 if not job.status.ended else 0 if job.status is JobStatus.SUCCEEDED else 1)
 
 
@@ -246,7 +247,7 @@ def top(interval: float, limit: int, once: bool, as_json: bool) -> None:
         while True:
             counts, jobs = _overview(tracker, limit)
             if as_json:
-                _print_json({"time": time.time(), **counts, "jobs": [_data(job) for job in jobs]})
+                _print_json({"time": timestamp(time.time()), **counts, "jobs": [_data(job) for job in jobs]})
             else:
                 draw(_headline(tracker, counts), jobs)
             if once or q_within(interval):
@@ -394,9 +395,8 @@ def _headline(tracker: SharedJobTracker, counts: dict[str, int]) -> str:
 
 
 def _data(job: Job) -> dict[str, Any]:
-    data = {field.name: getattr(job, field.name) for field in fields(job)}
-    key = job.key if job.key is None or isinstance(job.key, str) else safe_repr(job.key)
-    return {**data, "status": job.status.value, "key": key, "meta": dict(job.meta)}
+    """The status document of a job, as over HTTP, and its owner."""
+    return {**job_document(job, with_error=True), "owner": job.owner}
 
 
 def _print_json(document: Any) -> None:

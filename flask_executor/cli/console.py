@@ -16,8 +16,8 @@ import click
 
 from flask_executor.abc import ServiceStatus
 from flask_executor.cli.doctor import Finding
-from flask_executor.helpers import safe_repr
 from flask_executor.jobs.model import Job, JobStatus, LogLine
+from flask_executor.web.status import key_text
 
 _STYLES: dict[str, dict[str, Any]] = {
     JobStatus.QUEUED: {"fg": "cyan"},
@@ -52,12 +52,10 @@ def one_line(value: object) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in str(value))
 
 
-def _key(job: Job) -> str:
-    return "" if job.key is None else job.key if isinstance(job.key, str) else safe_repr(job.key)
-
-
-def called(job: Job) -> str:
-    return one_line(f"Job {_key(job)} ({job.name}, {job.id})" if job.key is not None else f"Job {job.id} ({job.name})")
+def job_title(job: Job) -> str:
+    """A job in a sentence, by key, name and id."""
+    key = key_text(job.key)
+    return one_line(f"Job {job.id} ({job.name})" if key is None else f"Job {key} ({job.name}, {job.id})")
 
 
 def styled(text: str) -> str:
@@ -84,7 +82,7 @@ def _row(job: Job, now: float) -> tuple[str, ...]:
     return (
         job.id,
         one_line(job.name),
-        one_line(_key(job)),
+        one_line(key_text(job.key) or ""),
         f"{job.status.value}{asked}",
         "" if job.progress is None else _percent(job.progress),
         _seconds(now - job.queued_at),
@@ -136,7 +134,7 @@ def details(job: Job) -> Iterator[tuple[str, str]]:
     asked = " (asked to stop)" if job.stop_requested and not job.status.ended else ""
     yield "id", job.id
     yield "name", one_line(job.name)
-    yield "key", one_line(_key(job)) or "-"
+    yield "key", one_line(key_text(job.key) or "-")
     yield "owner", one_line(job.owner or "-")
     yield "status", styled(job.status) + asked
     yield "progress", "-" if job.progress is None else _bar(job.progress)

@@ -445,7 +445,12 @@ def _document(worker: WorkerMixin | None, job_id: str | None) -> dict[str, Any]:
             document["status"] = JobStatus.QUEUED if _is_fresh(job_id) else JobStatus.LOST
     if document:
         status: JobStatus = document["status"]
-        document |= {"id": job_id, "ended": status.ended, "job_finished": status is JobStatus.SUCCEEDED}
+        document |= {
+            "id": job_id,
+            "ended": status.ended,
+            "failed": status.failed,
+            "job_finished": status is JobStatus.SUCCEEDED,
+        }
     return document
 
 

@@ -543,7 +543,7 @@ class AppExecutor(JobChannel):
         job = self.tracker.records.get(id)
         if job is None:
             return None
-        if job.key is None or not job.status.ended or job.status is JobStatus.SUCCEEDED:
+        if job.key is None or not job.status.retryable:
             return False
         futures = self.tracker.futures
         with self._key_lock:

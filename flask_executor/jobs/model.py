@@ -42,8 +42,18 @@ class JobStatus(str, enum.Enum):
 
     @property
     def ended(self) -> bool:
-        """Whether a job in this state stays in it."""
+        """If true, the job has reached its final status."""
         return not self.successors
+
+    @property
+    def failed(self) -> bool:
+        """If true, something went wrong: the job has ended without success, and nobody asked it to stop."""
+        return self in (JobStatus.FAILED, JobStatus.TIMED_OUT, JobStatus.LOST)
+
+    @property
+    def retryable(self) -> bool:
+        """If true, a job with this status may be run again: it has ended without success."""
+        return self.ended and self is not JobStatus.SUCCEEDED
 
 
 for _status in JobStatus:

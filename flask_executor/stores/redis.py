@@ -112,7 +112,7 @@ class RedisStore(SharedStore):
                 job = self._detect_loss(_stored(text))
             if job is None:
                 return None
-            if not again or not job.status.ended or job.status is JobStatus.SUCCEEDED or job.id == replaces:
+            if not again or not job.status.retryable or job.id == replaces:
                 return job
             replaces = job.id
 

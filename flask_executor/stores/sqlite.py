@@ -76,7 +76,7 @@ class SQLiteStore(SharedStore):
             there = StoredRecord(self._lose_in(connection, there), there.holder)
         if there is not None:
             status = there.job.status
-            if there.job.id == entry.job.id or not (again and status.ended and status is not JobStatus.SUCCEEDED):
+            if there.job.id == entry.job.id or not (again and status.retryable):
                 return there.job
         connection.execute(
             "UPDATE jobs SET has_key = 0 WHERE space = ? AND key = ? AND has_key",

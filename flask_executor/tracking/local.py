@@ -194,4 +194,4 @@ def is_listed(key: Hashable, within: tuple[Hashable, ...]) -> bool:
 def has_failed(future: Any) -> bool:
     """Whether this is a handle, and of a job that has ended other than by success."""
     status = getattr(future, "status", JobStatus.SUCCEEDED)  # it may be none, or a plain future added by hand
-    return bool(status.ended) and status is not JobStatus.SUCCEEDED
+    return bool(status.retryable)

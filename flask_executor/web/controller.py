@@ -297,7 +297,7 @@ class Controller(Blueprint):
     def _started(self, job: Job) -> dict[str, Any] | None:
         """Name and arguments of a job that can be started again."""
         text = job.meta.get(_STARTED)
-        if text is None or not job.status.ended or job.status is JobStatus.SUCCEEDED:
+        if text is None or not job.status.retryable:
             return None
         started: dict[str, Any] = json.loads(text)
         return started if started["name"] in self.exposed else None
@@ -384,7 +384,7 @@ class Controller(Blueprint):
         if not job.status.ended:
             refuse(409, f"The job has not ended: it is {job.status}.", headers={"Retry-After": "1"}, job=job.status)
         if job.status is not JobStatus.SUCCEEDED:
-            refuse(409, f"The job has no result: it has {_ENDS[job.status]}.", job=job.status)
+            refuse(409, f"The job has no result: its status is {job.status}.", job=job.status)
         future = self.jobs.handle(id)
         try:
             result = None if future is None else future.result(timeout=1)  # it comes a moment after the status
@@ -436,6 +436,7 @@ class Controller(Blueprint):
             title=f"{self.executor.name or current_app.name}: jobs",
             list_url=self._url("index"),
             overview_url=self._url("overview"),
+            statuses=[status.value for status in JobStatus],
             engine=self.executor.engine,
             translate=translator(),
         )
@@ -499,14 +500,6 @@ class Controller(Blueprint):
 
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-_ENDS = {
-    JobStatus.FAILED: "failed",
-    JobStatus.STOPPED: "been stopped",
-    JobStatus.KILLED: "been stopped by force",
-    JobStatus.TIMED_OUT: "run out of time",
-    JobStatus.LOST: "been lost",
-    JobStatus.CANCELLED: "been cancelled",
-}
 
 
 def _allows(rule: Callable[[str, Job | None], bool], action: str, job: Job | None = None) -> bool:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from flask_executor.exceptions import StoreUnavailable
-from flask_executor.web.status import version
+from flask_executor.web.status import document_version
 
 #: Reads a status document; None when the job is gone.
 Read = Callable[[], Mapping[str, Any] | None]
@@ -94,7 +94,7 @@ def _pool(thread: threading.Thread) -> str | None:
 
 
 def hold(read: Read, seen: str | None, seconds: float) -> Mapping[str, Any] | None:
-    """Wait until a document has another :func:`~flask_executor.web.status.version` than ``seen``, or has ended.
+    """Wait until a document has another version than ``seen``, or has ended.
 
     :param seen: None for the one that it has now.
     :param seconds: most time to wait.
@@ -104,7 +104,7 @@ def hold(read: Read, seen: str | None, seconds: float) -> Mapping[str, Any] | No
     pause = _SHORTEST
     document = read()
     while document is not None and not document["ended"]:
-        now = version(document)
+        now = document_version(document)
         seen = now if seen is None else seen
         left = deadline - time.monotonic()
         if now != seen or left <= 0:
@@ -133,7 +133,7 @@ def _news(read: Read, seen: str | None) -> Iterator[str]:
     silent_since = time.monotonic()
     pause = _SHORTEST
     while (document := read()) is not None:
-        now = version(document)
+        now = document_version(document)
         if now != seen:
             seen, silent_since, pause = now, time.monotonic(), _SHORTEST
             yield f"id: {now}\nevent: status\ndata: {json.dumps(document)}\n\n"

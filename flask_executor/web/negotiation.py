@@ -11,7 +11,7 @@ from flask import Request, Response
 
 from flask_executor.web.events import Read, WaitSlots, events, hold
 from flask_executor.web.problems import nothing, problem
-from flask_executor.web.status import version
+from flask_executor.web.status import document_version
 
 HTML = "text/html"
 JSON = "application/json"
@@ -71,7 +71,7 @@ def status_response(request: Request, read: Read, places: WaitSlots, *, as_event
 
 def _is_the_end(document: Mapping[str, Any] | None, last: str) -> bool:
     """Whether a client has seen all there is."""
-    return document is not None and document["ended"] and version(document) == last
+    return document is not None and document["ended"] and document_version(document) == last
 
 
 def _takes(request: Request, mimetype: str) -> bool:
@@ -96,7 +96,7 @@ def document_answer(request: Request, document: Mapping[str, Any], status: int =
     answer = Response(json.dumps(document), status, mimetype=mimetype)
     answer.headers["Cache-Control"] = "private, no-cache"
     answer.vary.add("Accept")
-    answer.set_etag(version(document), weak=True)
+    answer.set_etag(document_version(document), weak=True)
     if not document["ended"]:
         answer.headers["Retry-After"] = str(seconds_between_polls(document))
     if status < 300:  # RFC 9110, 13.2.1: others are what they are

@@ -9,6 +9,7 @@ from urllib.parse import quote
 from flask_executor.jobs.model import JobStatus
 from flask_executor.web.negotiation import DOCUMENT, EVENTS, HTML, JSON
 from flask_executor.web.problems import MIMETYPE as PROBLEM
+from flask_executor.web.status import job_schema
 
 Schema = dict[str, Any]
 
@@ -50,7 +51,7 @@ def document(base: str, exposed: Iterable[Startable]) -> Schema:
         "/{id}/events": {"parameters": [job], "get": _events()},
         "/{id}/retry": {"parameters": [job], "post": _retry()},
     }
-    schemas: dict[str, Schema] = {"Job": _JOB, "Problem": _PROBLEM, "Overview": {"type": "object"}}
+    schemas: dict[str, Schema] = {"Job": job_schema(), "Problem": _PROBLEM, "Overview": {"type": "object"}}
     for number, one in enumerate(exposed):
         models = f"run{number}."  # two functions may have different ones of the same name
         schema = dict(one.parameters.schema(f"#/components/schemas/{models}"))
@@ -65,34 +66,7 @@ def document(base: str, exposed: Iterable[Startable]) -> Schema:
     }
 
 
-_TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
 _TEXT: Schema = {"type": ["string", "null"]}
-_SECONDS: Schema = {"type": ["number", "null"], "minimum": 0}
-_JOB: Schema = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string", "pattern": "^[0-9a-f]{24}$"},
-        "name": {"type": "string"},
-        "key": _TEXT,
-        "status": {"enum": [status.value for status in JobStatus]},
-        "ended": {"type": "boolean"},
-        "progress": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
-        "message": _TEXT,
-        "meta": {"type": "object"},
-        "attempt": {"type": "integer", "minimum": 1},
-        "stop_requested": {"type": "boolean"},
-        "queued_at": {"type": "string", "format": "date-time"},
-        "started_at": _TIME,
-        "ended_at": _TIME,
-        "elapsed": {**_SECONDS, "description": "seconds that it has run by now, or in all"},
-        "remaining": {**_SECONDS, "description": "seconds, an estimate"},
-        "error": _TEXT,
-        "owner": {**_TEXT, "description": "in lists"},
-        "started_with": {**_TEXT, "description": "in lists: what it was started with here, as JSON"},
-        "links": {"type": "object", "additionalProperties": {"type": "string"}},
-    },
-    "required": ["id", "name", "key", "status", "ended", "progress", "message", "queued_at", "links"],
-}
 _PROBLEM: Schema = {
     "type": "object",
     "description": "RFC 9457",

@@ -33,6 +33,7 @@ def overview(records: JobRecords, health: Health, workers: Sequence[WorkerState]
     ended.sort(key=lambda job: job.ended_at or 0.0)
     return {
         "counts": {status.value: counts[status] for status in JobStatus},
+        "failed": sum(counts[status] for status in JobStatus if status.failed),
         "sampled": len(sample),
         "functions": _by_function(ended),
         "recent": [_moment(job) for job in ended[-_RECENT:]],
@@ -71,7 +72,7 @@ def _quantile(ascending: Sequence[float], share: float) -> float:
 def _moment(job: Job) -> dict[str, Any]:
     document = job_document(job)
     seconds = round(elapsed_seconds(job) or 0.0, 3)
-    return {**{name: document[name] for name in ("id", "name", "status", "ended_at")}, "seconds": seconds}
+    return {**{name: document[name] for name in ("id", "name", "status", "failed", "ended_at")}, "seconds": seconds}
 
 
 def _worker(worker: WorkerState) -> Mapping[str, Any]:

@@ -133,7 +133,7 @@ def _status(job: Job) -> int:
     """The HTTP status that says how a job stands which has no result."""
     if not job.status.ended:
         return 202
-    return 409 if job.status in (JobStatus.STOPPED, JobStatus.KILLED, JobStatus.CANCELLED) else 500
+    return 500 if job.status.failed else 409
 
 
 def _redirect_to_job_page(jobs: Jobs, job: Job, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:

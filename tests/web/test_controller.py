@@ -160,7 +160,7 @@ def test_failure_and_retry(client: FlaskClient) -> None:
     failed = ended(client, url)
     assert (failed["status"], failed["error"]) == ("failed", None)
     assert "hunter2" not in json.dumps(failed), "errors and arguments are not told to everybody"
-    assert problem(client.get(f"{url}/result"), 409)["detail"] == "The job has no result: it has failed."
+    assert problem(client.get(f"{url}/result"), 409)["detail"] == "The job has no result: its status is failed."
     again = client.post(failed["links"]["retry"])
     assert document(again, 202)["meta"] == {}
     assert again.headers["Location"] != url

@@ -25,15 +25,6 @@ function svg(tag, attributes, ...children) {
   return element;
 }
 
-// Around (0, 0): a disc, a cross, an hourglass; a square for all that was stopped.
-const SHAPES = {
-  succeeded: "M-3.5,0a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0",
-  failed: "M-4,-4L4,4M4,-4L-4,4",
-  lost: "M-4,-4L4,4M4,-4L-4,4",
-  timed_out: "M-4,-4H4L-4,4H4Z",
-  other: "M-3.5,-3.5H3.5V3.5H-3.5Z",
-};
-
 // Seconds, each about ten times the one before, and round in its own unit.
 const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36_000, 86_400, 864_000, 8_640_000];
 
@@ -49,23 +40,29 @@ export function drawChart(place, caption, recent) {
   const [bottom, top] = [Math.log(TICKS[low]), Math.log(TICKS[high])];
   const y = (seconds) => margin + ((top - Math.log(Math.max(seconds, TICKS[0]))) / (top - bottom)) * (height - 2 * margin);
   const x = (index) => side + 8 + ((index + 0.5) / ran.length) * (width - side - 16);
-  const drawing = svg("svg", { width, height, role: "img", "aria-labelledby": caption.id });
+  const drawing = svg("svg", { width, height });
   for (const tick of TICKS.slice(low, high + 1)) {
     drawing.append(
       svg("line", { x1: side, x2: width, y1: y(tick), y2: y(tick) }),
       svg("text", { x: side - 10, y: y(tick), dy: "0.32em", "text-anchor": "end" }, short(tick).split(" ")[0]),
     );
   }
-  ran.forEach(({ name, status, seconds }, index) => {
-    const at = `translate(${x(index)} ${y(seconds)})`;
-    const title = svg("title", {}, `${name}: ${say(status)}, ${short(seconds)}`);
-    drawing.append(svg("path", { d: SHAPES[status] ?? SHAPES.other, transform: at, "data-executor-status": status }, title));
+  const marks = ran.map(({ name, status, seconds }, index) => {
+    const mark = document.createElement("span");
+    mark.className = "executor-shape";
+    mark.dataset.executorStatus = status;
+    mark.title = `${name}: ${say(status)}, ${short(seconds)}`;
+    mark.style.left = `${x(index)}px`;
+    mark.style.top = `${y(seconds)}px`;
+    return mark;
   });
-  place.replaceChildren(drawing);
+  place.role = "img";
+  place.setAttribute("aria-labelledby", caption.id);
+  place.replaceChildren(drawing, ...marks);
   caption.textContent = say("chart", {
     n: ran.length,
     median: short(sorted[Math.floor(sorted.length / 2)]),
     longest: short(sorted.at(-1)),
-    failed: ran.filter(({ status }) => ["failed", "timed_out", "lost"].includes(status)).length,
+    failed: ran.filter(({ failed }) => failed).length,
   });
 }

@@ -12,7 +12,6 @@ import { View, percent, problem, remember, say } from "./job.js";
 const POLL_DELAY = 2000;
 const PAGE = 50;
 const FILTERS = ["q", "status", "name", "key", "owner"];
-const FAILED = ["failed", "timed_out", "lost"];
 
 const find = (id) => document.getElementById(`executor-${id}`);
 const root = find("dashboard");
@@ -240,15 +239,14 @@ class Details extends View {
   }
 }
 
-function showOverview({ counts, sampled, functions, health, workers }) {
-  const of = (...statuses) => statuses.reduce((sum, status) => sum + (counts[status] ?? 0), 0);
-  const [good, failed] = [of("succeeded"), of(...FAILED)];
+function showOverview({ counts, failed, sampled, functions, health, workers }) {
+  const good = counts.succeeded;
   const share = (part) => (good + failed ? say("share", { percent: rate(part, good + failed) }) : "\u00a0");
-  tiles.fill("running", number.format(of("running")));
+  tiles.fill("running", number.format(counts.running));
   // Workers are those of the process that answers; with a shared store others may run jobs.
-  const alone = health.workers && of("running") <= health.busy;
+  const alone = health.workers && counts.running <= health.busy;
   tiles.fill("running_note", alone ? say("busy_workers", health) : "\u00a0");
-  tiles.fill("queued", number.format(of("queued")));
+  tiles.fill("queued", number.format(counts.queued));
   tiles.fill("queued_note", health.oldest_wait ? say("oldest_wait", { time: short(health.oldest_wait) }) : "\u00a0");
   tiles.fill("succeeded", number.format(good));
   tiles.fill("succeeded_note", sampled ? say("of_newest", { n: number.format(sampled) }) : "\u00a0");

@@ -119,7 +119,6 @@ class JobView extends View {
   }
 
   render(job) {
-    const failed = ["failed", "timed_out", "lost"].includes(job.status);
     const unknown = typeof job.progress !== "number";
     if (!job.ended) remember("");
     this.element.dataset.executorStatus = job.status;
@@ -128,8 +127,8 @@ class JobView extends View {
     this.fill("message", job.message ?? "");
     this.fill("percent", unknown ? "" : percent(job.progress));
     this.fill("attempt", job.attempt > 1 ? say("attempt", { n: job.attempt }) : "");
-    this.fill("error", failed ? job.error || say(`error_${job.status}`) : "");
-    this.show("failure", failed);
+    this.fill("error", job.failed ? job.error || say(`error_${job.status}`) : "");
+    this.show("failure", job.failed);
     this.showBar(job);
     this.showTimes();
     this.showActions(job);
@@ -155,7 +154,7 @@ class JobView extends View {
     button?.removeAttribute("disabled");
     button?.setAttribute("aria-disabled", String(this.stopping(job)));
     this.show("stop", !job.ended && (this.page === "turn" || Boolean(job.links?.stop)));
-    this.show("retry", job.ended && job.status !== "succeeded" && (this.page === "turn" || Boolean(job.links?.retry)));
+    this.show("retry", job.retryable && (this.page === "turn" || Boolean(job.links?.retry)));
     this.show("hint", !job.ended);
     if (focused && job.ended) (this.parts.retry?.querySelector("button") ?? this.parts.name)?.focus();
     const result = job.status === "succeeded" && this.page === "stay" && job.links?.result;
