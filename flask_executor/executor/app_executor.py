@@ -46,6 +46,7 @@ from flask_executor.jobs.packing import ChunkedFunction
 from flask_executor.services.registry import Services
 from flask_executor.signals import job_failed, job_finished, job_queued, job_started
 from flask_executor.stores.leases import engine_holder
+from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.tracking.local import JobTracker
 from flask_executor.tracking.shared import SharedJobTracker
 from flask_executor.web.events import WaitSlots
@@ -105,9 +106,9 @@ class AppExecutor(JobChannel):
         self.producer: Producer | None = None
         self.consumer: Consumer | None = None
         if isinstance(self.tracker, SharedJobTracker) and engine is not None:
-            self.tracker.engine = engine_holder(engine)
-            self.producer = Producer(self, self.tracker)
-            self.consumer = Consumer(self, self.tracker)
+            handover = self.tracker.handover = EngineHandover(self.tracker, engine_holder(engine))
+            self.producer = Producer(self, self.tracker, handover)
+            self.consumer = Consumer(self, self.tracker, handover)
             register(app, self.name, self.consumer)
 
     def _set_config(self, config: Config) -> None:
@@ -162,8 +163,8 @@ class AppExecutor(JobChannel):
                     register_for_shutdown(self)
                     self._warn_of_late_settings()
                     options = self.config.backend_options(self._app, self.initializers)
-                    if isinstance(self.tracker, SharedJobTracker):
-                        options = replace(options, refuse=weak_callback(self.tracker.refuse))
+                    if self.tracker.handover is not None:
+                        options = replace(options, refuse=weak_callback(self.tracker.handover.refuse))
                     backend = self._backend_class(replace(options, start=_starter(self)))
                     if self._closed:
                         backend.shutdown()

@@ -34,6 +34,7 @@ from flask_executor.helpers.log import logger
 from flask_executor.jobs.call import Call, JobChannel
 from flask_executor.jobs.context_snapshot import SentContexts
 from flask_executor.jobs.model import JobState
+from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.tracking.shared import SharedJobTracker
 
 if TYPE_CHECKING:
@@ -78,10 +79,11 @@ class Consumer:
 
     # _pool is made and let go under _lock. _again belongs to whoever runs the call.
 
-    def __init__(self, host: Host, tracker: SharedJobTracker) -> None:
+    def __init__(self, host: Host, tracker: SharedJobTracker, handover: EngineHandover) -> None:
         self._host = host
         #: What the engine's jobs are recorded in.
         self.tracker = tracker
+        self.handover = handover
         self._lock = threading.Lock()
         self._pool: ProcessBackend | None = None
         self._closed = False
@@ -117,9 +119,9 @@ class Consumer:
         wait([call.future])
         again = self._again.pop(id, None)
         if again is None:
-            self.tracker.finish(call.job)
+            self.handover.finish(call.job)
         else:
-            self.tracker.return_to_engine(call.job)
+            self.handover.return_to_engine(call.job)
         return again
 
     def _adopt(self, call: Call, sender: str) -> bool:
@@ -134,7 +136,7 @@ class Consumer:
             self._host.unfinished.add(call, None)  # first: once it is ours it may get messages
             acquired = False
             try:
-                acquired = self.tracker.acquire(call, sender)
+                acquired = self.handover.acquire(call, sender)
                 return acquired
             except StoreUnavailable as error:
                 logger.warning("Job %s has to wait: %s", call.job.id, error)
@@ -146,7 +148,7 @@ class Consumer:
 
     def postpone(self, call: Call, delay: float) -> bool:
         """The call is to run again in ``delay`` seconds: leave that to the engine, if it has sent it."""
-        if not self.tracker.is_acquired(call.job.id):
+        if not self.handover.is_acquired(call.job.id):
             return False
         self._again[call.job.id] = delay
         # Only to wake up run(): the handle is not the one that somebody waits with, and nothing is reported.
@@ -159,7 +161,7 @@ class Consumer:
             message = unpack_call_for_engine(id, data, call_signer(self._host.app))
         except (NotPicklable, UntrustedResult) as error:
             logger.error("Job %s is refused: %s", id, error)  # what engines make of it is their own
-            self.tracker.refuse(id, error)
+            self.handover.refuse(id, error)
             raise
         options = message.options
         job = JobState(options.name or callable_name(message.fn), options.key, options.owner, id=id)

@@ -21,6 +21,7 @@ from flask_executor.helpers import weak_callback
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.call import Call, JobChannel
 from flask_executor.jobs.model import Job, JobOptions, JobState, JobStatus
+from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.tracking.shared import SharedJobTracker
 from flask_executor.tracking.signing import CALL, PayloadSigner, secret_keys
 
@@ -54,10 +55,11 @@ class Host(Protocol):
 class Producer:
     """Makes the calls that an engine is to have, and knows their handles."""
 
-    def __init__(self, host: Host, tracker: SharedJobTracker) -> None:
+    def __init__(self, host: Host, tracker: SharedJobTracker, handover: EngineHandover) -> None:
         self._host = host
         self._ledger = tracker
-        tracker.discard = weak_callback(self._discard)
+        self._handover = handover
+        handover.remove_queued = weak_callback(self._remove_queued)
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -96,7 +98,7 @@ class Producer:
 
     def keep(self, call: Call) -> None:
         """The call is to wait in this process for a while."""
-        self._ledger.hold_locally(call.job)
+        self._handover.hold_locally(call.job)
         self._sent.discard(call.future)
 
     def send_kept(self, call: Call) -> None:
@@ -104,7 +106,7 @@ class Producer:
 
         :raises EngineUnavailable: also without a look, for a while: a commit must not wait again and again.
         """
-        if not self._ledger.is_held(call.job.id):
+        if not self._handover.is_held(call.job.id):
             return
         was = self._trouble
         if was is not None and time.monotonic() < self._away:
@@ -119,7 +121,7 @@ class Producer:
 
     def send(self, call: Call) -> None:
         """Have the engine take a call."""
-        with self._ledger.transferring(call.job):
+        with self._handover.transferring(call.job):
             self._host.backend.enqueue(call)
 
     def owns(self, future: FutureProxy[Any]) -> bool:
@@ -134,7 +136,7 @@ class Producer:
         future.cancel_unaccepted()  # type: ignore[attr-defined]
         return True
 
-    def _discard(self, job: Job) -> None:
+    def _remove_queued(self, job: Job) -> None:
         try:
             self._host.backend.remove_queued(job)
         except EngineUnavailable as error:  # then it is dropped by the worker that gets it

@@ -17,6 +17,7 @@ from flask_executor.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from flask_executor.jobs.call import Call
+    from flask_executor.tracking.engine_handover import EngineHandover
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +45,8 @@ class JobTracker:
 
     #: Whether other processes see them.
     shared = False
+    #: How jobs pass between processes and an engine; None for a backend whose jobs are this process's.
+    handover: EngineHandover | None = None
 
     def __init__(self, options: TrackingOptions) -> None:
         self._options = options

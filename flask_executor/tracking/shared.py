@@ -27,13 +27,8 @@ where only we can write.
 
 from __future__ import annotations
 
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flask_executor.abc import Entry, JobStore, StopRequest, StoredMessage
@@ -49,13 +44,11 @@ from flask_executor.futures import FutureCollection, FutureProxy
 from flask_executor.helpers import describe_error, weak_callback
 from flask_executor.helpers.log import logger
 from flask_executor.helpers.serial_thread import SerialThread
-from flask_executor.helpers.timer import timer
 from flask_executor.jobs.call import JobChannel
 from flask_executor.jobs.current import RunningJob
-from flask_executor.jobs.model import Job, JobMessage, JobState, JobStatus
+from flask_executor.jobs.model import Job, JobMessage, JobState, JobStatus, LogLine
 from flask_executor.jobs.packing import pack_error, pickle_or_explain, unpack_error, unpack_result
 from flask_executor.stores.codec import encode_key
-from flask_executor.stores.leases import HEARTBEAT_SECONDS, LEASE_SECONDS, is_alive
 from flask_executor.tracking.local import JobTracker, TrackingOptions, has_failed, is_pinned
 from flask_executor.tracking.merged_records import MergedRecords
 from flask_executor.tracking.signing import (
@@ -77,9 +70,7 @@ if TYPE_CHECKING:
 
     from flask_executor.jobs.call import Call
 
-_PATIENCE = 5.0  # seconds to wait until something is written
-_AGAIN = 0.5  # seconds until a store that was not available is tried again
-_MOMENT = 0.02  # seconds between two looks
+_FLUSH_TIMEOUT = 5.0  # seconds to wait until the writer has written what it has
 
 
 class SharedJobTracker(JobTracker):
@@ -93,16 +84,11 @@ class SharedJobTracker(JobTracker):
     def __init__(self, options: TrackingOptions, store: JobStore, app: weakref.ref[Flask], channel: JobChannel) -> None:
         super().__init__(options)
         self.store = store
-        self.engine: str | None = None  # who has the jobs of this process, if not the process
-        self.discard: Callable[[Job], None] = _nothing  # takes what was cancelled off the queue of the engine
         self._app = app
         self._channel = weakref.ref(channel)
         self._closed = False
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
         self._sealers: dict[str, PayloadSigner] = {}  # by what they seal
-        self._held: set[str] = set()  # ids of jobs that wait here for the engine to get them
-        self._acquired: set[str] = set()  # ids of jobs of this process that an engine has sent
-        self._adopting = threading.Lock()
         self._parts: list[Any] = []
         self._start_threads()
         self.records = MergedRecords(self._memory, store, self._is_written)
@@ -113,7 +99,7 @@ class SharedJobTracker(JobTracker):
     def _start_threads(self) -> None:
         """What has threads."""
         self._follower = CompletionWatcher(self.store)
-        self._recorder = StoreWriter(self.store, weak_callback(self._on_request))
+        self.writer = StoreWriter(self.store, weak_callback(self.on_request))
         self._make_serial_threads()
 
     def _make_serial_threads(self) -> None:
@@ -125,7 +111,7 @@ class SharedJobTracker(JobTracker):
         self._mail = SerialThread("flask-executor-mail")
         self._late = SerialThread("flask-executor-late")
         threads = (self._callbacks, self._requests, self._mail, self._late)
-        self._parts[:] = [self._follower, *threads, self._recorder]
+        self._parts[:] = [self._follower, *threads, self.writer]
 
     def reconfigure(self, options: TrackingOptions) -> None:
         if options.store != self._options.store:
@@ -138,7 +124,7 @@ class SharedJobTracker(JobTracker):
     @property
     def holder(self) -> str:
         """This process, as it is known in the store."""
-        return self._recorder.holder
+        return self.writer.holder
 
     # ---- jobs of this process ----
 
@@ -154,10 +140,10 @@ class SharedJobTracker(JobTracker):
             there = self._claim(call)
             if there is None:
                 if not _is_sent(call):
-                    self._recorder.add(job, claimed=True)
+                    self.writer.add(job, claimed=True)
                 self.futures.hold(job.key, call.future, pinned=is_pinned(call.options))
         except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
-            self._recorder.remove_when_possible(job.id)
+            self.writer.remove_when_possible(job.id)
             raise
         return there
 
@@ -166,203 +152,68 @@ class SharedJobTracker(JobTracker):
         entry = Entry(job=call.job.record(), holder=self.holder)
         there = self.store.claim(entry, again=again)
         if there is not None and again and has_failed(self._handles.get(there.id)):
-            self._recorder.flush(_PATIENCE)  # one of ours has failed just now, and the store does not know it yet
+            self.writer.flush(_FLUSH_TIMEOUT)  # one of ours has failed just now, and the store does not know it yet
             there = self.store.claim(entry, again=again)
         return None if there is None else self.handle(there)
 
     def add(self, call: Call) -> None:
-        if _is_sent(call):  # its worker writes it, if nobody has to find it before
-            if call.job.key is None and self._options.track == "all":
-                self._recorder.ensure_lease()
-                self.store.transfer(Entry(job=call.job.record(), holder=self.holder), None)
+        is_unwritten = call.job.key is None and self._options.track == "all"
+        if self.handover is not None and _is_sent(call):  # its worker writes it, if nobody has to find it before
+            if is_unwritten:
+                self.handover.announce(call.job)
             return
         super().add(call)
-        if self._options.track == "all" and call.job.key is None:
+        if is_unwritten:
             self._signer()
             self._handles[call.job.id] = call.future
-            self._recorder.add(call.job, claimed=False)
+            self.writer.add(call.job, claimed=False)
 
     def remove(self, future: FutureProxy[Any]) -> None:
-        self._recorder.forget(future.job_id)
+        self.writer.forget(future.job_id)
         self._memory.remove(future.job_id)
         if future.key is not None:
             FutureCollection.pop(self.futures, future.key)
-        if future.key is not None or self._options.track == "all":
+        if self.is_recorded(future.key):
             try:
                 self.store.remove(future.job_id)
             except StoreUnavailable as error:
                 logger.warning("Job %s was not accepted, and its record stays for a while: %s", future.job_id, error)
-                self._recorder.remove_when_possible(future.job_id)
+                self.writer.remove_when_possible(future.job_id)
 
-    def acquire(self, call: Call, sender: str) -> bool:
-        """Have a job that an engine has given to this process; False when it was cancelled, or it is being run.
-
-        An engine may give a job to somebody else when a worker has died, and twice to the same one.
-
-        :param sender: who had it before the engine.
-        """
-        id = call.job.id
-        with self._adopting:
-            if id in self._acquired or self._recorder.tracks(id):  # the store would give it to us once more
-                return False
-            self._acquired.add(id)
-        acquired = False
-        try:
-            acquired = self._acquire(call, sender)
-        finally:
-            if not acquired:
-                self._acquired.discard(id)
-        return acquired
-
-    def _acquire(self, call: Call, sender: str) -> bool:
+    def track_acquired(self, call: Call) -> None:
+        """Track a job that an engine has delivered to this process, which is its holder from now on."""
         job = call.job
-        if self.store.expired(job.id):  # it had ended, or was cancelled, and nobody knows any more
-            return False
-        if call.retried:  # then the record knows which attempt this is
-            known = self.store.get(job.id)
-            if known is not None:
-                job.attempt, job.error = known.attempt, known.error
-        entry = Entry(job=job.record(), holder=self.holder)
-        # The engine twice: its sender may hand it over between the first two.
-        acquired = any(self.store.transfer(entry, former) is None for former in (self.engine, sender, self.engine))
-        if acquired or self._take_over_from_dead(entry):
-            self._handles[job.id] = call.future
-            self._memory.add(job)
-            self._recorder.add(job, claimed=True)
-            if job.status.ended:  # it was stopped while the store was asked
-                self._recorder.ended(job, None)
-            return True
-        return False
+        self._handles[job.id] = call.future
+        self._memory.add(job)
+        self.writer.add(job, claimed=True)
+        if job.status.ended:  # it was stopped while the store was asked
+            self.writer.ended(job, None)
 
-    def _take_over_from_dead(self, entry: Entry) -> bool:
-        """Take over a job whose process is dead; whether it is, on another machine, is known when its lease ends."""
-        deadline = time.monotonic() + LEASE_SECONDS + HEARTBEAT_SECONDS
-        while True:
-            self.store.get(entry.job.id)  # which finds out whether it is lost
-            there = self.store.transfer(entry, self.holder, lost=True)
-            if there is None or there.status.ended:
-                return there is None
-            holder = self.store.holder(entry.job.id)
-            if holder is None or is_alive(holder) is not None or time.monotonic() > deadline:
-                return False
-            time.sleep(_AGAIN)
+    def stop_tracking(self, id: str) -> list[LogLine]:
+        """Write no more of a job that an engine is to have; the lines of its log that are not written yet."""
+        self._handles.pop(id, None)
+        return self.writer.release(id)
 
-    def finish(self, job: JobState) -> None:
-        """Wait until the store knows what came of a job that has ended."""
-        self._recorder.finish(job.id)
-        self._memory.remove(job.id)  # a worker lives long, and the store has it all
+    def forget(self, id: str) -> None:
+        """Keep nothing of a job in memory: the store has it all, and a worker lives long."""
+        self._memory.remove(id)
 
-    def is_acquired(self, id: str) -> bool:
-        """Whether this process has a job from an engine."""
-        return id in self._acquired
-
-    def return_to_engine(self, job: JobState) -> None:
-        """Have a job belong to the engine again, which waits until the store has that."""
-        self._handles.pop(job.id, None)
-        log = self._recorder.release(job.id)
-        while True:
-            try:
-                entry = Entry(job=job.record(), holder=self.engine or "", log=log)
-                self.store.transfer(entry, self.holder, lost=True)  # or somebody has it who took us for dead
-                for request in self.store.take_requests(self.holder):  # that came for it until now
-                    if isinstance(request, StopRequest):  # messages follow the job
-                        self._on_request(request)
-                break
-            except StoreUnavailable as error:
-                logger.warning("Job %s is to be tried again, and has to wait: %s", job.id, error)
-                time.sleep(_AGAIN)
-        self._acquired.discard(job.id)
-        self._memory.remove(job.id)
-
-    def hold_locally(self, job: JobState) -> None:
-        """A job is to wait in this process before the engine gets it; it is lost if the process ends meanwhile."""
-        self.store.write([Entry(job=job.record(), holder=self.holder)])
-        self._held.add(job.id)
-        self._recorder.add(job, claimed=True, kept=True)
-
-    def is_held(self, id: str) -> bool:
-        """Whether a job waits in this process, and was not cancelled."""
-        return id in self._held
-
-    @contextmanager
-    def transferring(self, job: JobState) -> Iterator[None]:
-        """While the engine gets a job. Until it has it the job is ours, as nobody would have it if we died.
-
-        A worker may be quicker than what is done after that, and takes the job over from us.
-        """
-        is_held = job.id in self._held
-        if is_held:
-            self._recorder.release(job.id)  # first: what it is about to write would come after the worker's
-        try:
-            yield
-        except BaseException:
-            if job.id in self._held:  # it was not cancelled meanwhile
-                self._recorder.add(job, claimed=True, kept=True)
-            raise
-        if is_held or job.key is not None or self._options.track == "all":
-            self._hand_over(job.record())
-
-    def _hand_over(self, job: Job) -> None:
-        entry = Entry(job=job, holder=self.engine or "")
-        try:
-            there = self.store.transfer(entry, self.holder, new=False)
-            if there is not None and there.status is JobStatus.LOST and there.started_at is None:
-                # The store was not there for a while, but we were.
-                there = self.store.transfer(entry, self.holder, lost=True, new=False)
-        except StoreUnavailable as error:
-            logger.info("Job %s (%s) is in the queue, and its record still here: %s", job.name, job.id, error)
-            timer.call_later(_AGAIN, partial(weak_callback(self._hand_over_later), job))
-            return
-        self._held.discard(job.id)
-        if there is not None and there.status is JobStatus.CANCELLED:  # meanwhile
-            self.discard(there)
-
-    def _hand_over_later(self, job: Job) -> None:
-        self.in_background(lambda: self._hand_over(job))
-
-    def refuse(self, id: str, error: Exception, name: str = "unknown") -> None:
-        """A job that waits in the queue of an engine cannot be run.
-
-        :param name: what it is called, for one that has no record yet.
-        """
-        deadline = time.monotonic() + LEASE_SECONDS
-        while True:
-            job = self.store.get(id) or JobState(name, None, None, id=id).record()
-            if job.status is not JobStatus.QUEUED or self.engine is None:
-                return
-            failed = replace(job, status=JobStatus.FAILED, error=describe_error(error), ended_at=time.time())
-            outcome = self._signer().seal(id, PayloadKind.ERROR, self._packed_error(error))
-            there = self.store.transfer(Entry(job=failed, holder=self.engine, outcome=outcome), self.engine)
-            if there is None or time.monotonic() > deadline:
-                return
-            time.sleep(_MOMENT)  # its sender is about to hand it over
-
-    def cancel_queued(self, job: Job) -> bool:
-        if self.engine is None or job.status is not JobStatus.QUEUED:
-            return False
-        cancelled = Entry(job=replace(job, status=JobStatus.CANCELLED, ended_at=time.time()), holder=self.engine)
-        if self.store.transfer(cancelled, self.engine) is not None:
-            runs_here = job.id in self._acquired or (self._recorder.tracks(job.id) and job.id not in self._held)
-            if runs_here or self.store.transfer(cancelled, self.holder) is not None:
-                return False
-            self._held.discard(job.id)
-            self._recorder.forget(job.id)
-        self.discard(cancelled.job)
-        return True
+    def is_recorded(self, key: Hashable | None) -> bool:
+        """Whether the store gets a record of a job with this key."""
+        return key is not None or self._options.track == "all"
 
     def _is_written(self, job: Job) -> bool:
         """Whether the store knows, or knew, all there is to know about a job of this process."""
-        is_recorded = job.key is not None or self._options.track == "all"
-        return is_recorded and job.status.ended and not self._recorder.tracks(job.id)
+        return self.is_recorded(job.key) and job.status.ended and not self.writer.tracks(job.id)
 
     def changed(self, job: JobState) -> None:
-        self._recorder.changed(job)
+        self.writer.changed(job)
 
     def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
-        return self._recorder.report if self._recorder.tracks(job.id) else None
+        return self.writer.report if self.writer.tracks(job.id) else None
 
     def pack_result(self, job: JobState, result: Any, packed: bytes | None) -> bytes | None:
-        if not self._recorder.tracks(job.id):
+        if not self.writer.tracks(job.id):
             return None
         if packed is None:
             packed = b"".join(pickle_or_explain(result, f"The result of job {job.name}", "be kept in the store"))
@@ -373,39 +224,38 @@ class SharedJobTracker(JobTracker):
 
     def ended(self, job: JobState, error: BaseException | None, outcome: bytes | None) -> None:
         self._memory.end(job)
-        self._acquired.discard(job.id)
-        if self._recorder.tracks(job.id):
+        if self.handover is not None:
+            self.handover.ended(job.id)
+        if self.writer.tracks(job.id):
             try:
                 if error is not None:
-                    outcome = self._signer().seal(job.id, PayloadKind.ERROR, self._packed_error(error))
+                    outcome = self.pack_error(job.id, error)
             finally:
-                self._recorder.ended(job, outcome)
+                self.writer.ended(job, outcome)
 
-    def _packed_error(self, error: BaseException) -> bytes:
-        packed = pack_error(error)
-        limit = self._options.result_max_bytes
-        if len(packed) <= limit:
-            return packed
-        key = self._options.config_key("EXECUTOR_RESULT_MAX_BYTES")
-        what = f"a job's error has {len(packed)} bytes and {key} allows {limit}; it was: {describe_error(error)}"
-        return pack_error(NotPicklable(what))
+    def pack_error(self, id: str, error: BaseException) -> bytes:
+        """The error of a job as the store is to keep it."""
+        packed, limit = pack_error(error), self._options.result_max_bytes
+        if len(packed) > limit:
+            key = self._options.config_key("EXECUTOR_RESULT_MAX_BYTES")
+            what = f"a job's error has {len(packed)} bytes and {key} allows {limit}; it was: {describe_error(error)}"
+            packed = pack_error(NotPicklable(what))
+        return self._signer().seal(id, PayloadKind.ERROR, packed)
 
-    def _on_request(self, request: StopRequest | StoredMessage) -> None:
+    def on_request(self, request: StopRequest | StoredMessage) -> None:
         """Another process wants one of our jobs to be stopped, or to have a message."""
         if isinstance(request, StopRequest):
-            self._requests.run(lambda: self._meet(request))
+            self._requests.run(lambda: self._on_stop_request(request))
             return
         future = self._handles.get(request.id)
         if future is not None:
             self._mail.run(lambda: self._on_message(request, future))
 
-    def _meet(self, request: StopRequest) -> None:
+    def _on_stop_request(self, request: StopRequest) -> None:
         future = self._handles.get(request.id)
-        if future is not None and (future.cancel() if request.only_queued else future.stop(request.grace)):
-            return
-        job = None if self.engine is None else self.store.get(request.id)
-        if job is not None and not job.status.ended and not self.cancel_queued(job) and not request.only_queued:
-            self.store.ask_to_stop(request)  # the engine has it again, or has given it to somebody else
+        is_met = future is not None and (future.cancel() if request.only_queued else future.stop(request.grace))
+        if not is_met and self.handover is not None:
+            self.handover.forward_stop(request)
 
     def _on_message(self, stored: StoredMessage, future: FutureProxy[Any]) -> None:
         try:
@@ -447,9 +297,13 @@ class SharedJobTracker(JobTracker):
 
     def send(self, job: Job, message: JobMessage) -> bool:
         """Send a message to a job by way of the store; False when it has ended."""
-        if self.engine is not None and job.status is JobStatus.QUEUED:  # perhaps nobody has written it yet
-            self.store.transfer(Entry(job=job, holder=self.engine), None)
+        if self.handover is not None and job.status is JobStatus.QUEUED:
+            self.handover.ensure_record(job)
         return self.store.send(job.id, pack_message(job, message, self._signer(MESSAGE)))
+
+    def cancel_queued(self, job: Job) -> bool:
+        """Cancel a job that waits in the queue of an engine; False when a worker has it, or no engine has it."""
+        return self.handover is not None and self.handover.cancel_queued(job)
 
     def follow(self, future: Followed) -> None:
         """Have a handle settled when its job has ended."""
@@ -500,7 +354,7 @@ class SharedJobTracker(JobTracker):
     # ---- life ----
 
     def flush(self, timeout: float | None) -> bool:
-        return self._recorder.flush(timeout)
+        return self.writer.flush(timeout)
 
     def check(self) -> None:
         self.store.check()
@@ -510,7 +364,8 @@ class SharedJobTracker(JobTracker):
         self.store.after_fork()
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
-        self._held, self._acquired, self._adopting = set(), set(), threading.Lock()
+        if self.handover is not None:
+            self.handover.after_fork()
         self._follower.after_fork()
         self._start_threads()
         self.futures.after_fork()
@@ -520,11 +375,11 @@ class SharedJobTracker(JobTracker):
         pass  # the store knows what becomes of it
 
     def give_up(self, timeout: float) -> None:
-        self._recorder.give_up(timeout)
+        self.writer.give_up(timeout)
 
     def close(self, *, wait: bool) -> None:
         self._closed = True
-        self._recorder.close(wait=wait)
+        self.writer.close(wait=wait)
         self._follower.close(wait=wait)
         for thread in (self._requests, self._mail, self._late, self._callbacks):
             thread.close(wait=wait)
@@ -533,10 +388,6 @@ class SharedJobTracker(JobTracker):
 def _is_sent(call: Call) -> bool:
     """Whether an engine is to have the job, and not this process."""
     return isinstance(call.future, StoredFuture)
-
-
-def _nothing(job: Job) -> None:
-    """There is no engine."""
 
 
 def _dispose(parts: Sequence[Any]) -> None:

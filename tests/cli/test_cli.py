@@ -23,6 +23,7 @@ from flask_executor.cli import commands, console
 from flask_executor.jobs.model import JobState
 from flask_executor.stores.leases import engine_holder
 from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until
+from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.web.status import job_document
 
 APP = """
@@ -427,7 +428,7 @@ def test_a_job_in_the_queue_of_an_engine_is_cancelled(
 
     def with_engine() -> Any:
         binding, tracker = find()
-        tracker.engine = engine
+        tracker.handover = EngineHandover(tracker, engine)
         return binding, tracker
 
     monkeypatch.setattr(commands, "_shared_tracker", with_engine)

@@ -348,7 +348,7 @@ def test_a_job_that_cannot_be_kept_leaves_its_key(executor: Executor, monkeypatc
     executor.submit(tasks.add, 1)
     with Session(create_engine("sqlite://")) as session:
         with monkeypatch.context() as patch:
-            patch.setattr("flask_executor.tracking.writer.Recorder.add", lambda *_, **__: 1 / 0)
+            patch.setattr("flask_executor.tracking.writer.StoreWriter.add", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 executor.options(key="report").submit_after_commit(session, tasks.add, 1)
         assert "report" not in executor.futures

@@ -20,6 +20,7 @@ from flask_executor.jobs.call import Call
 from flask_executor.jobs.model import Job, JobState, JobStatus
 from flask_executor.stores.leases import engine_holder, new_holder_id
 from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, wait_until
+from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.tracking.shared import SharedJobTracker
 from flask_executor.tracking.stored_future import StoredFuture
 
@@ -32,7 +33,7 @@ class Worker:
     def __init__(self, binding: Any) -> None:
         self.binding = binding
         self.tracker: SharedJobTracker = binding.tracker
-        self.tracker.engine = ENGINE
+        self.handover = self.tracker.handover = EngineHandover(self.tracker, ENGINE)
         self.ids: list[str] = []
 
     def queued(self, key: str | None = "report") -> JobState:
@@ -50,7 +51,7 @@ class Worker:
 
     def adopt(self, queued: JobState, sender: str = ENGINE) -> bool:
         """Whether it gets the job, having been given it once more."""
-        return self.tracker.acquire(self.call(queued), sender)
+        return self.handover.acquire(self.call(queued), sender)
 
 
 @pytest.fixture
@@ -59,8 +60,8 @@ def worker(shared_store: str, make_executor: MakeExecutor) -> Iterator[Worker]:
     worker = Worker(executor._binding()[1])
     yield worker
     for id in worker.ids:
-        worker.tracker._recorder.forget(id)
-    worker.tracker.engine = None
+        worker.tracker.writer.forget(id)
+    worker.tracker.handover = None
 
 
 def test_a_job_that_comes_twice_is_run_once(worker: Worker) -> None:
@@ -68,18 +69,18 @@ def test_a_job_that_comes_twice_is_run_once(worker: Worker) -> None:
     answers: list[bool] = []
     run_in_threads(8, lambda: answers.append(worker.adopt(job)))
     assert sorted(answers) == [False] * 7 + [True]
-    assert worker.tracker.is_acquired(job.id)
+    assert worker.handover.is_acquired(job.id)
 
 
 def test_a_job_that_comes_again_when_it_has_ended_is_not_run_again(worker: Worker) -> None:
     job = worker.queued()
     call = worker.call(job)
-    assert worker.tracker.acquire(call, ENGINE)
+    assert worker.handover.acquire(call, ENGINE)
     call.job.start()
     call.job.end(JobStatus.SUCCEEDED)
     worker.tracker.ended(call.job, None, None)
     assert not worker.adopt(job), "nor before its end is written"
-    worker.tracker.finish(call.job)
+    worker.handover.finish(call.job)
     assert not worker.adopt(job)
 
 
@@ -93,21 +94,21 @@ def test_a_job_that_could_not_be_had_may_come_again(worker: Worker, monkeypatch:
         patch.setattr(worker.tracker.store, "transfer", fail)
         with pytest.raises(OSError):  # noqa: PT011  # whatever it is
             worker.adopt(job)
-    assert not worker.tracker.is_acquired(job.id)
+    assert not worker.handover.is_acquired(job.id)
     assert worker.adopt(job)
 
 
 def test_a_stop_while_a_worker_gives_the_job_back(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     job = worker.queued()
     call = worker.call(job)
-    assert worker.tracker.acquire(call, ENGINE)
+    assert worker.handover.acquire(call, ENGINE)
     record = worker.tracker.store.get(job.id)
     assert record is not None
     handle: StoredFuture[Any] = StoredFuture(record, worker.tracker)
     ask = worker.tracker.store.ask_to_stop
 
     def give_back_and_ask(request: StopRequest) -> None:
-        worker.tracker.return_to_engine(call.job)
+        worker.handover.return_to_engine(call.job)
         ask(request)
 
     monkeypatch.setattr(worker.tracker.store, "ask_to_stop", give_back_and_ask)
@@ -131,7 +132,7 @@ def test_a_job_that_is_lost_and_comes_again_is_run_by_one(worker: Worker) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "transfer", take_after_another)
         assert not worker.adopt(job)
-    assert not worker.tracker.is_acquired(job.id)
+    assert not worker.handover.is_acquired(job.id)
 
 
 def test_a_job_that_is_lost_and_was_started_anew_is_not_run(worker: Worker) -> None:
@@ -157,7 +158,7 @@ def test_what_its_sender_still_has_is_taken_from_him(worker: Worker) -> None:
     assert not worker.adopt(job, "somebody.1.2.else")
     assert worker.adopt(job, sender)
     assert store.transfer(Entry(job=job.record(), holder=ENGINE), sender, lost=True, new=False) is not None, "too late"
-    assert worker.tracker.is_acquired(job.id)
+    assert worker.handover.is_acquired(job.id)
 
 
 def test_a_process_on_another_machine_is_dead_when_its_lease_ends(worker: Worker) -> None:
@@ -187,7 +188,7 @@ def test_a_process_on_this_machine_is_alive_or_not(worker: Worker) -> None:
 def test_an_answer_that_was_lost(worker: Worker, make_executor: MakeExecutor) -> None:
     """The store has taken down that the job is this process's, which does not know it."""
     job, store = worker.queued(), worker.tracker.store
-    consumer = Consumer(worker.binding, worker.tracker)
+    consumer = Consumer(worker.binding, worker.tracker, worker.handover)
     call = worker.call(job)
     take, asked = store.transfer, list[str]()
 
@@ -216,13 +217,13 @@ def kept(worker: Worker, key: str | None = "report") -> JobState:
     """A job that waits in this process for the engine."""
     job = JobState("render", key)
     worker.ids.append(job.id)
-    worker.tracker.hold_locally(job)
+    worker.handover.hold_locally(job)
     return job
 
 
 def fail_to_send(worker: Worker, job: JobState, do: Callable[[], object] = lambda: None) -> None:
     def enqueue() -> None:
-        with worker.tracker.transferring(job):
+        with worker.handover.transferring(job):
             do()
             raise EngineUnavailable("Redis", "redis://away", "EXECUTOR_URL", "no answer")
 
@@ -240,7 +241,7 @@ def test_a_job_is_refused_whose_sender_is_slow(worker: Worker) -> None:
     job = JobState("render", "report")
     worker.ids.append(job.id)
     assert store.claim(Entry(job=job.record(), holder=sender)) is None
-    refuses = threading.Thread(target=worker.tracker.refuse, args=(job.id, ValueError("torn")))
+    refuses = threading.Thread(target=worker.handover.refuse, args=(job.id, ValueError("torn")))
     refuses.start()
     refuses.join(0.2)
     assert store.transfer(Entry(job=job.record(), holder=ENGINE), sender, new=False) is None
@@ -259,7 +260,7 @@ def test_what_a_worker_has_got_all_the_same_is_not_overwritten(worker: Worker) -
     assert store.transfer(Entry(job=running, holder=elsewhere), worker.tracker.holder) is None
     store.write([Entry(job=done, holder=elsewhere)])
     queued = JobState("render", "report", id=job.id)
-    worker.tracker._recorder.add(queued, claimed=False, kept=True)
+    worker.tracker.writer.add(queued, claimed=False, kept=True)
     worker.tracker.give_up(5)
     assert status_of(worker, job) == "succeeded"
 
@@ -274,8 +275,8 @@ def test_what_waits_for_the_engine_is_lost_with_its_process(worker: Worker) -> N
 def test_a_job_that_is_cancelled_while_it_is_sent_stays_cancelled(worker: Worker) -> None:
     job = kept(worker)
     fail_to_send(worker, job, lambda: worker.tracker.cancel_queued(job.record()))
-    assert not worker.tracker._recorder.tracks(job.id)
-    assert not worker.tracker.is_held(job.id)
+    assert not worker.tracker.writer.tracks(job.id)
+    assert not worker.handover.is_held(job.id)
     assert status_of(worker, job) == "cancelled"
 
 
@@ -292,11 +293,11 @@ def test_a_hand_over_is_tried_again(worker: Worker) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "transfer", fail_once)
-        with worker.tracker.transferring(job):
+        with worker.handover.transferring(job):
             pass
         assert failed.is_set()
         assert wait_until(lambda: store.holder(job.id) == ENGINE)
-    assert wait_until(lambda: not worker.tracker.is_held(job.id)), "which this process knows in a moment"
+    assert wait_until(lambda: not worker.handover.is_held(job.id)), "which this process knows in a moment"
 
 
 def test_a_job_that_was_not_handed_over_yet_can_be_cancelled(worker: Worker) -> None:
@@ -316,7 +317,7 @@ def test_a_job_that_is_about_to_run_here_is_not_cancelled_behind_its_back(worker
 
 def test_a_job_that_had_begun_does_not_become_the_engines_again(worker: Worker) -> None:
     job, store = kept(worker), worker.tracker.store
-    with worker.tracker.transferring(job):
+    with worker.handover.transferring(job):
         running = replace(job.record(), status=JobStatus.RUNNING, started_at=job.queued_at)
         assert store.transfer(Entry(job=running, holder="elsewhere.1.2.abc"), worker.tracker.holder) is None
         assert status_of(worker, job) == "lost"
@@ -343,14 +344,14 @@ def test_a_job_that_is_stopped_while_the_store_is_asked(worker: Worker) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "transfer", stop_and_take)
         worker.binding.unfinished.add(call, None)
-        assert worker.tracker.acquire(call, ENGINE)
-    worker.tracker.finish(call.job)
+        assert worker.handover.acquire(call, ENGINE)
+    worker.handover.finish(call.job)
     assert status_of(worker, job) == "cancelled"
 
 
 def test_a_process_that_is_told_to_end_begins_with_no_more_jobs(worker: Worker) -> None:
     job = worker.queued()
-    consumer = Consumer(worker.binding, worker.tracker)
+    consumer = Consumer(worker.binding, worker.tracker, worker.handover)
     entrypoint.shutting_down.set()
     try:
         with pytest.raises(ExecutorShutdown):

@@ -59,7 +59,7 @@ def test_messages_to_a_job_that_waits(shared_store: str, make_executor: MakeExec
     for number in range(3):
         assert stored(there, "second").send("page", number)
     store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
-    holder = here._binding()[1].tracker._recorder.holder  # type: ignore[attr-defined]
+    holder = here._binding()[1].tracker.writer.holder  # type: ignore[attr-defined]
     assert wait_until(lambda: not store.take_requests(holder)), "its process has them"
     assert stored(there, "first").send("go", 1)
     assert there.futures.result("second", timeout=20) == [("page", 0), ("page", 1), ("page", 2)]
@@ -74,7 +74,7 @@ def test_a_message_that_comes_before_the_job_is_in_the_queue(
     there = make_executor(other := another_app(app))
     here.submit_stored("another", tasks.echo_messages, 1)  # or nobody looks for messages so soon
     binding = here._binding()[1]
-    enqueue, store, holder = binding.backend.enqueue, binding.tracker.store, binding.tracker._recorder.holder  # type: ignore[attr-defined]
+    enqueue, store, holder = binding.backend.enqueue, binding.tracker.store, binding.tracker.writer.holder  # type: ignore[attr-defined]
 
     def enqueue_late(call: Any) -> None:
         assert stored(there, "report").send("early", 1)

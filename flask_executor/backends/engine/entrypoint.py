@@ -94,7 +94,7 @@ def refuse(address: Address, id: str, error: Exception, name: str) -> None:
     :param name: the job's name, for a job that has no record yet.
     :raises StoreUnavailable: if the failure cannot be written to the store.
     """
-    _consumer(address).tracker.refuse(id, error, name)
+    _consumer(address).handover.refuse(id, error, name)
 
 
 def register(app: Flask, name: str, consumer: Consumer) -> None:
