@@ -179,6 +179,17 @@ def log_something(count: int = 1) -> str:
     return current_job.id
 
 
+def receive(count: int) -> list[tuple[str, Any]]:
+    """Receives so many messages."""
+    current_job.update(message="receiving")
+    return [(message.type, message.body) for _ in range(count) if (message := current_job.receive())]
+
+
+def receive_in_time(*timeouts: float) -> list[object]:
+    """Waits so many seconds for a message, one after the other."""
+    return [current_job.receive(timeout) for timeout in timeouts]
+
+
 def leave() -> NoReturn:
     raise JobExit
 

@@ -23,7 +23,7 @@ from flask_executor.stores.sqlite import SQLiteStore
 from flask_executor.stores.sqlite_schema import MIGRATIONS
 from flask_executor.testing.contract import SharedStoreContract
 from flask_executor.testing.contract.fixtures import wait_until
-from flask_executor.testing.contract.shared import ENGINE, HERE, MakeStore, queued_in_engine, receive, started
+from flask_executor.testing.contract.shared_fixtures import ENGINE, HERE, MakeStore, queued_in_engine, receive, started
 
 
 class TestSharedStores(SharedStoreContract):

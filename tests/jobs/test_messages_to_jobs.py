@@ -1,4 +1,4 @@
-"""Messages to jobs that run."""
+"""Messages to jobs: sleeps, attempts, and what is kept; the rest stands in ``ControlContract``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import tasks
 from flask import Flask
 
-from flask_executor import Executor, JobStopped, NotPicklable, current_job
+from flask_executor import Executor, current_job
 from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until
 
 
@@ -17,37 +17,6 @@ def executor(app: Flask, make_executor: MakeExecutor, request: pytest.FixtureReq
     type, _, method = request.param.partition(" ")
     app.config["EXECUTOR_APP"] = "tasks:create_app()"
     return make_executor(type=type, max_workers=1, start_method=method or None)
-
-
-def test_messages(executor: Executor) -> None:
-    future = executor.submit(tasks.echo_messages, 100)
-    assert future.send("page", 0), "it need not have started"
-    assert wait_until(lambda: future.message == "receiving", 20)
-    for number in range(1, 100):
-        assert future.send("page", number)
-    assert future.result(20) == [("page", number) for number in range(100)]
-    assert not future.send("page", 100)
-
-
-def test_a_job_that_waits_gets_them_when_it_starts(executor: Executor) -> None:
-    first, second, third = (executor.submit(tasks.echo_messages, 2) for _ in range(3))
-    for number, future in enumerate((third, second, first)):
-        future.send("a", number)
-        future.send("b", [number])
-    results = [future.result(20) for future in (first, second, third)]
-    assert results == [[("a", number), ("b", [number])] for number in (2, 1, 0)]
-
-
-def test_no_message_in_time(executor: Executor) -> None:
-    assert executor.submit(tasks.no_messages).result(20) == (None, None)
-
-
-def test_a_job_that_waits_for_a_message_is_stopped(executor: Executor) -> None:
-    future = executor.submit(tasks.receive_for_ever)
-    assert wait_until(lambda: future.message == "receiving", 20)
-    assert future.stop(grace=10)
-    with pytest.raises(JobStopped):
-        future.result(5)
 
 
 def test_a_message_does_not_end_a_sleep(make_executor: MakeExecutor) -> None:
@@ -96,12 +65,3 @@ def test_messages_that_a_job_has_got_are_not_kept(make_executor: MakeExecutor, s
     assert len(task.mail) < 100
     future.send("page", 2999)
     assert future.result(20) == [("page", number) for number in range(3000)]
-
-
-def test_what_cannot_be_sent(make_executor: MakeExecutor) -> None:
-    executor = make_executor(type="process", max_workers=1)
-    future = executor.submit(tasks.echo_messages, 1)
-    with pytest.raises(NotPicklable, match="The message for job echo_messages"):
-        future.send("a", lambda: None)
-    future.send("a", 1)
-    assert future.result(10) == [("a", 1)]

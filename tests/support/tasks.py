@@ -399,18 +399,6 @@ def receive_at_last(attempts: int) -> Any:
     return message and (message.type, message.body)
 
 
-def no_messages() -> Any:
-    return current_job.receive(timeout=0.05), current_job.receive(timeout=0)
-
-
-def receive_for_ever() -> Any:
-    current_job.update(message="receiving")
-    return current_job.receive()
-
-
-# ---- jobs on engines ----
-
-
 def submit_and_wait() -> int:
     executor = current_app.extensions["executor"]
     result: int = executor.submit(add, 1, 2).result(30)

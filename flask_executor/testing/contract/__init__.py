@@ -29,9 +29,8 @@ except ImportError as error:
     raise MissingExtra("pytest", "testing") from error
 
 # Before they are imported: only then does a test that fails show what it has compared.
-pytest.register_assert_rewrite(
-    *(f"{__name__}.{name}" for name in ("backends", "control", "fixtures", "shared", "stores"))
-)
+_MODULES = "backends control fixtures shared_fixtures shared_messages shared_ownership shared_records stores"
+pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES.split()))
 
 from flask_executor.testing.contract.backends import BackendContract  # noqa: E402
 from flask_executor.testing.contract.control import ControlContract  # noqa: E402

@@ -1,4 +1,4 @@
-"""What every backend promises about progress, stop, timeout, retry, priority and logs."""
+"""What every backend promises about progress, messages, stop, timeout, retry, priority and logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flask_executor.exceptions import JobStopped, JobTimeout, QueueFull
+from flask_executor.exceptions import JobStopped, JobTimeout, NotPicklable, QueueFull
 from flask_executor.executor.extension import Executor
 from flask_executor.futures import FutureProxy
 from flask_executor.jobs.model import Job
@@ -23,6 +23,7 @@ from flask_executor.testing.contract.fixtures import (
     BackendFixtures,
     MakeExecutor,
     never_waits,
+    run_in_threads,
     skip_if_nothing_waits,
     skip_without_force,
     wait_until,
@@ -66,7 +67,7 @@ def check_records(records: list[Any], job_id: str) -> None:
 
 
 class ControlContract(BackendFixtures):
-    """Progress, stop, force, timeouts, retries, priorities, jobs for later, and the log of each job.
+    """Progress, messages, stop, force, timeouts, retries, priorities, jobs for later, and the log of each job.
 
     The fixture ``executor_config`` says which backend is tested: a dict of what is in the configuration, without
     ``EXECUTOR_``.
@@ -114,6 +115,75 @@ class ControlContract(BackendFixtures):
         assert future.result() == 45
         drain(executor)
         assert (future.progress, future.message, dict(future.meta)) == (1.0, "adding", {"done": 10, "total": 10})
+
+    class TestMessages:
+        def test_they_arrive_in_order(self, start: Start) -> None:
+            future = start(jobs.receive, 100)
+            assert wait_until(lambda: future.message == "receiving")
+            for number in range(100):
+                assert future.send("page", number)
+            assert future.result(20) == [("page", number) for number in range(100)]
+
+        def test_a_job_that_has_not_started_gets_them_when_it_does(self, executor: Executor, path: str) -> None:
+            skip_if_nothing_waits(executor)
+            blockers = [executor.submit(wait_for, path) for _ in range(workers_of(executor))]
+            assert wait_until(lambda: all(blocker.running() for blocker in blockers))
+            first, second = (executor.submit(jobs.receive, 3) for _ in range(2))
+            for number, future in enumerate((second, first)):
+                assert future.send("a", number)
+                assert future.send("b", {"page": number})
+            assert (first.status, second.status) == ("queued", "queued")
+            Path(path).touch()
+            for number, future in enumerate((second, first)):
+                assert future.send("c")
+                assert future.result(20) == [("a", number), ("b", {"page": number}), ("c", None)]
+
+        def test_a_message_that_is_sent_right_after_the_submission(self, executor: Executor) -> None:
+            skip_if_nothing_waits(executor)
+            for number in range(5):
+                future = executor.submit(jobs.receive, 1)
+                assert future.send("page", number)
+                assert future.result(20) == [("page", number)]
+
+        def test_several_threads_may_send_at_once(self, start: Start) -> None:
+            future, senders = start(jobs.receive, 100), iter(range(4))
+
+            def send() -> None:
+                sender = next(senders)
+                for number in range(25):
+                    assert future.send(f"sender {sender}", number)
+
+            run_in_threads(4, send)
+            received = future.result(20)
+            for sender in range(4):
+                assert [body for type, body in received if type == f"sender {sender}"] == list(range(25))
+
+        def test_a_job_that_has_ended_gets_none(self, executor: Executor) -> None:
+            future = executor.submit(add, 1)
+            assert future.result(10) == 1
+            assert not future.send("page", 1)
+
+        def test_a_body_that_cannot_be_pickled(self, executor: Executor, start: Start) -> None:
+            future, body = start(jobs.receive, 1), threading.Lock()
+            if not executor.remote:
+                assert future.send("lock", body)
+                [(_, received)] = future.result(10)
+                assert received is body, "in the same process it need not be"
+                return
+            with pytest.raises(NotPicklable, match="The message for job receive"):
+                future.send("lock", body)
+            assert future.send("page", 1)
+            assert future.result(10) == [("page", 1)], "the job does not notice"
+
+        def test_no_message_in_time(self, executor: Executor) -> None:
+            assert executor.submit(jobs.receive_in_time, 0, 0.05).result(10) == [None, None]
+
+        def test_a_job_that_waits_for_one_can_be_stopped(self, start: Start) -> None:
+            future = start(jobs.receive, 1)
+            assert wait_until(lambda: future.message == "receiving")
+            assert future.stop(grace=60)
+            assert isinstance(future.exception(10), JobStopped)
+            assert future.status == "stopped"
 
     class TestStop:
         def test_a_job_leaves_at_a_checkpoint_and_cleans_up(self, executor: Executor, start: Start, path: str) -> None:
