@@ -106,7 +106,6 @@ class Call:
         "_error",
         "_running",
         "_timers",
-        "_undelivered",
         "args",
         "backend",
         "channel",
@@ -117,6 +116,7 @@ class Call:
         "kwargs",
         "options",
         "packed",
+        "undelivered",
     )
 
     def __init__(
@@ -141,8 +141,10 @@ class Call:
         self.backend: Backend | None = None
         #: What the backend has made of it and wants again for the next attempt.
         self.packed: Any = None
+        #: Messages that came before the job ran. They belong to what runs it: this class, which guards them with
+        #: _posting; or a pool of processes, which keeps them pickled, and guards them with its dispatcher's lock.
+        self.undelivered: list[Any] | None = None
         self._running: RunningJob | None = None
-        self._undelivered: list[JobMessage] | None = None  # that came before it ran
         self._timers: list[TimerHandle] | None = None
         #: How an attempt ended, between its end and the settling: the error, and seconds until the next attempt.
         self._error: BaseException | None = None
@@ -184,9 +186,9 @@ class Call:
             self._watch()
         running = RunningJob(self.job, self.channel.reporter(self.job))
         with _posting:  # what comes from now on it gets at once
-            for message in self._undelivered or ():
+            for message in self.undelivered or ():
                 running.deliver(message)
-            self._undelivered, self._running = None, running
+            self.undelivered, self._running = None, running
         try:
             result = self.context.run(self._report_and_call)
         except BaseException as error:
@@ -201,7 +203,7 @@ class Call:
         """Give a message to its job, now or when it starts."""
         with _posting:
             if self._running is None:
-                self._undelivered = [*(self._undelivered or ()), message]
+                self.undelivered = [*(self.undelivered or ()), message]
             else:
                 self._running.deliver(message)
 

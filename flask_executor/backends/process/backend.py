@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, WorkerState
-from flask_executor.backends.process.protocol import DeliverMessage
 from flask_executor.backends.process.supervisor import PoolObserver, Supervisor
-from flask_executor.backends.process.worker_process import Task
+from flask_executor.backends.process.task import Task
 from flask_executor.exceptions import ConfigError
 from flask_executor.jobs.call import Call, PlainCall
 from flask_executor.jobs.model import JobMessage, JobStatus
@@ -96,8 +95,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
 
     def deliver_packed(self, call: Call, data: bytes) -> None:
         """As :meth:`deliver`, of a message that is pickled."""
-        expected = call.retried or call.job.status is JobStatus.QUEUED  # others know of it before it is enqueued
-        self._dispatcher.deliver(DeliverMessage(call.job.id, data), expected=expected)
+        self._dispatcher.deliver(call, data)
 
     def run_user_code(self, fn: Callable[[], object]) -> None:
         self._supervisor.callbacks.run(fn)

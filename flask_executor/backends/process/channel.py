@@ -195,7 +195,7 @@ class CallSender:
                     numbers.add(_HEAD.unpack(packet)[0])
         return numbers
 
-    def was_transferred(self, number: int) -> bool:
+    def was_read(self, number: int) -> bool:
         """Whether the worker has begun with a call that it was given, so that it cannot be taken back."""
         if self._there is None:
             return True

@@ -1,36 +1,40 @@
-"""Worker processes that are watched over: one that dies is replaced, and only the job it ran is lost.
+"""The supervised pool: a worker process that dies is replaced, and only the job it ran is lost.
 
 .. code-block:: text
 
   parent process                                                    worker process (one of several)
  ┌───────────────────────────────────────────┐                     ┌────────────────────────────────────┐
- │ any thread: submit ──> queue              │   calls ─────────>  │ main thread: takes a call, runs it,│
- │     │                    │                │                     │ sends what came of it              │
- │     └──── hand out <─────┘                │                     │                                    │
+ │ any thread: submit ──> queue              │   calls ─────────>  │ main thread: reads a call, runs it,│
+ │     │                    │                │                     │ sends its outcome                  │
+ │     └────> assign <──────┘                │                     │                                    │
  │              │  ^                         │                     │                                    │
- │              v  │   (Dispatcher)          │   control ───────>  │ listener thread: tells the job to  │
- │ supervisor thread: waits for all workers  │                     │ leave; ends when the parent is gone│
- │   at once, settles futures, starts and    │  <── wire: results, │                                    │
- │   buries workers                          │  progress, records  │                                    │
- │ callback thread: runs the user's code     │  <──────── sentinel │ readable when the process has ended│
+ │              v  │   (Dispatcher)          │   control ───────>  │ listener thread: gives stop requests
+ │ supervisor thread: waits for all workers  │                     │ and messages to the job; ends the  │
+ │   at once, settles futures, starts and    │  <──────── stream   │ process when the parent is gone    │
+ │   reaps workers                           │  outcomes, progress,│                                    │
+ │ callback thread: runs the user's code     │  log records        │                                    │
+ │                                           │  <──────── sentinel │ readable when the process has ended│
  └───────────────────────────────────────────┘                     └────────────────────────────────────┘
 
-**Handing out ahead.** A worker is given a few calls before it has finished the one it runs, which saves it the wait
-for the parent; more than anything else this is why the pool is fast. A call that was handed out must not be stuck,
-though: behind a job that takes long, in a worker that is killed, or when it is cancelled. So calls go over a line that
-the parent can read as well, and the system hands each to one reader only: what the parent gets back will not be run
-there, and what it does not get back has been begun (:class:`CallSender`). Each call has a number, as
-the worker may take one in the middle of others that are taken back.
+:mod:`~flask_executor.backends.process.protocol` describes what is sent on which socket.
 
-**Who owns what.** The lock of the :class:`Dispatcher` guards the queue, the workers' lists of
-what they were given, and all sending to them; it is held for short and never waits for a process: what a worker does
-not take at once is sent on by the supervisor. Only the supervisor thread starts processes, reads from them, and buries
-them. Futures are claimed under the lock, and settled by the supervisor, outside of it. Code of the user's runs in the
-callback thread, under no lock; only what rebuilds results and errors is called by the supervisor.
+**Prefetch.** A worker is sent a few calls before it has finished the one it runs, which saves it the wait for the
+parent; more than anything else this is why the pool is fast. But such a call must not be stuck: behind a job that takes
+long, in a worker that is killed, or when it is cancelled. So calls travel on a socket that the parent can read as well,
+and the system hands each packet to one reader only: a call that the parent reads back will not be run by the worker,
+and one that it cannot read back has begun (:class:`CallSender`). Each call has a number, as the worker may read one in
+the middle of others that are recalled.
 
-**Invariants.** A worker runs its calls in the order in which they were given. The first in its list is claimed
-(``running``) in the parent; the others are claimed when those before have ended. A task is in the queue, or in the
-list of one worker, or settled. The first in a list is claimed, and so is what was found to have begun.
+**Who owns what.** The lock of the :class:`Dispatcher` guards the queue, the workers' lists of tasks, and all sending to
+workers; it is held for short and never while a process is waited for: what a worker has no room for is sent later, by
+the supervisor thread. Only the supervisor thread starts processes, reads from them, and reaps them. Futures are claimed
+under the lock, and settled by the supervisor thread outside of it. The user's code runs in the callback thread, under
+no lock; the supervisor thread runs only what rebuilds results and errors.
+
+**Invariants.** A task is in the queue, or in the list of one worker, or settled. A worker runs its calls in the order
+in which they were sent. The first task in its list is claimed (its future is running); the others are claimed when
+those before them have ended, or when it is found that the worker has read them.
+:class:`~flask_executor.backends.process.task.TaskState` has the states of a task, and the transitions between them.
 """
 
 from __future__ import annotations
@@ -62,8 +66,9 @@ from flask_executor.backends.process.protocol import (
     WorkerReady,
 )
 from flask_executor.backends.process.reporter import log_levels
+from flask_executor.backends.process.task import Task
 from flask_executor.backends.process.worker_main import WorkerPlugin, WorkerSettings
-from flask_executor.backends.process.worker_process import Task, WorkerProcess
+from flask_executor.backends.process.worker_process import WorkerPhase, WorkerProcess
 from flask_executor.exceptions import NotPicklable, WorkerLost
 from flask_executor.helpers import describe_error
 from flask_executor.helpers.app_import import import_string_of
@@ -75,28 +80,32 @@ from flask_executor.jobs.model import JobStatus
 from flask_executor.jobs.packing import settle_from_bytes, unpack_error, unpack_meta
 
 _MAX_FAILED_STARTS = 3  # workers in a row that may die before they are ready, until that fails a job
-_RESTART_DELAY = 0.1  # seconds until a worker is started again that should stand; twice as long each time
+_RESTART_DELAY = 0.1  # seconds until a pool of fixed size replaces a worker that died; doubled each time
 _MAX_RESTART_DELAY = 30.0  # seconds
-_MAX_DOUBLINGS = 10  # of the pause that lead to the longest, at least
-_STABLE_AFTER = 10.0  # seconds after which a worker is taken to have started well
-_MAX_QUEUED_LOG_RECORDS = 10_000  # log records that wait for the app's handlers before others are dropped
+_MAX_DOUBLINGS = 10  # of the delay; enough to reach the longest
+_STABLE_AFTER = 10.0  # seconds that a worker has to live for the delay to start from the beginning
+_MAX_QUEUED_LOG_RECORDS = 10_000  # that wait for the app's handlers before others are dropped
+_KILL_TIMEOUT = 5.0  # seconds to wait for what was killed
 
 
 class PoolObserver(Protocol):
-    """Whoever wants the same number of workers at all times, with something living in them."""
+    """Implemented by a service's pool: a fixed number of workers, each of which hosts a plugin."""
 
-    #: Makes that, in each worker; inherited or pickled.
+    #: Makes the plugin, in each worker process; inherited or pickled.
     make_plugin: Callable[[], WorkerPlugin]
 
     def worker_failed(self, error: BaseException, delay: float) -> None:
-        """A worker could not start, or died. Others are started in so many seconds."""
+        """A worker could not start, or died. It is replaced in ``delay`` seconds. The supervisor thread calls this."""
 
     def message_received(self, message: ServiceMessage) -> None:
-        """A resident has sent a message. Quick, and runs no code of the user's."""
+        """A plugin has sent a message. The supervisor thread calls this: it must be quick and run no user code."""
 
 
 class Supervisor:
-    """Starts worker processes, listens to them and buries them; see the top of this module."""
+    """Starts worker processes, reads what they send, and reaps them; see the top of this module.
+
+    :param observer: makes this the pool of a service.
+    """
 
     def __init__(
         self, options: BackendOptions, context: BaseContext, max_workers: int, observer: PoolObserver | None = None
@@ -109,11 +118,11 @@ class Supervisor:
         self._wake_sender.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
-        self._starting = threading.Lock()  # taken before the dispatcher's, never after
+        self._start_lock = threading.Lock()  # taken before the dispatcher's, never after
         self._thread: threading.Thread | None = None
         self._app_import: str | None = None
-        self._failed_starts = 0  # one after the other
-        self._crashes = 0  # of what should stand, one after the other
+        self._failed_starts = 0  # in a row
+        self._crashes = 0  # in a row, of workers of a pool of fixed size
         self._restart_at = 0.0  # when to start workers again (monotonic)
         self._terminated = False
         self.dispatcher = Dispatcher(
@@ -129,12 +138,12 @@ class Supervisor:
     # ---- any thread ----
 
     def start(self) -> None:
-        """Start the thread, if it was not.
+        """Start the supervisor thread, unless it was started before.
 
-        :raises ConfigError: when a worker process could not find the app.
+        :raises ConfigError: when worker processes could not find the app.
         """
         if self._thread is None:
-            with self._starting:
+            with self._start_lock:
                 if self._thread is None and not self.dispatcher.closing:
                     self._app_import = self._find_app()
                     thread = threading.Thread(target=self._supervise, name="flask-executor-supervisor", daemon=True)
@@ -142,10 +151,14 @@ class Supervisor:
                     self._thread = thread
 
     def shutdown(self, *, wait: bool, cancel_futures: bool = False) -> None:
-        """Take in no more calls, and end when those that were taken in have ended."""
-        if os.getpid() != self._pid:  # a child of ours throws away what it has inherited
+        """Accept no more calls, and end when those that were accepted have ended.
+
+        :param wait: if true, wait for that.
+        :param cancel_futures: if true, cancel the calls that have not begun.
+        """
+        if os.getpid() != self._pid:  # a forked child drops its copy of this
             return
-        with self._starting:
+        with self._start_lock:
             cancelled = self.dispatcher.close(cancel_futures=cancel_futures)
             thread = self._thread
             if thread is None:
@@ -160,11 +173,11 @@ class Supervisor:
 
     @property
     def ended(self) -> bool:
-        """Whether the thread has, or was never started."""
+        """If true, the supervisor thread has ended, or was never started."""
         return self._thread is None or not self._thread.is_alive()
 
     def terminate(self, grace: float) -> None:
-        """End, and end workers by force that have not ended by themselves after ``grace`` seconds."""
+        """Shut down, and kill the workers that have not ended after ``grace`` seconds."""
         self.shutdown(wait=False)
         thread = self._thread
         if thread is not None:
@@ -173,10 +186,10 @@ class Supervisor:
                 self._terminated = True
                 self.dispatcher.kill_all()
                 self._wake_up()
-                thread.join(5.0)
+                thread.join(_KILL_TIMEOUT)
 
     def _find_app(self) -> str | None:
-        """Where workers import the app from, None where they inherit it."""
+        """The import string of the app for workers; None if they inherit it."""
         app = None if self._options.app is None else self._options.app()
         method = self._context.get_start_method()
         if app is None or method == "fork":
@@ -189,8 +202,8 @@ class Supervisor:
         )
 
     def _wake_up(self) -> None:
-        """Have the thread look at everything."""
-        with contextlib.suppress(OSError):  # it will anyway, or it has ended
+        """Make the supervisor thread call :meth:`_step`."""
+        with contextlib.suppress(OSError):  # it was woken before and is about to, or it has ended
             self._wake_sender.send(b"w")
 
     # ---- the supervisor thread ----
@@ -213,15 +226,15 @@ class Supervisor:
             self._finish()
 
     def _next_timeout(self) -> float | None:
-        """Seconds until :meth:`_step` has to be called unasked; None while there is no need."""
+        """Seconds until :meth:`_step` is to be called, if nothing happens before; None for not at all."""
         timeout = self.dispatcher.next_timeout()
-        pause = self._restart_at - time.monotonic()
-        if pause <= 0:
+        delay = self._restart_at - time.monotonic()
+        if delay <= 0:
             return timeout
-        return pause if timeout is None else min(timeout, pause)
+        return delay if timeout is None else min(timeout, delay)
 
     def _on_ready(self, worker: WorkerProcess, events: int) -> None:
-        if worker.eof:  # since what came before this in the same round
+        if worker.eof:  # since an earlier event of the same round
             return
         if events & selectors.EVENT_WRITE:
             self.dispatcher.flush(worker)
@@ -229,9 +242,9 @@ class Supervisor:
             self._read(worker)
 
     def _step(self) -> bool:
-        """Do what is due; False when all is done."""
-        missing, workers, left = self.dispatcher.step()
-        for task in left:
+        """Do what is due; False when there is nothing left to supervise."""
+        missing, workers, stopped = self.dispatcher.step()
+        for task in stopped:
             task.call.stopped()
         for worker in workers:
             if not worker.eof:
@@ -247,23 +260,23 @@ class Supervisor:
                 self._start_worker()
         return True
 
-    def _watch(self, worker: WorkerProcess, line: FrameStream, events: int) -> None:
-        """Select on a line for these events, and for room if something waits to be sent."""
-        if line.pending:
+    def _watch(self, worker: WorkerProcess, stream: FrameStream, events: int) -> None:
+        """Select on a stream for these events, and for room in it while something waits to be sent."""
+        if stream.pending:
             events |= selectors.EVENT_WRITE
-        there = self._selector.get_map().get(line)
-        if there is None:
+        registered = self._selector.get_map().get(stream)
+        if registered is None:
             if events:
-                self._selector.register(line, events, worker)
+                self._selector.register(stream, events, worker)
         elif not events:
-            self._selector.unregister(line)
-        elif there.events != events:
-            self._selector.modify(line, events, worker)
+            self._selector.unregister(stream)
+        elif registered.events != events:
+            self._selector.modify(stream, events, worker)
 
     def _start_worker(self) -> None:
         try:
             worker = WorkerProcess(self._context, self._settings())
-        except Exception as error:  # no memory, no processes, or something that cannot be pickled for it
+        except Exception as error:  # no memory, too many processes, or a setting that cannot be pickled
             self._on_start_failed(_not_started(error), time.monotonic())
             return
         self.dispatcher.worker_started(worker)
@@ -282,15 +295,15 @@ class Supervisor:
         )
 
     def _read(self, worker: WorkerProcess) -> bool:
-        """Read what the worker has sent; False when there is nothing (any more)."""
+        """Read and handle what a worker has sent; False when there is nothing to read, now or ever."""
         try:
             frames = worker.stream.receive()
         except BlockingIOError:
             return False
-        except EOFError:  # it has ended, or is about to; what is left to be done is done when the sentinel says so
+        except EOFError:  # it has ended, or is about to; the sentinel will say so
             self._unwatch(worker)
             return False
-        except Exception:  # what it says is no frame
+        except Exception:  # what it sent is no frame
             self._kill_garbled(worker)
             return False
         for kind, number, body in frames:
@@ -307,12 +320,12 @@ class Supervisor:
     def _unwatch(self, worker: WorkerProcess) -> None:
         if not worker.eof:
             worker.eof = True
-            for line in (worker.stream, worker.control):
-                if line in self._selector.get_map():
-                    self._selector.unregister(line)
+            for stream in (worker.stream, worker.control):
+                if stream in self._selector.get_map():
+                    self._selector.unregister(stream)
 
     def _kill_garbled(self, worker: WorkerProcess) -> None:
-        """It says what no worker says: that is the end of it, and of the job it runs, but of nothing else."""
+        """A worker sent something that is no frame, or no message: kill it. Only the job that it runs is lost."""
         logger.exception("Worker process %s cannot be understood, and is killed.", worker.process.pid)
         self._unwatch(worker)
         worker.kill()
@@ -330,10 +343,10 @@ class Supervisor:
         elif isinstance(message, LogsDropped):
             logger.warning("%d log records of worker processes came too fast and are gone.", message.count)
         elif isinstance(message, StartFailed):
-            worker.retired = True
+            self.dispatcher.worker_not_started(worker)
             self._on_start_failed(unpack_error(message.error), worker.born)
         elif isinstance(message, AppLoaded):
-            worker.is_up = True
+            self.dispatcher.app_loaded(worker)
         elif isinstance(message, WorkerReady):
             self._failed_starts = 0
             self.dispatcher.worker_ready(worker)
@@ -341,7 +354,7 @@ class Supervisor:
             self._observer.message_received(message)
 
     def _settle(self, task: Task, kind: int, body: bytes) -> None:
-        if not task.begun:  # a plain future that was cancelled after its call had been handed out
+        if not task.is_claimed:  # a plain future that was cancelled after its call had been sent
             return
         try:
             settle_from_bytes(task.call, kind, body)
@@ -361,23 +374,26 @@ class Supervisor:
             self.callbacks.run(lambda: _handle(record))
 
     def _on_start_failed(self, error: BaseException, born: float) -> None:
-        """A worker could not start that was started then (monotonic)."""
+        """A worker could not start.
+
+        :param born: when it was started (monotonic).
+        """
         if self._observer is not None:
             self._failed_starts += self._delay_restart(self._observer, error, born)
             if self._failed_starts >= _MAX_FAILED_STARTS and not self.dispatcher.has_ready_worker:
                 self._fail_all(error, self.dispatcher.pop_awaited())
-                self._terminated |= self.dispatcher.closing  # what is left would wait for ever
+                self._terminated |= self.dispatcher.closing  # the rest of the queue would wait for ever
             return
         self._failed_starts += 1
-        # What it says is told at once; without a word it is tried again.
+        # An error of the app's fails a job at once; a worker that died without one is tried again.
         if not isinstance(error, WorkerLost) or self._failed_starts >= _MAX_FAILED_STARTS:
             self._fail_all(error, self.dispatcher.pop_oldest())
 
     def _delay_restart(self, observer: PoolObserver, error: BaseException, born: float) -> bool:
-        """Start workers again in a while: the longer, the more often this was so.
+        """Replace a worker that has failed after a delay, which doubles with each failure in a row.
 
-        :param born: when the worker was started that has failed (monotonic).
-        :return: whether this has begun a pause. Workers that were started before the last one ended fail together.
+        :param born: when that worker was started (monotonic).
+        :return: True if this begins a delay. Workers that were started before the last one ended count as one failure.
         """
         now = time.monotonic()
         begins = born >= self._restart_at
@@ -388,36 +404,32 @@ class Supervisor:
         return begins
 
     def _fail_all(self, error: BaseException, tasks: list[Task]) -> None:
-        """A worker could not be started: somebody has to be told, or it would be tried for ever."""
+        """Fail jobs with the error of a worker that could not start, which would be started for them for ever."""
         status = JobStatus.LOST if isinstance(error, WorkerLost) else JobStatus.FAILED
         for task in tasks:
             task.call.fail(error, status)
 
     def _reap(self, worker: WorkerProcess) -> None:
-        """A worker process has ended: settle what it had begun, and let others have the rest."""
+        """A worker process has ended: settle what it had begun, and let others run the rest."""
         self._selector.unregister(worker.sentinel)
-        while not worker.eof and self._read(worker):  # what it has still sent
+        while not worker.eof and self._read(worker):  # what it sent before
             pass
         self._unwatch(worker)
         worker.kill()  # what its jobs have started
         worker.reaped = True
         exit_code = worker.join()
-        was_retired, was_killed = worker.retired, False
+        phase = worker.phase
         for task in self.dispatcher.worker_exited(worker):
             if task.killed:
-                was_killed = True
                 task.call.stopped(forced=True)
             else:
                 what = f"The worker process died that ran job {task.call.job.name}."
                 lost = WorkerLost(what, worker.process.pid, exit_code)
                 lost.mark = worker.progress_mark
                 task.call.fail(lost, JobStatus.LOST)
-        if was_retired or was_killed:
-            return
-        if not worker.ready:
-            # One that was killed before it got to its first job is nobody's loss, but it must not go on for ever.
+        if phase < WorkerPhase.READY:
             self._on_start_failed(WorkerLost(_NO_START, worker.process.pid, exit_code), worker.born)
-        elif self._observer is not None:
+        elif phase is WorkerPhase.READY and self._observer is not None:
             if time.monotonic() - worker.born > _STABLE_AFTER:
                 self._crashes = 0
             died = WorkerLost("A worker process died.", worker.process.pid, exit_code)
@@ -430,7 +442,7 @@ class Supervisor:
             error = WorkerLost(f"Job {task.call.job.name} was cut off as the process ended.")
             task.call.fail(error, JobStatus.LOST)
         for worker in workers:
-            worker.process.join(5.0)
+            worker.process.join(_KILL_TIMEOUT)
             worker.close()
         self._close()
 
