@@ -42,7 +42,7 @@ from flask_executor.jobs.current import checkpoint, current_job
 from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.signals import job_finished, job_started
 from flask_executor.web.pages import jobs_of
-from flask_executor.web.problems import refuse
+from flask_executor.web.problems import abort_with_problem
 
 try:
     from flask_restful import Resource
@@ -238,7 +238,7 @@ class MetaMPController:
         """
         priority = kwargs.get("priority", 0)
         if not isinstance(priority, int):
-            refuse(400, "The priority must be a whole number.")
+            abort_with_problem(400, "The priority must be a whole number.")
         number, key = next(self._numbers), str(uuid.uuid4())
         options = self.executor.options(name=self._task.task_name, key=key, priority=-priority)
         options.submit(_execute, self._task, number, kwargs)
@@ -358,18 +358,18 @@ class MetaMPResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no ty
         try:
             return getattr(self._controller, name)(**arguments)
         except QueueFull:
-            refuse(503, "As many tasks wait as are allowed. Try again later.", headers={"Retry-After": "2"})
+            abort_with_problem(503, "As many tasks wait as are allowed. Try again later.", headers={"Retry-After": "2"})
         except StoreUnavailable:
-            refuse(503, "The tasks cannot be reached now. Try again.", headers={"Retry-After": "2"})
+            abort_with_problem(503, "The tasks cannot be reached now. Try again.", headers={"Retry-After": "2"})
 
     @staticmethod
     def _get_request_dict(request: Request) -> dict[str, Any]:
         try:
             arguments = json.loads(request.data or b"{}")
         except (ValueError, RecursionError):
-            refuse(400, "The body cannot be read as JSON.")
+            abort_with_problem(400, "The body cannot be read as JSON.")
         if not isinstance(arguments, dict):
-            refuse(400, "The body must be a JSON object, with the arguments by name.")
+            abort_with_problem(400, "The body must be a JSON object, with the arguments by name.")
         return arguments
 
 

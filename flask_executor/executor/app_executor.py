@@ -115,7 +115,7 @@ class AppExecutor(JobChannel):
         self._backend_class = _backend_class(config)
         self.config = config
         self.tracker.reconfigure(config.tracking_options())
-        self.places = WaitSlots(config.events_max)
+        self.wait_slots = WaitSlots(config.events_max)
         self._own_callbacks: Sequence[Callback] = (
             (propagate_exceptions_callback,) if config.propagate_exceptions else ()
         )
@@ -810,7 +810,7 @@ class AppExecutor(JobChannel):
         if getattr(forking, "worker", False):  # nobody in a worker process has a handle of these jobs
             self.unfinished = InFlight()
         self._key_lock = threading.RLock()
-        self.places = WaitSlots(self.config.events_max)
+        self.wait_slots = WaitSlots(self.config.events_max)
         self.tracker.after_fork()
         inherited, self.unfinished = self.unfinished.all(), InFlight()
         for future in inherited:

@@ -1,4 +1,4 @@
-"""The HTTP face of executors: mount a :class:`Controller` and there are urls, and a dashboard."""
+"""Jobs over HTTP: mount a :class:`Controller`, and an app has urls for its jobs, and a dashboard."""
 
 from flask_executor.web.controller import Controller
 

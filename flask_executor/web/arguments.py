@@ -1,4 +1,4 @@
-"""The arguments of a function that is started over HTTP: what it takes, and whether a JSON object fits."""
+"""Checks the arguments of functions that are started over HTTP, and describes them as a JSON schema."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN: dict[Any, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mismatch:
-    """Why arguments do not fit."""
+    """One reason why arguments do not fit."""
 
     #: Which value, as a JSON pointer (RFC 6901): ``/pages/0``.
     pointer: str
@@ -34,36 +34,47 @@ class Mismatch:
 
 
 class MismatchError(Exception):
-    """Arguments do not fit; ``args`` are what is wrong, each a :class:`Mismatch`."""
+    """Arguments do not fit; ``args`` are the reasons, each a :class:`Mismatch`."""
 
 
 class Parameters(Protocol):
-    """What a function takes."""
+    """The parameters of a function."""
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments to call it with.
+        """The keyword arguments to call the function with.
 
-        :raises MismatchError: for what does not fit.
+        :raises MismatchError: if they do not fit.
         """
 
     def schema(self, refs: str = "#/$defs/") -> dict[str, Any]:
-        """The JSON schema of such an object.
+        """The JSON schema of the arguments, as one object.
 
-        :param refs: what the references to its ``$defs`` begin with.
+        :param refs: where the schema's ``$defs`` will be: the beginning of each reference to one.
         """
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExposedFunction:
+    """A function that can be started over HTTP."""
+
+    #: Its name in the url.
+    name: str
+    #: What submits it: an executor's job, or a plain function.
+    fn: Callable[..., Any]
+    parameters: Parameters
+
+
 def parameters_of(fn: Callable[..., Any]) -> Parameters:
-    """What ``fn`` takes, checked by pydantic where that is installed, else by its simpler annotations.
+    """The parameters of ``fn``. pydantic checks them if it is installed; without it only types that JSON has are checked.
 
     :raises TypeError: for a function that cannot be called with keyword arguments only, or has annotations that cannot
         be resolved.
     """
     accepted: dict[str, inspect.Parameter] = {}
-    more = False
+    has_kwargs = False
     for name, parameter in inspect.signature(fn).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            more = True
+            has_kwargs = True
         elif parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             raise TypeError(
                 f"{fn!r} cannot be exposed: its argument {name!r} can only be given by position, and a JSON object "
@@ -76,8 +87,8 @@ def parameters_of(fn: Callable[..., Any]) -> Parameters:
     try:
         import pydantic
     except ImportError:
-        return PlainParameters(annotated, more)
-    return PydanticParameters(pydantic, annotated, more)
+        return PlainParameters(annotated, has_kwargs)
+    return PydanticParameters(pydantic, annotated, has_kwargs)
 
 
 def _hints(fn: Callable[..., Any]) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def _hints(fn: Callable[..., Any]) -> dict[str, Any]:
     fn = inspect.unwrap(fn)
     while isinstance(fn, functools.partial):
         fn = inspect.unwrap(fn.func)
-    if not (inspect.isroutine(fn) or inspect.isclass(fn)):  # an object that can be called
+    if not (inspect.isroutine(fn) or inspect.isclass(fn)):  # a callable object
         fn = type(fn).__call__
     try:
         return typing.get_type_hints(fn.__init__ if inspect.isclass(fn) else fn, include_extras=True)
@@ -97,17 +108,17 @@ def _hints(fn: Callable[..., Any]) -> dict[str, Any]:
 
 
 class PlainParameters:
-    """Checks names, and those types that JSON has."""
+    """Checks names, and the types that JSON has."""
 
-    def __init__(self, annotated: Mapping[str, tuple[Any, Any]], more: bool) -> None:
+    def __init__(self, annotated: Mapping[str, tuple[Any, Any]], has_kwargs: bool) -> None:
         self._annotated = annotated
-        self._more = more
+        self._has_kwargs = has_kwargs
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         wrong = [
             Mismatch(pointer=_pointer([name]), detail="there is no such argument")
             for name in given
-            if name not in self._annotated and not self._more
+            if name not in self._annotated and not self._has_kwargs
         ]
         for name, (hint, default) in self._annotated.items():
             if name in given:
@@ -125,15 +136,15 @@ class PlainParameters:
         return {
             "type": "object",
             "properties": properties,
-            "additionalProperties": self._more,
+            "additionalProperties": self._has_kwargs,
             **({"required": required} if required else {}),
         }
 
 
 class PydanticParameters:
-    """Checks and converts as pydantic does with JSON in strict mode: a date is made of text, but a number is not."""
+    """Checks and converts by pydantic's strict mode for JSON: text becomes a date, but not a number."""
 
-    def __init__(self, pydantic: Any, annotated: Mapping[str, tuple[Any, Any]], more: bool) -> None:
+    def __init__(self, pydantic: Any, annotated: Mapping[str, tuple[Any, Any]], has_kwargs: bool) -> None:
         self._pydantic = pydantic
         self._names = {f"argument_{number}": name for number, name in enumerate(annotated)}
         fields: dict[str, Any] = {
@@ -141,13 +152,13 @@ class PydanticParameters:
                 annotated[name][0],
                 pydantic.Field(
                     **({} if annotated[name][1] is inspect.Parameter.empty else {"default": annotated[name][1]}),
-                    alias=name,  # a field could not have every name that an argument can
+                    alias=name,  # not every argument name is allowed as the name of a field
                 ),
             )
             for field, name in self._names.items()
         }
         config = pydantic.ConfigDict(
-            extra="allow" if more else "forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+            extra="allow" if has_kwargs else "forbid", arbitrary_types_allowed=True, allow_inf_nan=False
         )
         self._model = pydantic.create_model("Arguments", __config__=config, **fields)
 
@@ -174,7 +185,7 @@ def _pointer(path: typing.Iterable[object]) -> str:
 
 
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What a type is, and of what: ``list[int]`` is ``list`` and ``(int,)``."""
+    """A type and its parameters: ``list`` and ``(int,)`` for ``list[int]``."""
     while typing.get_origin(hint) is Annotated:
         hint = hint.__origin__
     origin = typing.get_origin(hint)
@@ -188,7 +199,7 @@ def _fits(value: object, hint: Any) -> bool:
     if kind is Literal:
         return any(value == one and type(value) is type(one) for one in of)
     if kind not in _PLAIN:
-        return True  # what it means is the function's to say
+        return True  # JSON has no such type: the function itself has to check
     if kind is None:
         return value is None
     if kind is float:

@@ -1,4 +1,4 @@
-"""What is in the body of a request, with bounds for what somebody may send."""
+"""Reads the body of a request: a JSON object or a form, of bounded size."""
 
 from __future__ import annotations
 
@@ -11,68 +11,68 @@ from flask import Request
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.wsgi import LimitedStream
 
-from flask_executor.web.problems import refuse
+from flask_executor.web.problems import abort_with_problem
 
-_MOST_OF_A_FORM = 16 * 1024  # bytes: a token and an action
-_DEEPEST = 64  # levels: what is nested much deeper breaks whoever goes through it
+_MAX_FORM_BYTES = 16 * 1024  # a token and an action
+_MAX_DEPTH = 64  # levels; functions that walk through an object by recursion would fail on much deeper ones
 
 
-def read_object(request: Request, most: int) -> dict[str, Any]:
-    """The object; an empty one for no body.
+def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object; an empty one for no body.
 
-    :param most: bytes that are allowed; the app's ``MAX_CONTENT_LENGTH`` may allow less.
+    :param max_bytes: how many bytes are allowed; the app's ``MAX_CONTENT_LENGTH`` may allow less.
     :raises HTTPException: the problem: 400, 413 or 415.
     """
-    body = _read(request, most)
+    body = _read(request, max_bytes)
     if not (body or request.content_length):
         return {}
     if not request.is_json:
-        refuse(415, "The arguments must be a JSON object: send it with Content-Type: application/json.")
+        abort_with_problem(415, "The arguments must be a JSON object: send it with Content-Type: application/json.")
     if not body:
-        refuse(400, "There is a body, and something in this app has read it before, with get_data(cache=False) say.")
+        abort_with_problem(400, "Something in this app has read the body before, as get_data(cache=False) does.")
     try:
-        found = json.loads(body, parse_constant=_no_number, parse_float=_number)
+        found = json.loads(body, parse_constant=_reject_constant, parse_float=_finite_float)
     except (ValueError, RecursionError) as error:
-        refuse(400, f"The body cannot be read as JSON: {str(error)[:200]}.")
+        abort_with_problem(400, f"The body cannot be read as JSON: {str(error)[:200]}.")
     if not isinstance(found, dict):
-        refuse(400, "The body must be a JSON object, with the arguments by name.")
-    if _depth(found) > _DEEPEST:
-        refuse(400, f"The body is nested deeper than the {_DEEPEST} levels that are allowed.")
+        abort_with_problem(400, "The body must be a JSON object, with the arguments by name.")
+    if _depth(found) > _MAX_DEPTH:
+        abort_with_problem(400, f"The body is nested deeper than the {_MAX_DEPTH} levels that are allowed.")
     return found
 
 
 def read_form(request: Request) -> Mapping[str, str]:
-    """The form that a button sends.
+    """Read the form that a button sends.
 
     :raises HTTPException: the problem: 413.
     """
-    _read(request, _MOST_OF_A_FORM)
+    _read(request, _MAX_FORM_BYTES)
     try:
         return request.form
     except RequestEntityTooLarge:
-        refuse(413, "The form is larger than this app allows.")
+        abort_with_problem(413, "The form is larger than this app allows.")
 
 
-def _read(request: Request, most: int) -> bytes:
-    """The body, which stays there to be read by others, and may have been read by others."""
-    if (request.content_length or 0) > most:
-        refuse(413, f"The body has {request.content_length} bytes; {most} are allowed.")
+def _read(request: Request, max_bytes: int) -> bytes:
+    """The body. It is cached in the request: other code of the app may have read it before, or may read it after."""
+    if (request.content_length or 0) > max_bytes:
+        abort_with_problem(413, f"The body has {request.content_length} bytes; {max_bytes} are allowed.")
     try:
-        # Not every body has a length: one byte too many is enough to know.
-        request.stream = cast(IO[bytes], LimitedStream(request.stream, most + 1, is_max=True))
+        # A body may come without a length: reading one byte more than allowed tells that it is too large.
+        request.stream = cast(IO[bytes], LimitedStream(request.stream, max_bytes + 1, is_max=True))
         body = request.get_data(cache=True)
     except RequestEntityTooLarge:
-        refuse(413, "The body is larger than this app allows.")
-    if len(body) > most:
-        refuse(413, f"The body has more than the {most} bytes that are allowed.")
+        abort_with_problem(413, "The body is larger than this app allows.")
+    if len(body) > max_bytes:
+        abort_with_problem(413, f"The body has more than the {max_bytes} bytes that are allowed.")
     return body
 
 
-def _no_number(text: str) -> float:
+def _reject_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-def _number(text: str) -> float:
+def _finite_float(text: str) -> float:
     number = float(text)
     if math.isinf(number):
         raise ValueError(f"{text} is too large a number")
@@ -80,7 +80,7 @@ def _number(text: str) -> float:
 
 
 def _depth(value: object) -> int:
-    """How many levels a value has, without going down by recursion."""
+    """How many levels of objects and arrays a value has; counted without recursion."""
     depth, level = 0, [value]
     while level:
         depth += 1

@@ -1,4 +1,4 @@
-"""The HTTP face of an executor."""
+"""The controller: the jobs of an executor over HTTP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping
 from contextvars import Context
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 from urllib.parse import quote
@@ -29,14 +29,14 @@ from flask_executor.exceptions import (
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.jobs.model import RESERVED_PREFIX, Job, JobStatus
-from flask_executor.web.arguments import MismatchError, Parameters, parameters_of
+from flask_executor.web.arguments import ExposedFunction, MismatchError, parameters_of
 from flask_executor.web.body import read_form, read_object
+from flask_executor.web.dashboard import dashboard_data
 from flask_executor.web.listing import Query, list_page
-from flask_executor.web.negotiation import HTML, document_answer, status_response, wanted
-from flask_executor.web.openapi import document as openapi_document
-from flask_executor.web.overview import overview
-from flask_executor.web.pages import Jobs, jobs_of, register_controller, render_job_page, translator, url_within
-from flask_executor.web.problems import nothing, problem, refuse, store_or_problem
+from flask_executor.web.negotiation import HTML, document_answer, preferred_type, status_response
+from flask_executor.web.openapi import openapi_document
+from flask_executor.web.pages import JobsView, jobs_of, register_controller, render_job_page, translator, url_within
+from flask_executor.web.problems import abort_with_problem, no_content, problem, store_or_problem
 from flask_executor.web.same_origin import require_same_origin
 from flask_executor.web.status import log_document
 from flask_executor.web.tokens import SHOW, JobToken, check_token
@@ -46,29 +46,17 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Decides whether the current request may do this with a job: ``authorize("stop", job)``.
+#: Returns whether the current request may do this with a job: ``authorize("stop", job)``.
 Authorize = Callable[[str, "Job | None"], object]
 
-_RUN = (
-    f"{RESERVED_PREFIX}run"  # what the keys of jobs begin with that were started here, so that their handles are held
-)
-_STARTED = f"{RESERVED_PREFIX}started_with"  # in the meta of a job: what it was started as, to be started again
-_ACTIONS = ("status", "result", "log", "stop", "retry")  # with one job
-_SESSION = "_flask_executor_owner"
-_OF_SESSION = "session:"  # what an owner begins with whom only the session knows
-_MOST_KEPT = 8 * 1024  # characters of name and arguments that are kept, to start a job again
-_GONE = "There was such a job, and its record has expired."
-_NONE = "There is no such job, or it is none of yours."
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Exposed:
-    """A function that can be started over HTTP."""
-
-    name: str
-    #: What submits it: an executor's job, or a plain function.
-    fn: Callable[..., Any]
-    parameters: Parameters
+_RUN_KEY = f"{RESERVED_PREFIX}run"  # begins the key of each job started here: a job with a key keeps its handle
+_STARTED_WITH = f"{RESERVED_PREFIX}started_with"  # in the meta of a job: name and arguments, to start it again
+_ACTIONS = ("status", "result", "log", "stop", "retry")  # what authorize() is asked about a job
+_SESSION_KEY = "_flask_executor_owner"
+_SESSION_PREFIX = "session:"  # begins the owner of jobs that belong to a session
+_MAX_STARTED_WITH = 8 * 1024  # characters; a job with larger arguments cannot be started again
+_EXPIRED = "There was such a job, and its record has expired."
+_NOT_FOUND = "There is no such job, or it is none of yours."
 
 
 class Controller(Blueprint):
@@ -80,18 +68,18 @@ class Controller(Blueprint):
         controller.expose(render)
         app.register_blueprint(controller, url_prefix="/jobs")
 
-    Denies by default: only what was exposed can be started, and a job is only there for whoever has started it. Each
-    route is a method, to be overridden in a class of your own, which calls ``super()`` where it goes on as here.
+    It denies by default: only exposed functions can be started, and only its owner can see a job. Each route is a
+    method, which a subclass can override; it calls ``super()`` for what the controller does.
 
-    :param executor: whose jobs these are.
-    :param authorize: called with what is to be done (``"list"``, ``"dashboard"``, ``"health"``, or with a job of
-        somebody else's ``"status"``, ``"result"``, ``"log"``, ``"stop"``, ``"retry"``) and the job or None; what it
-        returns decides, and it may leave the view by itself. None allows none of these.
-    :param owner: tells whose the jobs are that the current request starts, as a string or number; None for nobody
-        that is known. By default, and for those, a random token in the signed session does.
-    :param name: of the blueprint.
-    :param max_body: most bytes of the arguments of a job.
-    :param options: further ones of :class:`flask.Blueprint`.
+    :param executor: the executor that has the jobs.
+    :param authorize: called with an action and a job: with ``"list"``, ``"dashboard"`` or ``"health"`` and None, or
+        with ``"status"``, ``"result"``, ``"log"``, ``"stop"`` or ``"retry"`` and the job of another owner. If it
+        returns a true value, the request may do this. It may also leave the view. None denies all of these.
+    :param owner: returns the owner of the jobs that the current request starts, a string or number; None if nobody is
+        logged in. Without an owner the jobs belong to the signed session, by a random token in it.
+    :param name: the name of the blueprint.
+    :param max_body: how many bytes the arguments of a job may have.
+    :param options: further options of :class:`flask.Blueprint`.
     """
 
     def __init__(
@@ -107,7 +95,7 @@ class Controller(Blueprint):
         super().__init__(name, __name__, **options)
         self.executor = executor
         self.max_body = max_body
-        self.exposed: dict[str, Exposed] = {}
+        self.exposed: dict[str, ExposedFunction] = {}
         self._authorize = authorize
         self._owner = owner
         self._route("/", "index", GET=self.index)
@@ -127,15 +115,15 @@ class Controller(Blueprint):
         register_controller(cast(Flask, state.app), self.executor.name, name, self.owner)
 
     def expose(self, fn: F, name: str | None = None) -> F:
-        """Let this function be started by ``POST /run/<name>``; can be used as a decorator.
+        """Let ``POST /run/<name>`` start this function; can be used as a decorator.
 
-        Its arguments come from outside. They are checked against its signature and annotations, by pydantic where that
-        is installed.
+        The arguments of a request are checked against signature and annotations, by pydantic if it is installed.
 
-        :param fn: a function, or what :meth:`Executor.job <flask_executor.Executor.job>` made of one, with its options.
-        :param name: how it is called in the url; by default as jobs of it are.
-        :raises TypeError: for a function that cannot be called with keyword arguments only.
-        :raises ValueError: for a name that is taken or has a slash, and for a job of another executor.
+        :param fn: a function, or one decorated with :meth:`Executor.job <flask_executor.Executor.job>`, whose options
+            apply.
+        :param name: the name in the url; by default the one of its jobs.
+        :raises TypeError: if the function cannot be called with keyword arguments only.
+        :raises ValueError: if the name is taken or has a slash, or the job is one of another executor.
         """
         name = name or callable_name(fn)
         if "/" in name:
@@ -144,15 +132,15 @@ class Controller(Blueprint):
             raise ValueError(f"{name!r} is exposed already; give another name: expose(fn, name=...)")
         if _is_job(fn) and fn.executor is not self.executor:
             raise ValueError(f"{name!r} is a job of another executor; expose it on a controller of that one")
-        self.exposed[name] = Exposed(name=name, fn=fn, parameters=parameters_of(fn))
+        self.exposed[name] = ExposedFunction(name=name, fn=fn, parameters=parameters_of(fn))
         return fn
 
     # ---- who may do what ----
 
     def owner(self) -> str:
-        """Whose the jobs are that this request starts.
+        """The owner of the jobs that this request starts.
 
-        :raises ConfigError: when nobody is known, and without a SECRET_KEY no session can tell either.
+        :raises ConfigError: if ``owner()`` returns none, and there is no SECRET_KEY for a session.
         """
         owner = self._known_owner()
         if owner is None:
@@ -160,21 +148,23 @@ class Controller(Blueprint):
                 raise ConfigError(
                     "SECRET_KEY", None, "set, so that a session can tell whose a job is, or pass owner= to Controller"
                 )
-            token = session[_SESSION] = secrets.token_urlsafe(16)
+            token = session[_SESSION_KEY] = secrets.token_urlsafe(16)
             owner = _owner_of_session(token)
         return owner
 
     def _known_owner(self) -> str | None:
         owner = None if self._owner is None else self._owner()
-        if owner is None or owner is False or owner == "":  # what apps say for nobody
-            token = session.get(_SESSION)
+        if owner is None or owner is False or owner == "":  # what apps return if nobody is logged in
+            token = session.get(_SESSION_KEY)
             return None if token is None else _owner_of_session(token)
-        if str(owner).startswith(_OF_SESSION):
-            raise ValueError(f"owner() gave {owner!r}; what begins with {_OF_SESSION!r} is for those it does not know")
+        if str(owner).startswith(_SESSION_PREFIX):
+            raise ValueError(
+                f"owner() gave {owner!r}; owners that begin with {_SESSION_PREFIX!r} are those of sessions"
+            )
         return str(owner)
 
     def may(self, action: str, job: Job | None = None) -> bool:
-        """Whether the current request may do this: its own jobs it may do everything with."""
+        """If true, the current request may do this; with jobs of its own it may do everything."""
         if job is not None:
             if job.owner is not None and job.owner == self._known_owner():
                 return True
@@ -187,26 +177,26 @@ class Controller(Blueprint):
         return self._authorize is not None and bool(self._authorize(action, job))
 
     def require(self, action: str) -> None:
-        """Leave the view if the current request may not do this."""
+        """Leave the view with a 403 if the current request may not do this."""
         if not self.may(action):
-            refuse(403, f"This needs authorize({action!r}, None) of the Controller to allow it.")
+            abort_with_problem(403, f"This needs authorize({action!r}, None) of the Controller to allow it.")
 
     def find(self, action: str, id: str) -> Job:
-        """The job with this id, if the current request may do this with it; otherwise leave the view, with a 404."""
+        """The job with this id; leave the view with a 404 if the current request may not do this with it."""
         records = self.executor.jobs
         job = records.get(id)
         if job is None and records.expired(id):
-            refuse(410, _GONE)
+            abort_with_problem(410, _EXPIRED)
         if job is None or not self.may(action, job):
-            refuse(404, _NONE)
+            abort_with_problem(404, _NOT_FOUND)
         return job
 
     def check_origin(self) -> None:
-        """Leave the view if a page of another site has made this request; to be overridden to allow some."""
+        """Leave the view if a page of another site has made this request; override it to allow some sites."""
         require_same_origin(request)
 
     def _permit(self) -> JobToken | None:
-        """What the url permits, whoever has it: to see one job."""
+        """The permit in the url: whoever has that url may see one job."""
         token = request.args.get("permit")
         permit = None if token is None else check_token(current_app, SHOW, token)
         return permit if permit is not None and permit.executor == self.executor.name else None
@@ -214,43 +204,43 @@ class Controller(Blueprint):
     # ---- starting ----
 
     def run(self, name: str) -> WSGIResponse:
-        """``POST /run/<name>``: start what is exposed under this name."""
+        """``POST /run/<name>``: start the function that is exposed under this name."""
         self.check_origin()
         if name not in self.exposed:
-            refuse(404, f"Nothing is exposed as {name!r}.")
+            abort_with_problem(404, f"Nothing is exposed as {name!r}.")
         return self.start(name, read_object(request, self.max_body))
 
     def check_start(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """Called before anything is started, also again: to be overridden by what leaves the view where it is refused.
+        """Called before a job is started or started again; override it to refuse some, by leaving the view.
 
-        :param name: of what is exposed.
-        :param arguments: as they came; they fit the signature.
+        :param name: the name of the exposed function.
+        :param arguments: as they were sent; they fit the signature.
         """
 
     def start(self, name: str, arguments: Mapping[str, Any], owner: str | None = None) -> WSGIResponse:
-        """Start a job in the contexts of the current request, and tell where it is.
+        """Start a job in the contexts of the current request, and answer with its url.
 
-        :param owner: whose it is; None for whom :meth:`owner` tells.
+        :param owner: the owner of the job; None for the one that :meth:`owner` returns.
         """
         kwargs = self._checked(name, arguments)
         return self._accepted(self._submit(name, arguments, kwargs, self.owner() if owner is None else owner))
 
     def _checked(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments as the function is to get them."""
+        """The arguments, checked and converted for the function."""
         try:
             kwargs = self.exposed[name].parameters.check(arguments)
         except MismatchError as error:
-            wrong = [{"pointer": one.pointer, "detail": one.detail} for one in error.args]
-            refuse(422, f"The arguments do not fit {name!r}.", errors=wrong)
+            wrong = [{"pointer": mismatch.pointer, "detail": mismatch.detail} for mismatch in error.args]
+            abort_with_problem(422, f"The arguments do not fit {name!r}.", errors=wrong)
         self.check_start(name, arguments)
         return kwargs
 
     def _submit(self, name: str, arguments: Mapping[str, Any], kwargs: dict[str, Any], owner: str | None) -> Job:
         fn = self.exposed[name].fn
-        options: dict[str, Any] = {"owner": owner, "key": (_RUN, secrets.token_hex(8))}
+        options: dict[str, Any] = {"owner": owner, "key": (_RUN_KEY, secrets.token_hex(8))}
         started = json.dumps({"name": name, "arguments": dict(arguments)})
-        if len(started) <= _MOST_KEPT:
-            options["meta"] = {_STARTED: started}
+        if len(started) <= _MAX_STARTED_WITH:
+            options["meta"] = {_STARTED_WITH: started}
         submit: Callable[..., FutureProxy[Any]]
         if _is_job(fn):
             submit = fn.options(**options).submit
@@ -259,30 +249,30 @@ class Controller(Blueprint):
         try:
             return submit(**kwargs).record()
         except QueueFull:
-            refuse(503, "So many jobs are waiting that no more are accepted. Try again.", headers={"Retry-After": "5"})
+            abort_with_problem(503, "The queue of jobs is full. Try again.", headers={"Retry-After": "5"})
         except ExecutorShutdown:
-            refuse(503, "This process ends and accepts no more jobs. Try again.", headers={"Retry-After": "5"})
+            abort_with_problem(503, "This process is shutting down. Try again.", headers={"Retry-After": "5"})
 
     def _accepted(self, job: Job) -> WSGIResponse:
         answer = document_answer(request, self.describer(job)(job), 202)
         answer.headers["Location"] = self._url("job", id=job.id)
         return answer
 
-    def _accepted_of(self, job: Job) -> WSGIResponse:
-        """The same of a job that may be somebody else's: whoever may only act on it is told no more."""
+    def _accepted_or_bare(self, job: Job) -> WSGIResponse:
+        """The same without document and url, if the current request may act on the job but not see it."""
         return self._accepted(job) if _allows(self.may, "status", job) else Response(status=202)
 
     def retry(self, id: str) -> WSGIResponse:
-        """``POST /<id>/retry``: start a job again that was started here, and has not succeeded.
+        """``POST /<id>/retry``: start a job again that was started here and has ended without success.
 
-        The job of somebody else is started without the current request and session: what it does is not to be done
-        with the rights of whoever has pressed a button.
+        The job of another owner runs without the current request and session, so that it does not get the rights of
+        the user who has pressed the button.
         """
         self.check_origin()
         job = self.find("retry", id)
         started = self._started(job)
         if started is None:
-            refuse(
+            abort_with_problem(
                 409,
                 "Only a job that was started here, with arguments of moderate size, and has ended other than by "
                 "success can be started again.",
@@ -292,11 +282,11 @@ class Controller(Blueprint):
         kwargs = self._checked(started["name"], started["arguments"])
         app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
         again = partial(self._submit, started["name"], started["arguments"], kwargs, job.owner)
-        return self._accepted_of(Context().run(_in_app_context, app, again))
+        return self._accepted_or_bare(Context().run(_in_app_context, app, again))
 
     def _started(self, job: Job) -> dict[str, Any] | None:
-        """Name and arguments of a job that can be started again."""
-        text = job.meta.get(_STARTED)
+        """Name and arguments of a job that can be started again; None for other jobs."""
+        text = job.meta.get(_STARTED_WITH)
         if text is None or not job.status.retryable:
             return None
         started: dict[str, Any] = json.loads(text)
@@ -305,9 +295,9 @@ class Controller(Blueprint):
     # ---- one job ----
 
     def describer(self, job: Job | None = None) -> Callable[[Job], dict[str, Any]]:
-        """What makes the status document of a job, with the urls of what the current request may do with it.
+        """A function that makes status documents, with links to what the current request may do with each job.
 
-        :param job: the only one that it is for: then it can also be used when the request is over.
+        :param job: If given, the function is for this job only, and can be called after the request context has gone.
         """
         base, jobs, permit = self._url("index"), self.jobs, self._permit()
         allowed = None if job is None else self._allowed(job)
@@ -334,10 +324,10 @@ class Controller(Blueprint):
         return {action for action in _ACTIONS if _allows(self.may, action, job)}
 
     def job(self, id: str) -> WSGIResponse:
-        """``GET /<id>``: how a job stands, as a document, or as a page."""
+        """``GET /<id>``: the status document, or the job's page for browsers."""
         job = self.find("status", id)
-        if wanted(request) != HTML:
-            return status_response(request, self._reader(job), self.jobs.places)
+        if preferred_type(request) != HTML:
+            return status_response(request, self._reader(job), self.jobs.wait_slots)
         page = render_job_page(self.jobs, self.describer(job)(job), turn=False, action=self._url("job", id=id))
         answer = Response(page, mimetype=HTML)
         answer.headers["Cache-Control"] = "no-store"
@@ -345,12 +335,12 @@ class Controller(Blueprint):
         return answer
 
     def events(self, id: str) -> WSGIResponse:
-        """``GET /<id>/events``: the same as it goes on, as server-sent events."""
+        """``GET /<id>/events``: the status document as server-sent events."""
         job = self.find("status", id)
-        return status_response(request, self._reader(job), self.jobs.places, as_events=True)
+        return status_response(request, self._reader(job), self.jobs.wait_slots, as_events=True)
 
     def _reader(self, job: Job) -> Callable[[], Mapping[str, Any] | None]:
-        """Reads the status document, also when the request is over."""
+        """A function that reads the status document, also after the request context has gone."""
         id, records, describe = job.id, self.executor.jobs, self.describer(job)
 
         def read() -> Mapping[str, Any] | None:
@@ -364,40 +354,42 @@ class Controller(Blueprint):
         self.check_origin()
         job = self.find("stop", id)
         if not self.jobs.stop_job(id):
-            return nothing()
-        return self._accepted_of(self.executor.jobs.get(id) or job)
+            return no_content()
+        return self._accepted_or_bare(self.executor.jobs.get(id) or job)
 
     def act(self, id: str) -> WSGIResponse:
-        """``POST /<id>``: what the buttons of the job's page do."""
+        """``POST /<id>``: the buttons of the job's page."""
         self.check_origin()
         do = {"stop": self.stop, "retry": self.retry}.get(read_form(request).get("action", ""))
         if do is None:
-            refuse(400, "The action is missing: it must be 'stop' or 'retry'.")
+            abort_with_problem(400, "The action is missing: it must be 'stop' or 'retry'.")
         answer = do(id)
-        if wanted(request) != HTML:
+        if preferred_type(request) != HTML:
             return answer
         return redirect(answer.headers.get("Location", self._url("job", id=id)), 303)
 
     def result(self, id: str) -> WSGIResponse:
-        """``GET /<id>/result``: what it has returned."""
+        """``GET /<id>/result``: what the job has returned, as JSON."""
         job = self.find("result", id)
         if not job.status.ended:
-            refuse(409, f"The job has not ended: it is {job.status}.", headers={"Retry-After": "1"}, job=job.status)
+            abort_with_problem(
+                409, f"The job has not ended: it is {job.status}.", headers={"Retry-After": "1"}, job=job.status
+            )
         if job.status is not JobStatus.SUCCEEDED:
-            refuse(409, f"The job has no result: its status is {job.status}.", job=job.status)
+            abort_with_problem(409, f"The job has no result: its status is {job.status}.", job=job.status)
         future = self.jobs.handle(id)
         try:
-            result = None if future is None else future.result(timeout=1)  # it comes a moment after the status
+            result = None if future is None else future.result(timeout=1)  # it may arrive a moment after the status
         except concurrent.futures.TimeoutError:
-            refuse(503, "The result is not here yet. Try again.", headers={"Retry-After": "1"})
+            abort_with_problem(503, "The result is not here yet. Try again.", headers={"Retry-After": "1"})
         except (ResultExpired, UntrustedResult, NotPicklable):
             future = None
         if future is None:
-            refuse(410, "The result is not kept any more.")
+            abort_with_problem(410, "The result is not kept any more.")
         try:
             body = current_app.json.dumps(result, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
-            refuse(406, f"The result is a {type(result).__name__}, which JSON does not have.")
+            abort_with_problem(406, f"The result is a {type(result).__name__}, which JSON does not have.")
         answer = Response(body, mimetype="application/json")
         answer.headers["Cache-Control"] = "private, no-cache"
         answer.add_etag()
@@ -405,7 +397,7 @@ class Controller(Blueprint):
         return answer
 
     def log(self, id: str) -> WSGIResponse:
-        """``GET /<id>/log``: the last lines that it has logged."""
+        """``GET /<id>/log``: the last lines that the job has logged."""
         job = self.find("log", id)
         with_errors = self.jobs.with_errors or _allows(self._authorizes, "log", job)
         lines = [log_document(line, with_error=with_errors) for line in self.executor.jobs.log(id)]
@@ -415,22 +407,22 @@ class Controller(Blueprint):
 
     def index(self) -> WSGIResponse:
         """``GET /``: the jobs, youngest first; browsers get the dashboard."""
-        if wanted(request) == HTML:
+        if preferred_type(request) == HTML:
             self.require("dashboard")
             return self.dashboard()
         self.require("list")
         try:
             query = Query.parse(request.args)
         except ValueError as error:
-            refuse(400, str(error))
+            abort_with_problem(400, str(error))
         jobs, cursor = list_page(self.executor.jobs, query)
         describe = self.describer()
-        documents = [{**describe(job), "owner": job.owner, "started_with": job.meta.get(_STARTED)} for job in jobs]
+        documents = [{**describe(job), "owner": job.owner, "started_with": job.meta.get(_STARTED_WITH)} for job in jobs]
         following = None if cursor is None else self._url("index", **{**query.given(), "before": cursor})
         return _as_json({"jobs": documents, "next": following})
 
     def dashboard(self) -> WSGIResponse:
-        """The page that shows all jobs, and how the executor is doing."""
+        """The dashboard: the page that shows all jobs."""
         page = render_template(
             "flask_executor/dashboard.html",
             title=f"{self.executor.name or current_app.name}: jobs",
@@ -449,7 +441,7 @@ class Controller(Blueprint):
         """``GET /overview``: counts, durations and workers, for the dashboard."""
         self.require("dashboard")
         health = self.executor.health()
-        return _as_json(overview(self.executor.jobs, health, self.jobs.worker_states()))
+        return _as_json(dashboard_data(self.executor.jobs, health, self.jobs.worker_states()))
 
     def health(self) -> WSGIResponse:
         """``GET /health``: 200 while jobs are accepted and the store answers, else 503."""
@@ -463,14 +455,14 @@ class Controller(Blueprint):
         return answer
 
     def openapi(self) -> WSGIResponse:
-        """``GET /openapi.json``: all of this, as OpenAPI 3.1 describes it."""
+        """``GET /openapi.json``: a description of all routes in OpenAPI 3.1."""
         return _as_json(openapi_document(self._url("index"), list(self.exposed.values())))
 
     # ---- the work ----
 
     @property
-    def jobs(self) -> Jobs:
-        """What acts on the jobs of the executor in the current app."""
+    def jobs(self) -> JobsView:
+        """The jobs of the executor in the current app."""
         return jobs_of(self.executor)
 
     def _url(self, endpoint: str, **values: Any) -> str:
@@ -482,13 +474,13 @@ class Controller(Blueprint):
         return url_within(f"{mounted}.{endpoint}", **values)
 
     def _route(self, rule: str, endpoint: str, **views: Callable[..., WSGIResponse]) -> None:
-        """One url; its answers to other methods, and its errors, are problems too."""
-        own = [name for name in ("id", "name") if f"<{name}>" in rule]  # beside those of the prefix
+        """Add a route, whose answers to other methods and whose errors are problems too."""
+        own = [name for name in ("id", "name") if f"<{name}>" in rule]  # the others are variables of the prefix
         allowed = sorted({*views, "OPTIONS", *(["HEAD"] if "GET" in views else [])})
 
         def view(**values: str) -> WSGIResponse:
             if request.method == "OPTIONS":
-                return nothing({"Allow": ", ".join(allowed)})
+                return no_content({"Allow": ", ".join(allowed)})
             answer = views.get("GET" if request.method == "HEAD" else request.method)
             if answer is None:
                 allow = {"Allow": ", ".join(allowed)}
@@ -503,7 +495,7 @@ _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 def _allows(rule: Callable[[str, Job | None], bool], action: str, job: Job | None = None) -> bool:
-    """What a rule says, where that only decides what is shown: one that leaves the view says no."""
+    """If true, the rule allows this. For what is only shown, a rule that leaves the view counts as no."""
     try:
         return rule(action, job)
     except HTTPException:
@@ -511,8 +503,8 @@ def _allows(rule: Callable[[str, Job | None], bool], action: str, job: Job | Non
 
 
 def _owner_of_session(token: str) -> str:
-    """Whose the jobs are of a session. Who sees that in a list cannot make the session of it."""
-    return _OF_SESSION + hashlib.blake2b(token.encode(), digest_size=9).hexdigest()
+    """The owner of a session's jobs: a hash, so that the session cannot be made from the owner shown in a list."""
+    return _SESSION_PREFIX + hashlib.blake2b(token.encode(), digest_size=9).hexdigest()
 
 
 def _in_app_context(app: Flask, fn: Callable[[], Job]) -> Job:
@@ -530,5 +522,5 @@ def _as_json(value: Any) -> Response:
 
 
 def _is_job(fn: Callable[..., Any]) -> TypeGuard[ExecutorJob[..., Any]]:
-    """Whether :meth:`Executor.job <flask_executor.Executor.job>` has made this of a function."""
+    """If true, the function was decorated with :meth:`Executor.job <flask_executor.Executor.job>`."""
     return hasattr(fn, "executor") and hasattr(fn, "submit_stored")

@@ -1,7 +1,7 @@
-"""Waiting in the middle of a request: event streams, and answers that are held back until there is news.
+"""Requests that wait: server-sent events and long polls.
 
-Either keeps a thread of the server while it lasts, so a process has a bounded number of places for them. Who gets
-none is answered at once, and asks again.
+Each keeps a thread of the server while it waits, so a process has a bounded number of slots for them. A request that
+finds no free slot is answered at once, and the client asks again.
 """
 
 from __future__ import annotations
@@ -17,131 +17,131 @@ from typing import Any
 from flask_executor.exceptions import StoreUnavailable
 from flask_executor.web.status import document_version
 
-#: Reads a status document; None when the job is gone.
+#: Reads a status document; None when the record has expired.
 Read = Callable[[], Mapping[str, Any] | None]
 
-LIFE = 60.0  # seconds after which a stream ends, and the client asks again
-_KEEP_ALIVE = 15.0  # seconds without news after which a comment is sent: else a client that has left is not noticed
-_SHORTEST, _LONGEST = 0.05, 0.25  # seconds between two looks at a job
-_PLACES = 8  # where it cannot be told how many threads the server has
+STREAM_SECONDS = 60.0  # a stream ends after so long, and the client opens the next one
+_KEEP_ALIVE_INTERVAL = 15.0  # seconds without news after which a comment is sent: it finds out that a client has left
+_MIN_POLL_INTERVAL, _MAX_POLL_INTERVAL = 0.05, 0.25  # seconds between two reads of a document
+_DEFAULT_SLOTS = 8  # if the number of the server's threads is not known
 
 
 class WaitSlots:
-    """The places of a process for requests that wait.
+    """How many requests of this process may wait at a time.
 
-    :param limit: how many; None for a quarter of the server's threads, or 8 where their number cannot be told.
+    :param limit: the number of slots; None for a quarter of the server's threads, or 8 if their number is not known.
     """
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._taken = 0
+        self._acquired = 0
 
-    def take(self, *, multithreaded: bool) -> WaitSlot | None:
-        """A place, to be given back; None when there is none.
+    def acquire(self, *, multithreaded: bool) -> WaitSlot | None:
+        """A slot, to be released later; None if none is free.
 
-        :param multithreaded: whether the server handles several requests of this process at the same time. Where it
-            does not, a request that waits would be the only one.
+        :param multithreaded: If true, the server handles other requests of this process at the same time. If it does
+            not, no request may wait, because it would keep all others waiting.
         """
         if not multithreaded:
             return None
         limit = max(1, guess_server_threads() // 4) if self._limit is None else self._limit
         with self._lock:
-            if self._taken >= limit:
+            if self._acquired >= limit:
                 return None
-            self._taken += 1
-        return WaitSlot(self._give_back)
+            self._acquired += 1
+        return WaitSlot(self._release)
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         with self._lock:
-            self._taken -= 1
+            self._acquired -= 1
 
 
 class WaitSlot:
-    """A place that was taken. :meth:`give_back` may be called any number of times, from any thread."""
+    """An acquired slot. :meth:`release` may be called several times, and from any thread."""
 
-    def __init__(self, give_back: Callable[[], None]) -> None:
-        self._mine = [give_back]
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._pending = [release]
 
-    def give_back(self) -> None:
-        """Others can have it."""
+    def release(self) -> None:
+        """Let another request have the slot."""
         try:
-            give_back = self._mine.pop()  # atomic: the stream and the server may both come here
+            release = self._pending.pop()  # atomic: the stream and the server may both call this
         except IndexError:
             return
-        give_back()
+        release()
 
-    __del__ = give_back  # an answer that was thrown away is never closed
+    __del__ = release  # a server that discards an answer does not close it
 
 
 def guess_server_threads() -> int:
-    """How many threads the server has in the pool of this one.
+    """How many threads the server has in the pool that the current thread belongs to.
 
-    Servers say nowhere how many there are, but number them: ``waitress-3``, ``ThreadPoolExecutor-0_3``. A pool that
-    starts its threads when they are needed has at least as many as requests came at a time. A thread of no pool was
-    made for this request, as in Flask's development server.
+    Servers do not tell, but they number their threads: ``waitress-3``, ``ThreadPoolExecutor-0_3``. A pool that starts
+    threads on demand has at least as many as there were requests at a time. A thread that belongs to no pool was
+    started for this request, as Flask's development server does.
     """
-    pool = _pool(threading.current_thread())
+    pool = _pool_name(threading.current_thread())
     if pool is None:
-        return 4 * _PLACES
-    return sum(_pool(thread) == pool for thread in threading.enumerate())
+        return 4 * _DEFAULT_SLOTS
+    return sum(_pool_name(thread) == pool for thread in threading.enumerate())
 
 
-def _pool(thread: threading.Thread) -> str | None:
-    """What the names of the threads of a pool have in common; None for a thread of no pool."""
+def _pool_name(thread: threading.Thread) -> str | None:
+    """The part of a thread's name that all threads of its pool share; None for a thread that belongs to no pool."""
     found = re.fullmatch(r"(?!Thread-)(.+[-_])\d+", thread.name)
     return found and found[1]
 
 
-def hold(read: Read, seen: str | None, seconds: float) -> Mapping[str, Any] | None:
-    """Wait until a document has another version than ``seen``, or has ended.
+def wait_for_change(read: Read, known: str | None, seconds: float) -> Mapping[str, Any] | None:
+    """Wait until a document has another version than the client knows, or its job has ended.
 
-    :param seen: None for the one that it has now.
-    :param seconds: most time to wait.
+    :param known: the version that the client knows; None for the present one.
+    :param seconds: how long to wait at most.
     :return: the document then.
     """
     deadline = time.monotonic() + seconds
-    pause = _SHORTEST
+    interval = _MIN_POLL_INTERVAL
     document = read()
     while document is not None and not document["ended"]:
-        now = document_version(document)
-        seen = now if seen is None else seen
+        version = document_version(document)
+        known = version if known is None else known
         left = deadline - time.monotonic()
-        if now != seen or left <= 0:
+        if version != known or left <= 0:
             break
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, _LONGEST)
+        time.sleep(min(interval, left))
+        interval = min(2 * interval, _MAX_POLL_INTERVAL)
         document = read()
     return document
 
 
 def events(read: Read, last_id: str | None) -> Iterator[str]:
-    """The status of a job as server-sent events, until it has ended, or :data:`LIFE` is over.
+    """The status of a job as `server-sent events <https://html.spec.whatwg.org/multipage/server-sent-events.html>`_.
 
-    Each has the whole document, so that nothing is lost by those that were missed. After the `HTML standard
-    <https://html.spec.whatwg.org/multipage/server-sent-events.html>`_.
+    Each event has the whole document, so a client that misses some loses nothing. The stream ends when the job has
+    ended, or after :data:`STREAM_SECONDS`.
 
-    :param last_id: that of the last event which the client has seen: nothing is sent before there is news.
+    :param last_id: the id of the last event that the client has seen: it gets no event before there is another version.
     """
     yield "retry: 2000\n\n"
-    with suppress(StoreUnavailable):  # the client asks again, and is told
-        yield from _news(read, last_id)
+    with suppress(StoreUnavailable):  # the client reconnects, and then gets the 503
+        yield from _new_versions(read, last_id)
 
 
-def _news(read: Read, seen: str | None) -> Iterator[str]:
-    deadline = time.monotonic() + LIFE
+def _new_versions(read: Read, known: str | None) -> Iterator[str]:
+    deadline = time.monotonic() + STREAM_SECONDS
     silent_since = time.monotonic()
-    pause = _SHORTEST
+    interval = _MIN_POLL_INTERVAL
     while (document := read()) is not None:
-        now = document_version(document)
-        if now != seen:
-            seen, silent_since, pause = now, time.monotonic(), _SHORTEST
-            yield f"id: {now}\nevent: status\ndata: {json.dumps(document)}\n\n"
+        version = document_version(document)
+        if version != known:
+            known, silent_since, interval = version, time.monotonic(), _MIN_POLL_INTERVAL
+            yield f"id: {version}\nevent: status\ndata: {json.dumps(document)}\n\n"
         if document["ended"] or time.monotonic() > deadline:
             return
-        if time.monotonic() - silent_since > _KEEP_ALIVE:
+        if time.monotonic() - silent_since > _KEEP_ALIVE_INTERVAL:
             silent_since = time.monotonic()
             yield ": still there\n\n"
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST)
+        time.sleep(interval)
+        interval = min(2 * interval, _MAX_POLL_INTERVAL)
     yield "event: gone\ndata: {}\n\n"

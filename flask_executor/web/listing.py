@@ -1,4 +1,4 @@
-"""A page of the list of jobs: those that match what somebody looks for."""
+"""The list of jobs, filtered and in pages."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from flask_executor.abc import JobRecords
 from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.web.status import key_text
 
-MOST_LISTED = 200  # jobs on a page
-_MOST_SEARCHED = 20_000  # newest jobs that are looked through
+MAX_PAGE_SIZE = 200
+_MAX_SEARCHED = 20_000  # newest jobs; older ones are not searched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Query:
-    """What somebody looks for; None for whatever there is."""
+    """Which jobs to list; None for a filter that is not set."""
 
     status: JobStatus | None = None
     name: str | None = None
     owner: str | None = None
-    #: The key, as people see it.
+    #: The key as text.
     key: str | None = None
-    #: Stands somewhere in name, key, owner or id, in capitals or not.
+    #: A part of name, key, owner or id, in upper or lower case.
     text: str | None = None
-    #: What the page before ended with.
+    #: The cursor of the page before: time and id of its last job.
     before: tuple[float, str] | None = None
-    #: Most jobs on the page.
+    #: How many jobs a page has at most.
     limit: int = 50
 
     @classmethod
     def parse(cls, arguments: Mapping[str, str]) -> Query:
-        """Read the query of a url; what is empty is not asked for.
+        """Read the query of a url; a parameter that is empty counts as not given.
 
         :raises ValueError: saying what is wrong.
         """
@@ -39,8 +39,8 @@ class Query:
         status, limit, before = given.get("status"), given.get("limit", "50"), given.get("before")
         if status is not None and status not in list(JobStatus):
             raise ValueError(f"status is {status[:50]!r}; it must be one of {', '.join(JobStatus)}.")
-        if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= MOST_LISTED):
-            raise ValueError(f"limit is {limit[:50]!r}; it must be a number from 1 to {MOST_LISTED}.")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= MAX_PAGE_SIZE):
+            raise ValueError(f"limit is {limit[:50]!r}; it must be a number from 1 to {MAX_PAGE_SIZE}.")
         return cls(
             status=None if status is None else JobStatus(status),
             name=given.get("name"),
@@ -52,12 +52,12 @@ class Query:
         )
 
     def given(self) -> dict[str, str]:
-        """What was asked for, as it stands in a url; without ``before``."""
-        asked = {"status": self.status, "name": self.name, "owner": self.owner, "key": self.key, "q": self.text}
-        return {**{name: str(value) for name, value in asked.items() if value is not None}, "limit": str(self.limit)}
+        """The query for a url, without ``before``."""
+        filters = {"status": self.status, "name": self.name, "owner": self.owner, "key": self.key, "q": self.text}
+        return {**{name: str(value) for name, value in filters.items() if value is not None}, "limit": str(self.limit)}
 
     def matches(self, job: Job) -> bool:
-        """Whether a job is meant, among those of this status, name and owner."""
+        """If true, key and text match; status, name and owner are matched by the store."""
         key = key_text(job.key)
         if self.key is not None and key != self.key:
             return False
@@ -68,16 +68,16 @@ class Query:
 
 
 def list_page(records: JobRecords, query: Query) -> tuple[Sequence[Job], str | None]:
-    """The jobs of a page, and what the page after it is to be asked for with; None when there is none."""
+    """The jobs of a page, and the cursor for the next page; None if this is the last one."""
     size = query.limit + 1 if query.key is None and query.text is None and query.before is None else 4 * query.limit
-    while True:  # more and more of them, as most pages are near the beginning
+    while True:  # read more and more jobs: most pages that are asked for are near the beginning
         found = records.list(status=query.status, name=query.name, owner=query.owner, limit=size)
         matching = [job for job in _after(found, query.before) if query.matches(job)]
         if len(matching) > query.limit:
             return matching[: query.limit], _cursor(matching[query.limit - 1])
-        if len(found) < size or size >= _MOST_SEARCHED:
+        if len(found) < size or size >= _MAX_SEARCHED:
             return matching, None
-        size = min(4 * size, _MOST_SEARCHED)
+        size = min(4 * size, _MAX_SEARCHED)
 
 
 def _cursor(job: Job) -> str:
@@ -93,7 +93,7 @@ def _parse_cursor(text: str) -> tuple[float, str]:
 
 
 def _after(jobs: Sequence[Job], before: tuple[float, str] | None) -> Sequence[Job]:
-    """Those that come behind that job; if it is not there any more, those that were queued earlier."""
+    """The jobs after the one of the cursor; if its record has expired, those that were queued before it."""
     if before is None:
         return jobs
     time, id = before

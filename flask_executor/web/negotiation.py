@@ -1,4 +1,4 @@
-"""Answers that say how a job stands: once, later, or as it goes on."""
+"""Content negotiation: the status of a job as JSON, after a long poll, or as a stream of events."""
 
 from __future__ import annotations
 
@@ -9,102 +9,106 @@ from typing import Any
 
 from flask import Request, Response
 
-from flask_executor.web.events import Read, WaitSlots, events, hold
-from flask_executor.web.problems import nothing, problem
+from flask_executor.web.events import Read, WaitSlots, events, wait_for_change
+from flask_executor.web.problems import no_content, problem
 from flask_executor.web.status import document_version
 
 HTML = "text/html"
 JSON = "application/json"
 EVENTS = "text/event-stream"
-#: What a page asks for that wants to know how the job stands, and not what came of it.
+#: What the script of a page accepts: the status of the job, and never the answer of the view behind it.
 DOCUMENT = "application/vnd.flask-executor.job+json"
 
-_MOST_WAIT = 30.0  # seconds, of ``Prefer: wait=N``
+_MAX_WAIT = 30.0  # seconds, of ``Prefer: wait=N``
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?=[,;]|$)", re.IGNORECASE)
 
 
-def wanted(request: Request) -> str:
-    """The media type to answer with; JSON for a client that has no preference, as browsers do have one."""
+def preferred_type(request: Request) -> str:
+    """The media type to answer with; JSON if the client has no preference, for browsers do have one."""
     return request.accept_mimetypes.best_match([JSON, DOCUMENT, HTML, EVENTS], JSON)
 
 
 def preferred_wait(request: Request) -> float:
-    """The seconds that the client would wait (`RFC 7240 <https://www.rfc-editor.org/rfc/rfc7240>`_), at most 30."""
+    """Seconds of ``Prefer: wait=N`` (`RFC 7240 <https://www.rfc-editor.org/rfc/rfc7240>`_), at most 30; 0 without."""
     found = _WAIT.search(",".join(request.headers.getlist("Prefer")))
-    return 0.0 if found is None else min(float(found[1]), _MOST_WAIT)
+    return 0.0 if found is None else min(float(found[1]), _MAX_WAIT)
 
 
 def is_multithreaded(request: Request) -> bool:
-    """Whether the server handles other requests of this process while one waits."""
+    """If true, the server handles other requests in this process while this one waits."""
     return bool(request.environ.get("wsgi.multithread"))
 
 
-def status_response(request: Request, read: Read, places: WaitSlots, *, as_events: bool = False) -> Response:
-    """The status document, or a stream of them: what the client asks for, and there is room for.
+def status_response(request: Request, read: Read, slots: WaitSlots, *, as_events: bool = False) -> Response:
+    """The status of a job, as the client prefers it: a stream of events if a slot is free, else the document.
 
-    :param read: reads the document, also when the request is over.
-    :param as_events: whether this url gives streams, where the client has no other wish.
+    :param read: reads the status document; a stream calls it after the request context has gone.
+    :param as_events: If true, a client that accepts both gets a stream.
     """
-    if request.method == "GET" and (wanted(request) == EVENTS or (as_events and _takes(request, EVENTS))):
+    if request.method == "GET" and (preferred_type(request) == EVENTS or (as_events and _accepts(request, EVENTS))):
         last = request.headers.get("Last-Event-ID")
-        if last is not None and _is_the_end(read(), last):
-            return nothing()  # by which the standard tells a client not to ask again
-        place = places.take(multithreaded=is_multithreaded(request))
-        if place is not None:
+        if last is not None and _is_final(read(), last):
+            return no_content()  # by the HTML standard this ends the client's attempts to reconnect
+        slot = slots.acquire(multithreaded=is_multithreaded(request))
+        if slot is not None:
             answer = Response(events(read, last), mimetype=EVENTS)
-            answer.call_on_close(place.give_back)
+            answer.call_on_close(slot.release)
             answer.headers["Cache-Control"] = "no-store"
-            answer.headers["X-Accel-Buffering"] = "no"  # or nginx would collect it
+            answer.headers["X-Accel-Buffering"] = "no"  # otherwise nginx buffers the stream
             answer.vary.add("Accept")
             return answer
-        if not (_takes(request, DOCUMENT) or _takes(request, JSON)):
+        if not (_accepts(request, DOCUMENT) or _accepts(request, JSON)):
             detail = "This process holds as many event streams as it may. Ask again, or for the document as JSON."
             return problem(503, detail, headers={"Retry-After": "2"})
-    document, waited = _held(request, read, places)
+    document, has_waited = _long_poll(request, read, slots)
     if document is None:
         return problem(410, "The record of this job has expired.")
     answer = document_answer(request, document)
-    if waited:
+    if has_waited:
         answer.headers["Preference-Applied"] = "wait"
     return answer
 
 
-def _is_the_end(document: Mapping[str, Any] | None, last: str) -> bool:
-    """Whether a client has seen all there is."""
+def _is_final(document: Mapping[str, Any] | None, last: str) -> bool:
+    """If true, the job has ended, and the client has seen the last version of its document."""
     return document is not None and document["ended"] and document_version(document) == last
 
 
-def _takes(request: Request, mimetype: str) -> bool:
+def _accepts(request: Request, mimetype: str) -> bool:
     return not request.accept_mimetypes or bool(request.accept_mimetypes[mimetype])
 
 
-def _held(request: Request, read: Read, places: WaitSlots) -> tuple[Mapping[str, Any] | None, bool]:
-    """The document, when there is news or the time is over that the client would wait; whether it was waited."""
+def _long_poll(request: Request, read: Read, slots: WaitSlots) -> tuple[Mapping[str, Any] | None, bool]:
+    """Wait for a new version of the document, for as long as the client prefers.
+
+    :return: the document, and whether the request has waited.
+    """
     seconds = preferred_wait(request)
-    place = places.take(multithreaded=is_multithreaded(request)) if seconds and request.method == "GET" else None
-    if place is None:
+    slot = slots.acquire(multithreaded=is_multithreaded(request)) if seconds and request.method == "GET" else None
+    if slot is None:
         return read(), False
     try:
-        return hold(read, next(iter(request.if_none_match.as_set(include_weak=True)), None), seconds), True
+        known = next(iter(request.if_none_match.as_set(include_weak=True)), None)
+        return wait_for_change(read, known, seconds), True
     finally:
-        place.give_back()
+        slot.release()
 
 
 def document_answer(request: Request, document: Mapping[str, Any], status: int = 200) -> Response:
-    """A status document, with what a client needs to ask again; 304 if it has not changed."""
-    mimetype = DOCUMENT if wanted(request) in (DOCUMENT, EVENTS) else JSON
+    """A status document with ``ETag`` and ``Retry-After``; a 304 if the client has this version already."""
+    mimetype = DOCUMENT if preferred_type(request) in (DOCUMENT, EVENTS) else JSON
     answer = Response(json.dumps(document), status, mimetype=mimetype)
     answer.headers["Cache-Control"] = "private, no-cache"
     answer.vary.add("Accept")
     answer.set_etag(document_version(document), weak=True)
     if not document["ended"]:
         answer.headers["Retry-After"] = str(seconds_between_polls(document))
-    if status < 300:  # RFC 9110, 13.2.1: others are what they are
+    if status < 300:  # RFC 9110, 13.2.1: conditions apply to successful answers only
         answer.make_conditional(request)
     return answer
 
 
 def seconds_between_polls(document: Mapping[str, Any]) -> int:
-    """Whole seconds after which to ask again: a job that has run for long is not over in the next second."""
+    """Whole seconds after which to ask again: the longer a job has run, the less likely it ends in the next second."""
     elapsed = document["elapsed"] or 0.0
     return 1 if elapsed < 15 else 2 if elapsed < 120 else 5

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 from flask_executor.jobs.model import JobStatus
+from flask_executor.web.arguments import ExposedFunction
+from flask_executor.web.listing import MAX_PAGE_SIZE
 from flask_executor.web.negotiation import DOCUMENT, EVENTS, HTML, JSON
 from flask_executor.web.problems import MIMETYPE as PROBLEM
 from flask_executor.web.status import job_schema
@@ -14,29 +16,10 @@ from flask_executor.web.status import job_schema
 Schema = dict[str, Any]
 
 
-class HasSchema(Protocol):
-    """What arguments are described by."""
+def openapi_document(base: str, exposed: Iterable[ExposedFunction]) -> Schema:
+    """The OpenAPI document of a controller.
 
-    def schema(self, refs: str) -> Schema:
-        """The JSON schema of the arguments, as one object; ``refs`` is what references to its ``$defs`` begin with."""
-
-
-class Startable(Protocol):
-    """A function that was exposed."""
-
-    @property
-    def name(self) -> str:
-        """How it is called in the url."""
-
-    @property
-    def parameters(self) -> HasSchema:
-        """What it takes."""
-
-
-def document(base: str, exposed: Iterable[Startable]) -> Schema:
-    """All of a controller.
-
-    :param base: the url of its list.
+    :param base: the url of its list of jobs.
     :param exposed: the functions that can be started.
     """
     job = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -52,11 +35,11 @@ def document(base: str, exposed: Iterable[Startable]) -> Schema:
         "/{id}/retry": {"parameters": [job], "post": _retry()},
     }
     schemas: dict[str, Schema] = {"Job": job_schema(), "Problem": _PROBLEM, "Overview": {"type": "object"}}
-    for number, one in enumerate(exposed):
-        models = f"run{number}."  # two functions may have different ones of the same name
-        schema = dict(one.parameters.schema(f"#/components/schemas/{models}"))
+    for number, function in enumerate(exposed):
+        models = f"run{number}."  # models of two functions may have the same name
+        schema = dict(function.parameters.schema(f"#/components/schemas/{models}"))
         schemas.update((f"{models}{name}", model) for name, model in schema.pop("$defs", {}).items())
-        paths[f"/run/{quote(one.name)}"] = {"post": _run(one.name, schema)}
+        paths[f"/run/{quote(function.name)}"] = {"post": _run(function.name, schema)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Jobs", "version": "1"},
@@ -74,22 +57,22 @@ _PROBLEM: Schema = {
     "required": ["title", "status", "detail"],
 }
 _JOB_REF: Schema = {"$ref": "#/components/schemas/Job"}
-_WORDS = {
-    200: "It is so.",
-    202: "It was accepted.",
-    204: "There was nothing to do.",
-    303: "Go on there.",
-    304: "Nothing has changed.",
+_DESCRIPTIONS = {
+    200: "Success.",
+    202: "Accepted.",
+    204: "Nothing to do.",
+    303: "See the other url.",
+    304: "Not modified.",
     400: "The request cannot be read.",
-    403: "It is not allowed, or a page of another site has asked.",
-    404: "There is no such thing, or it is none of yours.",
-    406: "It has no such form.",
-    409: "It is not so far, or too late.",
+    403: "Not allowed, or asked for by a page of another site.",
+    404: "Not found, or it belongs to another owner.",
+    406: "Not available in this format.",
+    409: "The job does not have the status that this needs.",
     410: "The record has expired.",
     413: "The body is too large.",
-    415: "The body is no JSON.",
+    415: "The body is not JSON.",
     422: "The arguments do not fit.",
-    503: "Not now; try again.",
+    503: "Not available now; try again.",
 }
 
 
@@ -98,12 +81,12 @@ def _operation(
 ) -> Schema:
     responses: dict[str, Schema] = {}
     for status, schema in good.items():
-        responses[str(status)] = {"description": _WORDS[status]}
+        responses[str(status)] = {"description": _DESCRIPTIONS[status]}
         if schema is not None:
-            responses[str(status)]["content"] = {one: {"schema": schema} for one in types}
+            responses[str(status)]["content"] = {mimetype: {"schema": schema} for mimetype in types}
     for status in (*bad, 503):
         content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-        responses.setdefault(str(status), {"description": _WORDS[status], "content": content})
+        responses.setdefault(str(status), {"description": _DESCRIPTIONS[status], "content": content})
     return {"operationId": name, "summary": summary, "responses": responses}
 
 
@@ -121,23 +104,27 @@ def _list() -> Schema:
     operation["responses"]["200"]["content"][HTML] = {"schema": {"type": "string"}}
     text: Schema = {"type": "string"}
     operation["parameters"] = [
-        _parameter("status", {"enum": [status.value for status in JobStatus]}, "only those that stand so"),
-        _parameter("name", text, "only those of this name"),
-        _parameter("owner", text, "only those of this owner"),
-        _parameter("key", text, "only those under this key"),
-        _parameter("q", text, "only those with this in name, key, owner or id"),
-        _parameter("limit", {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}, "most jobs"),
+        _parameter("status", {"enum": [status.value for status in JobStatus]}, "only jobs with this status"),
+        _parameter("name", text, "only jobs of this name"),
+        _parameter("owner", text, "only jobs of this owner"),
+        _parameter("key", text, "only the jobs with this key"),
+        _parameter("q", text, "only jobs with this text in name, key, owner or id"),
+        _parameter(
+            "limit", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 50}, "how many jobs at most"
+        ),
         _parameter(
             "before",
             {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?-[0-9a-f]*$"},
-            "as it stands in next: the page after that one",
+            "the cursor from the url in next",
         ),
     ]
     return operation
 
 
 def _status() -> Schema:
-    operation = _operation("status", "How a job stands", {200: _JOB_REF, 304: None}, 404, 410, types=(JSON, DOCUMENT))
+    operation = _operation(
+        "status", "The status of a job", {200: _JOB_REF, 304: None}, 404, 410, types=(JSON, DOCUMENT)
+    )
     for other in HTML, EVENTS:
         operation["responses"]["200"]["content"][other] = {"schema": {"type": "string"}}
     wait = "wait=N: answer when something has changed, after N seconds (30 at most) at the latest (RFC 7240)"
@@ -170,13 +157,13 @@ def _log() -> Schema:
 
 
 def _events() -> Schema:
-    operation = _operation("events", "A job as it goes on, as server-sent events", {200: None, 304: None}, 404, 410)
+    operation = _operation("events", "The status of a job as server-sent events", {200: None, 304: None}, 404, 410)
     operation["responses"]["200"]["content"] = {
         EVENTS: {"schema": {"type": "string"}},
         JSON: {"schema": _JOB_REF},
         DOCUMENT: {"schema": _JOB_REF},
     }
-    again = "the id of the last event that was seen: the next one comes when there is news"
+    again = "the id of the last event that was seen"
     operation["parameters"] = [_parameter("Last-Event-ID", {"type": "string"}, again, "header")]
     return operation
 

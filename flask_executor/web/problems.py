@@ -1,4 +1,4 @@
-"""Answers without content: errors, as `RFC 9457 <https://www.rfc-editor.org/rfc/rfc9457>`_ has them, and the 204."""
+"""Error answers after `RFC 9457 <https://www.rfc-editor.org/rfc/rfc9457>`_, and the answer without content."""
 
 from __future__ import annotations
 
@@ -15,38 +15,42 @@ from flask_executor.exceptions import StoreUnavailable
 MIMETYPE = "application/problem+json"
 
 
-def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> Response:
-    """An answer that says what is wrong, and what to do.
+def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, **members: Any) -> Response:
+    """An error answer.
 
     :param status: the HTTP status.
-    :param more: further members of the document.
+    :param detail: what is wrong and what to do, for people.
+    :param members: further members of the document.
     """
-    members = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
-    answer = Response(json.dumps(members), status, mimetype=MIMETYPE)
+    document = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail, **members}
+    answer = Response(json.dumps(document), status, mimetype=MIMETYPE)
     answer.headers["Cache-Control"] = "no-store"
     answer.headers.update(headers or {})
     return answer
 
 
-def nothing(headers: dict[str, str] | None = None) -> Response:
-    """The answer 204: all is well, and there is nothing to say."""
+def no_content(headers: dict[str, str] | None = None) -> Response:
+    """The answer 204."""
     answer = Response(status=204, headers=headers)
     del answer.headers["Content-Type"]
     return answer
 
 
-def refuse(status: int, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> NoReturn:
-    """Leave the view with a :func:`problem`, which no error handler of the app takes for one of its own."""
-    abort(problem(status, detail, headers=headers, **more))
+def abort_with_problem(status: int, detail: str, *, headers: dict[str, str] | None = None, **members: Any) -> NoReturn:
+    """Leave the view with a :func:`problem`. It is a complete response, which the app's error handlers do not see.
+
+    :raises HTTPException: the problem.
+    """
+    abort(problem(status, detail, headers=headers, **members))
 
 
 @contextmanager
 def store_or_problem() -> Iterator[None]:
-    """Leave the view with a 503 where the jobs cannot be reached.
+    """Leave the view with a 503 if the store is unavailable.
 
     :raises HTTPException: the problem.
     """
     try:
         yield
     except StoreUnavailable:
-        refuse(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})
+        abort_with_problem(503, "The jobs cannot be reached now. Try again.", headers={"Retry-After": "2"})

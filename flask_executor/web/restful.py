@@ -16,7 +16,7 @@
     api.add_resource(Reports, "/reports", "/reports/<name>")
     api.add_resource(Report, "/reports/jobs/<id>")
 
-The urls in what they answer with are the controller's own.
+The links in their answers are the urls of the controller.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ except ImportError as error:
 class JobsResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no types
     """All jobs: GET lists them, POST with a name starts one."""
 
-    #: Whose jobs these are; to be set in the subclass.
+    #: The controller that has the jobs; to be set in the subclass.
     controller: ClassVar[Controller]
 
     def get(self, name: str | None = None) -> Response:
@@ -47,19 +47,19 @@ class JobsResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no type
             return self.controller.index()
 
     def post(self, name: str) -> Response:
-        """Start what is exposed under this name."""
+        """Start the function that is exposed under this name."""
         with store_or_problem():
             return self.controller.run(name)
 
 
 class JobResource(Resource):  # type: ignore[misc]
-    """One job: GET tells how it stands, DELETE stops it."""
+    """One job: GET answers with its status, DELETE stops it."""
 
-    #: Whose job it is; to be set in the subclass.
+    #: The controller that has the job; to be set in the subclass.
     controller: ClassVar[Controller]
 
     def get(self, id: str) -> Response:
-        """How it stands."""
+        """Answer with its status."""
         with store_or_problem():
             return self.controller.job(id)
 

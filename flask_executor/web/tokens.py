@@ -1,7 +1,7 @@
-"""What somebody may do who was given a page or a url: follow a job, see what came of it, or stop it and run it again.
+"""Signed tokens, each of which allows one thing with one job: to follow it, to see its result, or to act on it.
 
-A page is given a token for its own job. So the access checks of the view that has made the page guard its buttons too,
-as far as they can be made beforehand: the buttons have a url of their own, as a view may take no POST.
+The page of a job carries a token for its buttons. So the access checks of the view that rendered the page guard the
+buttons too, although these are sent to another url: a view may not accept POST.
 """
 
 from __future__ import annotations
@@ -15,50 +15,50 @@ from itsdangerous import BadData, URLSafeTimedSerializer
 from flask_executor.helpers import is_multiprocess_request
 from flask_executor.helpers.log import logger
 
-#: What a permit is for: a bar that follows a job; the job's page and its result; the buttons of a page.
+#: What a token allows: to follow the status; to see the job's page and its result; to stop the job and run it again.
 FOLLOW, SHOW, ACT = "follow", "show", "act"
-_LIFE = {FOLLOW: 24 * 3600, SHOW: 24 * 3600, ACT: 4 * 3600}  # seconds; the first two stand in urls, and so in logs
-_MADE_UP = "flask_executor_permit_key"  # in app.extensions
+_MAX_AGE = {FOLLOW: 24 * 3600, SHOW: 24 * 3600, ACT: 4 * 3600}  # seconds; the first two are parts of urls
+_PROCESS_KEY = "flask_executor_token_key"  # in app.extensions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobToken:
-    """To do something with one job."""
+    """What is signed: which job a token is for."""
 
     #: The name of the executor that has the job.
     executor: str
     #: The id of the job.
     id: str
-    #: The path of the page that was given it, to go back to.
+    #: The path of the page that carries the token, to go back to.
     page: str = ""
 
 
-def sign_permit(app: Flask, what: str, permit: JobToken) -> str:
-    """The permit as a token, for what it is: FOLLOW, SHOW or ACT."""
-    return _serializer(app, what).dumps([permit.executor, permit.id, permit.page])
+def sign_token(app: Flask, purpose: str, token: JobToken) -> str:
+    """Sign a token for FOLLOW, SHOW or ACT."""
+    return _serializer(app, purpose).dumps([token.executor, token.id, token.page])
 
 
-def check_token(app: Flask, what: str, token: str) -> JobToken | None:
-    """The permit for this that a token is; None when it is none of ours, or too old."""
+def check_token(app: Flask, purpose: str, text: str) -> JobToken | None:
+    """The token that was signed as this text; None if the signature is wrong, the purpose is another, or it is too old."""
     try:
-        executor, id, page = _serializer(app, what).loads(token, max_age=_LIFE[what])
+        executor, id, page = _serializer(app, purpose).loads(text, max_age=_MAX_AGE[purpose])
     except BadData:
         return None
     return JobToken(executor=executor, id=id, page=page)
 
 
-def _serializer(app: Flask, what: str) -> URLSafeTimedSerializer:
+def _serializer(app: Flask, purpose: str) -> URLSafeTimedSerializer:
     fallbacks = app.config.get("SECRET_KEY_FALLBACKS") or ()
-    key = app.secret_key or app.extensions.get(_MADE_UP) or _make_up(app)
-    return URLSafeTimedSerializer([*fallbacks, key], salt=f"flask-executor.permit.{what}")
+    key = app.secret_key or app.extensions.get(_PROCESS_KEY) or _make_process_key(app)
+    return URLSafeTimedSerializer([*fallbacks, key], salt=f"flask-executor.permit.{purpose}")
 
 
-def _make_up(app: Flask) -> bytes:
-    """A key of this process, which does where it is the only one."""
+def _make_process_key(app: Flask) -> bytes:
+    """Make the key of an app without SECRET_KEY. Only this process knows it, which is enough if there is no other."""
     if is_multiprocess_request():
         logger.warning(
             "This server has several processes and the app no SECRET_KEY: what a page of one process may do, another "
             "refuses (403). Set SECRET_KEY to the same random value in all of them."
         )
-    key: bytes = app.extensions.setdefault(_MADE_UP, secrets.token_bytes(32))
+    key: bytes = app.extensions.setdefault(_PROCESS_KEY, secrets.token_bytes(32))
     return key

@@ -1,4 +1,4 @@
-"""The answer to a request whose job has not ended: 202, and how to go on."""
+"""``result_or_202``: the result of a job, or an answer that says how the job stands."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from flask_executor.web.negotiation import (
     HTML,
     document_answer,
     is_multithreaded,
+    preferred_type,
     preferred_wait,
     status_response,
-    wanted,
 )
-from flask_executor.web.pages import Jobs, controller_name, job_owner, render_job_page, url_within
+from flask_executor.web.pages import JobsView, controller_name, job_owner, render_job_page, url_within
 from flask_executor.web.problems import store_or_problem
-from flask_executor.web.tokens import SHOW, JobToken, sign_permit
+from flask_executor.web.tokens import SHOW, JobToken, sign_token
 
 T = TypeVar("T")
 R = TypeVar("R", bound=WSGIResponse)
 
 
 def require_request() -> None:
-    """Refuse to wait where nobody can be answered.
+    """Check that there is a request to answer.
 
-    :raises RuntimeError: saying what to do.
+    :raises RuntimeError: if there is none.
     """
     if not has_request_context():
         raise RuntimeError(
@@ -45,81 +45,80 @@ def require_request() -> None:
 
 @contextmanager
 def store_errors_as_503() -> Iterator[None]:
-    """Where the jobs cannot be reached, tell those who can ask again; what browsers see is the app's to say.
+    """Leave the view with a 503 if the store is unavailable. For browsers the error is left to the app's own handlers.
 
     :raises HTTPException: the 503.
     """
-    with nullcontext() if wanted(request) == HTML else store_or_problem():
+    with nullcontext() if preferred_type(request) == HTML else store_or_problem():
         yield
 
 
 def is_retry_request() -> bool:
-    """Whether the request asks for a new start of what has failed: a POST does, loading a page again does not."""
+    """If true, the request runs a failed job again: a POST does, loading a page once more does not."""
     return request.method not in ("GET", "HEAD")
 
 
-def result_or_answer(jobs: Jobs, future: FutureProxy[T]) -> T:
-    """What the job returned; if that is not there yet, leave the view with an answer that says how the job stands.
+def result_or_answer(jobs: JobsView, future: FutureProxy[T]) -> T:
+    """The result of a job that has succeeded; otherwise leave the view with an answer that says how the job stands.
 
-    Errors of the job are part of that answer, and its cause.
-
-    :raises HTTPException: the answer. It has no code, so that no error handler of the app takes it for an error.
+    :raises HTTPException: the answer; its cause is the exception of the job. It has no code, so that no error handler
+        of the app takes it for an error.
     """
-    if wanted(request) in (DOCUMENT, EVENTS) and not is_retry_request():
-        if _is_for_a_later_one(jobs, future):
+    if preferred_type(request) in (DOCUMENT, EVENTS) and not is_retry_request():
+        if _asks_for_later_job(jobs, future):
             return future.result()
-        abort(_report(jobs, future))
+        abort(_status_answer(jobs, future))
     seconds = 0.0 if future.done() else preferred_wait(request)
     if seconds:
-        place = jobs.places.take(multithreaded=is_multithreaded(request))
-        if place is not None:
+        slot = jobs.wait_slots.acquire(multithreaded=is_multithreaded(request))
+        if slot is not None:
             try:
                 wait([future], seconds)
             finally:
-                place.give_back()
+                slot.release()
     job = future.record()
     if job.status is JobStatus.SUCCEEDED:
-        return future.result()  # which may come a moment later
+        return future.result()  # it may arrive a moment after the record
     raise HTTPException(response=_answer(jobs, job)) from _error(future)
 
 
-def _is_for_a_later_one(jobs: Jobs, future: FutureProxy[Any]) -> bool:
-    """Whether the view waits for several jobs, this one has ended, and the page asks for one behind it."""
+def _asks_for_later_job(jobs: JobsView, future: FutureProxy[Any]) -> bool:
+    """If true, the view waits for several jobs in turn, and the page asks for one after this one, which has succeeded."""
     asked_for = request.headers.get("Executor-Job")
     if asked_for in (None, future.job_id) or future.status is not JobStatus.SUCCEEDED:
         return False
     job = jobs.records.get(asked_for)
-    return job is not None and job.key != future.key  # else it is this one, as it was before it was tried again
+    return job is not None and job.key != future.key  # the same key: an earlier run of this very job
 
 
-def _report(jobs: Jobs, future: FutureProxy[Any]) -> Response:
-    """To a page that asks how the job stands: this, also when it has ended, and never the rest of the view."""
+def _status_answer(jobs: JobsView, future: FutureProxy[Any]) -> Response:
+    """The answer to the script of a page: the status, also after the end, and never the rest of the view."""
     id = future.job_id
 
     def read() -> Mapping[str, Any] | None:
         return jobs.document(id)
 
-    return _unstored(status_response(request, read, jobs.places))
+    return _no_store(status_response(request, read, jobs.wait_slots))
 
 
-def _answer(jobs: Jobs, job: Job) -> WSGIResponse:
-    """How a job stands that has no result to go on with."""
+def _answer(jobs: JobsView, job: Job) -> WSGIResponse:
+    """The answer about a job that has no result, or none yet."""
     document = jobs.describe(job)
-    as_html = wanted(request) == HTML
+    as_html = preferred_type(request) == HTML
     if is_retry_request():
         return _redirect_to_job_page(jobs, job, document, as_html=as_html)
-    status = _status(job)
+    status = _http_status(job)
     if as_html:
         page = render_job_page(jobs, document, turn=True)
         answer = Response(page, status, mimetype=HTML)
         answer.vary.add("Accept")
     else:
         answer = document_answer(request, document, status)
-    return _unstored(answer)
+    return _no_store(answer)
 
 
 def _error(future: FutureProxy[Any]) -> BaseException | None:
-    """What a job has raised that has ended; it stands in the log all the same, as few views look at the cause."""
+    """The exception of a job that has ended. It is logged too, because few views look at the cause of the answer."""
     if not future.done():
         return None
     future.report()
@@ -129,15 +128,15 @@ def _error(future: FutureProxy[Any]) -> BaseException | None:
         return cancelled
 
 
-def _status(job: Job) -> int:
-    """The HTTP status that says how a job stands which has no result."""
+def _http_status(job: Job) -> int:
+    """The HTTP status for a job that has no result: 202 while it has not ended, 500 if it failed, 409 if it was stopped."""
     if not job.status.ended:
         return 202
     return 500 if job.status.failed else 409
 
 
-def _redirect_to_job_page(jobs: Jobs, job: Job, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
-    """A form was sent: lead to a page that can be loaded again without sending it once more."""
+def _redirect_to_job_page(jobs: JobsView, job: Job, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
+    """The answer to a form: redirect to the job's page, which can be loaded again without sending the form once more."""
     controller = controller_name(jobs.name)
     if controller is None:
         raise RuntimeError(
@@ -146,16 +145,16 @@ def _redirect_to_job_page(jobs: Jobs, job: Job, document: Mapping[str, Any], *, 
             "redirect to a view that takes GET and calls result_or_202()"
         )
     own = job.owner is not None and job.owner == job_owner(jobs.name)
-    # The job may have been started by somebody else, and the view has let this request see it.
-    permit = sign_permit(current_app, SHOW, JobToken(executor=jobs.name, id=document["id"]))
+    # If another user has started the job: the view lets this request see it, so the url carries a permit.
+    permit = sign_token(current_app, SHOW, JobToken(executor=jobs.name, id=document["id"]))
     url = url_within(f"{controller}.job", id=document["id"], permit=None if own else permit)
     if as_html:
-        return _unstored(redirect(url, 303))
+        return _no_store(redirect(url, 303))
     answer = document_answer(request, document, 202)
     answer.headers["Location"] = url
-    return _unstored(answer)
+    return _no_store(answer)
 
 
-def _unstored(answer: R) -> R:
+def _no_store(answer: R) -> R:
     answer.headers["Cache-Control"] = "no-store"
     return answer

@@ -23,7 +23,7 @@ from flask_executor import ConfigError, Executor, Job, StoreUnavailable, current
 from flask_executor.testing import drain
 from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until
 from flask_executor.web import Controller
-from flask_executor.web.tokens import SHOW, JobToken, sign_permit
+from flask_executor.web.tokens import SHOW, JobToken, sign_token
 
 THREADED = {"wsgi.multithread": True}
 PAGE = {"Accept": "text/html"}
@@ -865,7 +865,7 @@ def test_a_permit_is_for_one_job_and_is_quoted(app: Flask, executor: Executor, c
     drain(executor)
     job = executor.jobs.find("k")
     assert job is not None
-    token = sign_permit(app, SHOW, JobToken(executor="", id=job.id))
+    token = sign_token(app, SHOW, JobToken(executor="", id=job.id))
     stranger = app.test_client()
     for junk in "", "%0d%0aX:%20y", "%22%3E%3Cscript%3E":
         started = stranger.post(f"/jobs/run/add?permit={token}{junk}", json={"a": 1})

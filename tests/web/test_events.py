@@ -1,4 +1,4 @@
-"""Places for requests that wait, and what the streams send."""
+"""Slots for requests that wait, and what the streams send."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from typing import Any
 import pytest
 
 from flask_executor.web import events as stream_events
-from flask_executor.web.events import WaitSlots, events, guess_server_threads, hold
+from flask_executor.web.events import WaitSlots, events, guess_server_threads, wait_for_change
 
 
 def document(**changes: Any) -> dict[str, Any]:
     return {"id": "1", "status": "running", "ended": False, "progress": None, "elapsed": 1.0, **changes}
 
 
-def test_places_are_bounded_and_given_back_once() -> None:
-    places = WaitSlots(2)
-    first, second = places.take(multithreaded=True), places.take(multithreaded=True)
+def test_slots_are_bounded_and_released_once() -> None:
+    slots = WaitSlots(2)
+    first, second = slots.acquire(multithreaded=True), slots.acquire(multithreaded=True)
     assert first is not None
     assert second is not None
-    assert places.take(multithreaded=True) is None
+    assert slots.acquire(multithreaded=True) is None
     for _ in range(3):
-        first.give_back()
-    third = places.take(multithreaded=True)
+        first.release()
+    third = slots.acquire(multithreaded=True)
     assert third is not None
-    assert places.take(multithreaded=True) is None
+    assert slots.acquire(multithreaded=True) is None
 
 
-def test_a_place_that_is_dropped_is_given_back() -> None:
-    places = WaitSlots(1)
-    place = places.take(multithreaded=True)
-    assert place is not None
-    del place
+def test_a_slot_that_is_dropped_is_released() -> None:
+    slots = WaitSlots(1)
+    slot = slots.acquire(multithreaded=True)
+    assert slot is not None
+    del slot
     gc.collect()
-    assert places.take(multithreaded=True) is not None
+    assert slots.acquire(multithreaded=True) is not None
 
 
-def test_a_server_with_one_thread_has_no_places() -> None:
-    assert WaitSlots(None).take(multithreaded=False) is None
-    assert WaitSlots(1).take(multithreaded=False) is None
-    assert WaitSlots(0).take(multithreaded=True) is None
+def test_a_server_with_one_thread_has_no_slots() -> None:
+    assert WaitSlots(None).acquire(multithreaded=False) is None
+    assert WaitSlots(1).acquire(multithreaded=False) is None
+    assert WaitSlots(0).acquire(multithreaded=True) is None
 
 
 def test_a_quarter_of_the_threads_of_the_server() -> None:
@@ -62,22 +62,22 @@ def test_threads_of_other_servers(name: str, count: int) -> None:
     assert found == [count]
 
 
-def test_hold_ends_with_the_first_news() -> None:
+def test_waiting_ends_with_the_first_news() -> None:
     reads = iter([document(), document(elapsed=2.0), document(elapsed=3.0, progress=0.5)])
-    held = hold(lambda: next(reads), None, 10)
+    held = wait_for_change(lambda: next(reads), None, 10)
     assert held is not None
     assert held["progress"] == 0.5, "time that passes is no news"
 
 
-def test_hold_ends_in_time_and_when_the_job_is_gone() -> None:
-    assert hold(document, None, 0.1) == document()
-    assert hold(lambda: None, None, 10) is None
-    assert hold(lambda: document(ended=True), None, 10) == document(ended=True)
+def test_waiting_ends_in_time_and_when_the_job_is_gone() -> None:
+    assert wait_for_change(document, None, 0.1) == document()
+    assert wait_for_change(lambda: None, None, 10) is None
+    assert wait_for_change(lambda: document(ended=True), None, 10) == document(ended=True)
 
 
 def test_a_stream_ends_and_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_events, "LIFE", 0.2)
-    monkeypatch.setattr(stream_events, "_KEEP_ALIVE", 0.05)
+    monkeypatch.setattr(stream_events, "STREAM_SECONDS", 0.2)
+    monkeypatch.setattr(stream_events, "_KEEP_ALIVE_INTERVAL", 0.05)
     sent = list(events(document, None))
     assert sent[0] == "retry: 2000\n\n"
     assert sent[1].startswith("id: ")

@@ -1,4 +1,4 @@
-"""How an executor is doing as a whole: what the dashboard shows above its list."""
+"""The figures that the dashboard shows above its list of jobs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from flask_executor.abc import Health, JobRecords, WorkerState
 from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.web.status import elapsed_seconds, job_document
 
-_SAMPLE = 1000  # newest jobs that are counted
-_RECENT = 60  # of those that have ended, in the chart
+_SAMPLE_SIZE = 1000  # newest jobs, of which those that have ended are counted
+_CHART_SIZE = 60  # jobs in the chart
 
 
-def overview(records: JobRecords, health: Health, workers: Sequence[WorkerState]) -> dict[str, Any]:
-    """What is going on: counts, durations, workers.
+def dashboard_data(records: JobRecords, health: Health, workers: Sequence[WorkerState]) -> dict[str, Any]:
+    """Counts, durations and workers.
 
-    Jobs that have not ended are counted exactly, others among the newest 1,000.
+    Queued and running jobs are all counted; of those that have ended, the ones among the newest 1,000.
 
-    :param health: of this process.
-    :param workers: those of this process.
+    :param health: the health of this process.
+    :param workers: the workers of this process.
     """
-    sample = records.list(limit=_SAMPLE)
+    sample = records.list(limit=_SAMPLE_SIZE)
     counts = Counter(job.status for job in sample if job.status.ended)
     for status in JobStatus.QUEUED, JobStatus.RUNNING:
         counts[status] = len(records.list(status=status))
@@ -36,14 +36,14 @@ def overview(records: JobRecords, health: Health, workers: Sequence[WorkerState]
         "failed": sum(counts[status] for status in JobStatus if status.failed),
         "sampled": len(sample),
         "functions": _by_function(ended),
-        "recent": [_moment(job) for job in ended[-_RECENT:]],
+        "recent": [_chart_entry(job) for job in ended[-_CHART_SIZE:]],
         "health": asdict(health),
         "workers": [_worker(worker) for worker in workers if worker.service is None],
     }
 
 
 def _by_function(ended: Sequence[Job]) -> list[dict[str, Any]]:
-    """Success and durations of each function, those that ran most often first."""
+    """Success and durations of each function; the one that ran most often first."""
     by_name: dict[str, list[Job]] = {}
     for job in ended:
         by_name.setdefault(job.name, []).append(job)
@@ -65,11 +65,11 @@ def _by_function(ended: Sequence[Job]) -> list[dict[str, Any]]:
 
 
 def _quantile(ascending: Sequence[float], share: float) -> float:
-    """The least value that so large a share of them does not exceed."""
+    """The smallest of the values that at least this share of them does not exceed."""
     return round(ascending[max(0, -int(-share * len(ascending) // 1) - 1)], 3)
 
 
-def _moment(job: Job) -> dict[str, Any]:
+def _chart_entry(job: Job) -> dict[str, Any]:
     document = job_document(job)
     seconds = round(elapsed_seconds(job) or 0.0, 3)
     return {**{name: document[name] for name in ("id", "name", "status", "failed", "ended_at")}, "seconds": seconds}
@@ -80,13 +80,13 @@ def _worker(worker: WorkerState) -> Mapping[str, Any]:
         "pid": worker.pid,
         "kind": "process" if worker.pid != os.getpid() else "threads",
         "busy": worker.busy,
-        "memory": _resident(worker.pid),
+        "memory": _resident_bytes(worker.pid),
         "job": worker.job,
     }
 
 
-def _resident(pid: int) -> int | None:
-    """Bytes of memory that a process has; None where the system does not tell."""
+def _resident_bytes(pid: int) -> int | None:
+    """Resident memory of a process in bytes; None if the system does not tell."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):
