@@ -65,7 +65,7 @@ class ExposedFunction:
 
 
 def parameters_of(fn: Callable[..., Any]) -> Parameters:
-    """The parameters of ``fn``. pydantic checks them if it is installed; without it only types that JSON has are checked.
+    """The parameters of ``fn``. Without pydantic only the types that JSON has are checked.
 
     :raises TypeError: for a function that cannot be called with keyword arguments only, or has annotations that cannot
         be resolved.

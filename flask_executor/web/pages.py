@@ -24,9 +24,7 @@ _NAME = "flask_executor"
 _SAFE_IN_QUERY = "%/?:@!$&'()*+,;=~"  # not to be quoted; the query has been encoded already
 _JOBS = "flask_executor_jobs"  # in app.extensions: the JobsView of each executor, by its name
 _JOBS_OF = "flask_executor_jobs_of"  # the same by executor, because two may have had the same name
-_CONTROLLERS = (
-    "flask_executor_controllers"  # in app.extensions: name of the blueprint and its owner(), by the executor's name
-)
+_CONTROLLERS = "flask_executor_controllers"  # in app.extensions: name and owner() of each executor's controller
 
 
 class JobsView(Protocol):

@@ -39,7 +39,7 @@ def sign_token(app: Flask, purpose: str, token: JobToken) -> str:
 
 
 def check_token(app: Flask, purpose: str, text: str) -> JobToken | None:
-    """The token that was signed as this text; None if the signature is wrong, the purpose is another, or it is too old."""
+    """The token that was signed as this text; None if it is too old, for another purpose, or not signed by this app."""
     try:
         executor, id, page = _serializer(app, purpose).loads(text, max_age=_MAX_AGE[purpose])
     except BadData:

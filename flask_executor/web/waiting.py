@@ -83,7 +83,7 @@ def result_or_answer(jobs: JobsView, future: FutureProxy[T]) -> T:
 
 
 def _asks_for_later_job(jobs: JobsView, future: FutureProxy[Any]) -> bool:
-    """If true, the view waits for several jobs in turn, and the page asks for one after this one, which has succeeded."""
+    """If true, this job has succeeded, and the page asks for a later one of several that the view waits for in turn."""
     asked_for = request.headers.get("Executor-Job")
     if asked_for in (None, future.job_id) or future.status is not JobStatus.SUCCEEDED:
         return False
@@ -129,14 +129,14 @@ def _error(future: FutureProxy[Any]) -> BaseException | None:
 
 
 def _http_status(job: Job) -> int:
-    """The HTTP status for a job that has no result: 202 while it has not ended, 500 if it failed, 409 if it was stopped."""
+    """The HTTP status for a job without a result: 202 before its end, 500 if it failed, 409 if it was stopped."""
     if not job.status.ended:
         return 202
     return 500 if job.status.failed else 409
 
 
 def _redirect_to_job_page(jobs: JobsView, job: Job, document: Mapping[str, Any], *, as_html: bool) -> WSGIResponse:
-    """The answer to a form: redirect to the job's page, which can be loaded again without sending the form once more."""
+    """The answer to a form: lead to the job's page, which can be loaded again without sending the form once more."""
     controller = controller_name(jobs.name)
     if controller is None:
         raise RuntimeError(

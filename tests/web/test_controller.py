@@ -774,7 +774,7 @@ def test_a_user_cannot_be_called_like_a_session(app: Flask, executor: Executor) 
     controller = Controller(executor, owner=lambda: "session:abc", name="owned")
     controller.expose(tasks.add)
     app.register_blueprint(controller)
-    with pytest.raises(ValueError, match="what begins with 'session:' is for those it does not know"):
+    with pytest.raises(ValueError, match="owners that begin with 'session:' are those of sessions"):
         app.test_client().post("/run/add", json={"a": 1})
 
 
