@@ -29,7 +29,7 @@ def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     if not request.is_json:
         abort_with_problem(415, "The arguments must be a JSON object: send it with Content-Type: application/json.")
     if not body:
-        abort_with_problem(400, "Something in this app has read the body before, as get_data(cache=False) does.")
+        abort_with_problem(400, "There is a body, and something in this app has read it before: get_data(cache=False).")
     try:
         found = json.loads(body, parse_constant=_reject_constant, parse_float=_finite_float)
     except (ValueError, RecursionError) as error:
