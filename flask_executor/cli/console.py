@@ -1,9 +1,7 @@
-"""How jobs look in a terminal: tables, colours, bars, and a screen that is drawn again and again."""
+"""Jobs as text for a terminal: tables, colours, bars, and the screen of ``flask executor top``."""
 
 from __future__ import annotations
 
-import os
-import select
 import shutil
 import sys
 import time
@@ -42,13 +40,13 @@ _STATUS = _HEADINGS.index("STATUS")
 
 
 def terminal_size() -> tuple[int, int]:
-    """Columns and lines of the terminal, as far as it tells."""
+    """Columns and lines of the terminal; 80 and 24 if they are not known."""
     columns, lines = shutil.get_terminal_size()
-    return columns or 80, lines or 24  # Python 3.10 takes the zeros of a terminal that does not know for its size
+    return columns or 80, lines or 24  # Python 3.10 returns zeros for a terminal without a size
 
 
 def one_line(value: object) -> str:
-    """A text as one line, without what would control the terminal."""
+    """A text as one line, without control characters."""
     return "".join(sign if sign.isprintable() else " " for sign in str(value))
 
 
@@ -59,7 +57,7 @@ def job_title(job: Job) -> str:
 
 
 def styled(text: str) -> str:
-    """The name of a state, or what begins with one, in its colour."""
+    """A text that begins with a status or a level, in the colour of that."""
     return click.style(text, **_STYLES[text.split()[0]])
 
 
@@ -93,7 +91,7 @@ def _row(job: Job, now: float) -> tuple[str, ...]:
 
 
 def table(jobs: Sequence[Job]) -> Iterator[str]:
-    """The lines of a table; as wide as the terminal, if it is one."""
+    """The lines of a table of jobs; cut to the width of the terminal, if standard output is one."""
     now = time.time()
     rows = [_HEADINGS, *(_row(job, now) for job in jobs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -102,7 +100,7 @@ def table(jobs: Sequence[Job]) -> Iterator[str]:
         cells = [cell.ljust(size) for cell, size in zip(row, widths, strict=True)]
         before, after = "  ".join(cells[:_STATUS]) + "  ", "  " + "  ".join(cells[_STATUS + 1 :])
         status, left = cells[_STATUS], width - len(before)
-        if left < len(status):  # a narrow one: the line is cut where it ends
+        if left < len(status):  # a narrow terminal
             yield before[:width]
             continue
         coloured = click.style(status, bold=True) if row is _HEADINGS else styled(status)
@@ -130,6 +128,7 @@ def service_table(services: Sequence[ServiceStatus]) -> Iterator[str]:
 
 
 def details(job: Job) -> Iterator[tuple[str, str]]:
+    """Labels and values of all that a record has."""
     now = time.time()
     asked = " (asked to stop)" if job.stop_requested and not job.status.ended else ""
     yield "id", job.id
@@ -155,7 +154,7 @@ def _bar(progress: float) -> str:
 
 
 def _percent(progress: float) -> str:
-    return f"{int(progress * 100 + 1e-6)}%"  # not rounded: 100% is when all is done
+    return f"{int(progress * 100 + 1e-6)}%"  # rounded down: 100% only when all is done
 
 
 def _moment(seconds: float) -> str:
@@ -163,18 +162,20 @@ def _moment(seconds: float) -> str:
 
 
 def log_line(line: LogLine) -> str:
+    """A line of a job's log, with its traceback indented."""
     text = "\n    ".join(map(one_line, line.full_text.splitlines()))
     return f"  {datetime.fromtimestamp(line.time):%H:%M:%S} {line.level:<7} {one_line(line.logger)}: {text}"
 
 
 def show_progress(job: Job) -> None:
-    """On standard error, over what was there."""
+    """Print a job's progress on standard error, over the line before."""
     progress = "" if job.progress is None else f" {_bar(job.progress)}"
     text = f"{one_line(job.name)}: {job.status.value}{progress} {one_line(job.message or '')}"
     click.echo(f"\r\x1b[2K{text[: terminal_size()[0] - 1]}", nl=False, err=True)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
+    """Print what the doctor has found, with advice."""
     width = max((len(finding.check) for finding in findings), default=0)
     for finding in findings:
         click.echo(f"{styled(finding.level.ljust(7))}  {finding.check.ljust(width)}  {one_line(finding.found)}")
@@ -190,9 +191,9 @@ Draw = Callable[[str, Sequence[Job]], None]
 
 @contextmanager
 def screen(terminal: bool) -> Iterator[Draw]:
-    """What draws a frame: with rich if that is installed, and one after the other where there is no terminal."""
+    """A function that draws a frame: over the last one in a terminal, with rich if it is installed, else below it."""
     if not terminal:
-        yield _draw
+        yield _print_frame
         return
     try:
         from rich.live import Live
@@ -203,20 +204,20 @@ def screen(terminal: bool) -> Iterator[Draw]:
         yield lambda headline, jobs: live.update(_rich_table(headline, jobs), refresh=True)
 
 
-def _draw(headline: str, jobs: Sequence[Job]) -> None:
+def _print_frame(headline: str, jobs: Sequence[Job]) -> None:
     click.echo("\n".join([headline, "", *table(jobs)]))
 
 
 def _redraw(headline: str, jobs: Sequence[Job]) -> None:
     click.clear()
-    _draw(headline, jobs)
+    _print_frame(headline, jobs)
 
 
 def _rich_table(headline: str, jobs: Sequence[Job]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(headline), caption=Text("q ends"), box=None, expand=True, title_justify="left")
+    table = Table(title=Text(headline), caption=Text("Ctrl-C ends"), box=None, expand=True, title_justify="left")
     for heading in _HEADINGS:
         table.add_column(heading, no_wrap=True, ratio=1 if heading == "MESSAGE" else None)
     now = time.time()
@@ -225,36 +226,3 @@ def _rich_table(headline: str, jobs: Sequence[Job]) -> Any:
         cells[_STATUS] = Text.from_ansi(styled(cells[_STATUS].plain))
         table.add_row(*cells)
     return table
-
-
-@contextmanager
-def pressed_keys(terminal: bool) -> Iterator[Callable[[float], bool]]:
-    """What waits so many seconds, and tells whether q was pressed meanwhile."""
-    try:
-        import termios
-        import tty
-    except ImportError:  # Windows, where Ctrl-C is left
-        terminal = False
-    source = sys.stdin
-    if not (terminal and source.isatty()):
-        yield _no_keys
-        return
-    before = termios.tcgetattr(source)
-    tty.setcbreak(source)
-    try:
-        yield lambda seconds: _was_q(source.fileno(), seconds)
-    finally:
-        termios.tcsetattr(source, termios.TCSADRAIN, before)
-
-
-def _no_keys(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
-
-
-def _was_q(source: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while select.select([source], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        if os.read(source, 1) in (b"q", b"Q", b""):
-            return True
-    return False

@@ -1,6 +1,6 @@
-"""What could go wrong with an app's executor where it runs now: the traps that can be seen from outside.
+"""``flask executor doctor``: checks the configuration of an app's executor and the environment of its server.
 
-Nothing is changed, and no file of a server is executed: they are read as text.
+The checks change nothing. Configuration files of servers are read as text, not executed.
 """
 
 from __future__ import annotations
@@ -37,60 +37,60 @@ if TYPE_CHECKING:
     from flask_executor.executor.app_executor import AppExecutor
     from flask_executor.executor.config import Config
 
-_SLOW = 0.1  # seconds that one access to the store may take
-_LITTLE_SPACE = 100 * 2**20  # bytes
-_SHORT_KEY = 16  # characters
+_SLOW_ACCESS = 0.1  # seconds; an access to the store that takes longer is worth a warning
+_LITTLE_SPACE = 100 * 2**20  # bytes of free disk space
+_SHORT_KEY = 16  # characters of SECRET_KEY
 _COMMON_KEYS = frozenset({"dev", "development", "secret", "secret_key", "changeme", "change-me", "test", "key"})
 _NETWORK = re.compile(r"nfs\d?|cifs|smb.*|9p|afs|ceph|glusterfs|lustre|fuse\.(sshfs|ceph|gluster|s3|gcs|rclone).*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What one check has found."""
+    """The result of one check."""
 
     level: Literal["ok", "note", "warning", "problem"]
     check: str
-    #: What is the case, in one line.
+    #: What the check has found, in one line.
     found: str
-    #: What to do, in one line; empty when there is nothing to do.
+    #: What to do, in one line; empty if there is nothing to do.
     advice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Server:
-    """The web server, as far as the environment and its files tell. Texts are empty for what they do not tell."""
+    """What environment and files tell about the web server. A text is empty if they do not tell."""
 
     #: ``"gunicorn"`` or ``"uwsgi"``.
     name: str = ""
-    #: What says that there are several workers.
+    #: The setting that starts several workers.
     several: str = ""
-    #: What says that the app is loaded before the workers are forked.
+    #: The setting that loads the app before the workers are forked.
     preload: str = ""
-    #: Seconds that gunicorn gives a worker which is to leave, and what says so.
+    #: Seconds that gunicorn gives a worker to shut down, and the setting they come from.
     graceful_timeout: float = 30.0
     graceful_by: str = "the default"
-    #: Whether Python's threads do not run in its workers.
+    #: If true, its workers run no Python threads besides requests.
     threadless: bool = False
 
 
-def examine(app: Flask, executor: Executor, binding: AppExecutor) -> list[Finding]:
-    """Check all that can be checked of an app that was just loaded, in the folder and environment of its server."""
-    config, server = binding.config, read_server(os.environ, Path.cwd())
+def examine(app: Flask, executor: Executor, app_executor: AppExecutor) -> list[Finding]:
+    """Run all checks on an app that was just loaded, in the folder and environment of its server."""
+    config, server = app_executor.config, read_server(os.environ, Path.cwd())
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     findings = [*check_type(config)]
-    if binding.producer is not None:
-        findings += check_engine(config, binding.backend)
-    if isinstance(binding.tracker, SharedJobTracker):
-        findings += check_store(config, binding.tracker.store)
-        findings += check_secret_key(config, app.config.get("SECRET_KEY"), signs_jobs=binding.producer is not None)
+    if app_executor.producer is not None:
+        findings += check_engine(config, app_executor.backend)
+    if isinstance(app_executor.tracker, SharedJobTracker):
+        findings += check_store(config, app_executor.tracker.store)
+        findings += check_secret_key(config, app.config.get("SECRET_KEY"), signs_jobs=app_executor.producer is not None)
     else:
         findings += check_memory(config, server)
-    if binding.remote:
+    if app_executor.remote:
         findings += check_start_method(config, start_method(config), threads, sys.version_info[:2])
         findings += check_import_string(config, app, start_method(config))
         findings += check_jobs(executor)
     findings += check_reloader(app)
-    findings += check_import_time([future.record().name for future in binding.unfinished.all()])
+    findings += check_import_time([future.record().name for future in app_executor.unfinished.all()])
     findings += check_server(config, server)
     findings += check_bounds(config)
     return findings
@@ -100,7 +100,7 @@ def examine(app: Flask, executor: Executor, binding: AppExecutor) -> list[Findin
 
 
 def check_memory(config: Config, server: Server) -> Iterator[Finding]:
-    """Records in the memory of each process."""
+    """Check whether records in memory are enough for this server."""
     key = config.key("EXECUTOR_STORE")
     advice = f"Set {key} to 'sqlite' (a file in the instance folder, no server needed) or to 'redis://...'."
     if server.several:
@@ -112,14 +112,14 @@ def check_memory(config: Config, server: Server) -> Iterator[Finding]:
 
 
 def check_store(config: Config, store: JobStore) -> Iterator[Finding]:
-    """A store that several processes share."""
+    """Check whether a shared store answers, and how fast."""
     holder = new_holder_id()
     try:
         store.check(thoroughly=True)
         begin = time.perf_counter()
         store.list(limit=1)
         read = time.perf_counter() - begin
-        store.renew(holder)  # writes as any process does that has jobs, and is taken back at once
+        store.renew(holder)  # a write as processes with jobs make it; it is taken back at once
         written = time.perf_counter() - begin - read
         store.drop_lease(holder)
     except StoreUnavailable as error:
@@ -127,7 +127,7 @@ def check_store(config: Config, store: JobStore) -> Iterator[Finding]:
         yield Finding(level="problem", check="store", found=f"{error}.".replace("..", "."), advice=advice)
         return
     found = f"{store.where} answers: {read * 1000:.1f} ms to read, {written * 1000:.1f} ms to write."
-    if max(read, written) > _SLOW:
+    if max(read, written) > _SLOW_ACCESS:
         advice = "Every view that looks at a job waits that long: move the store nearer, or to a faster disk."
         yield Finding(level="warning", check="store", found=found, advice=advice)
     else:
@@ -223,7 +223,7 @@ def check_redis(client: Any) -> Iterator[Finding]:
 
 
 def check_records(config: Config, ended: int) -> Iterator[Finding]:
-    """How many records there are, and may be."""
+    """Check whether the store keeps all records for as long as it should."""
     key, most = config.key("EXECUTOR_STORE_MAX_RECORDS"), config.store_max_records
     found = f"{ended} records of ended jobs; {key} is {most}."
     if ended < 0.9 * most:
@@ -234,9 +234,9 @@ def check_records(config: Config, ended: int) -> Iterator[Finding]:
 
 
 def check_secret_key(config: Config, secret_key: Any, *, signs_jobs: bool = False) -> Iterator[Finding]:
-    """What signs the results in the store: whoever can forge one runs code in the app.
+    """Check SECRET_KEY, which signs what is unpickled: whoever can forge a signature can run code in the app.
 
-    :param signs_jobs: whether calls are signed, too, on their way to an engine.
+    :param signs_jobs: If true, calls on their way to an engine are signed too.
     """
     advice = """Make one with: python -c "import secrets; print(secrets.token_hex())"; the same for all processes."""
     length = len(secret_key or "")
@@ -261,7 +261,7 @@ def check_secret_key(config: Config, secret_key: Any, *, signs_jobs: bool = Fals
 
 
 def check_type(config: Config) -> Iterator[Finding]:
-    """Which backend it is."""
+    """Name the backend, and warn of one that is for tests."""
     key = config.key("EXECUTOR_TYPE")
     name = config.type.rpartition(":")[2]
     if name == "ImmediateBackend":
@@ -272,7 +272,7 @@ def check_type(config: Config) -> Iterator[Finding]:
 
 
 def check_engine(config: Config, engine: Backend) -> Iterator[Finding]:
-    """Whether the engine that carries jobs to workers answers, and has workers."""
+    """Check whether the engine answers and has workers."""
     if engine.engine == "dask" and config.url is None:
         found = "Each process that submits jobs starts workers of its own for them."
         yield Finding(level="ok", check="workers", found=found)
@@ -294,7 +294,7 @@ def check_engine(config: Config, engine: Backend) -> Iterator[Finding]:
 
 
 def start_method(config: Config) -> str:
-    """How worker processes are started, without settling that for this process."""
+    """The start method of worker processes. Asking for it does not fix the default of this process."""
     default = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return config.start_method or default
 
@@ -302,9 +302,9 @@ def start_method(config: Config) -> str:
 def check_start_method(
     config: Config, method: str, threads: Sequence[str], python: tuple[int, ...]
 ) -> Iterator[Finding]:
-    """Forking a process that has threads: the child inherits locks that nobody releases there.
+    """Check whether a process with threads is forked: its child would inherit locks that no thread releases there.
 
-    :param threads: names of the threads that run beside the main thread when the app was loaded.
+    :param threads: names of the threads that run beside the main thread once the app is loaded.
     """
     key = config.key("EXECUTOR_START_METHOD")
     advice = f"Set {key} to 'forkserver' (and {config.key('EXECUTOR_APP')}), or start them at the first request."
@@ -328,7 +328,7 @@ def check_start_method(
 
 
 def check_import_string(config: Config, app: Flask, method: str) -> Iterator[Finding]:
-    """Whether worker processes that do not inherit the app find it."""
+    """Check whether worker processes that do not inherit the app can import it."""
     if method == "fork":
         return
     key, where = config.key("EXECUTOR_APP"), config.app or find_import_string(app)
@@ -341,7 +341,7 @@ def check_import_string(config: Config, app: Flask, method: str) -> Iterator[Fin
 
 
 def check_jobs(executor: Executor) -> Iterator[Finding]:
-    """Whether worker processes can import the functions that ``@executor.job`` decorates."""
+    """Check whether worker processes can import the functions that ``@executor.job`` decorates."""
     bad = [name for name, job in sorted(_jobs_of(executor).items()) if not _can_be_imported(job)]
     if bad:
         yield Finding(
@@ -353,13 +353,13 @@ def check_jobs(executor: Executor) -> Iterator[Finding]:
 
 
 def _jobs_of(executor: Executor) -> dict[str, ExecutorJob[Any, Any]]:
-    """The decorated functions that stand in some module, by module and name."""
+    """The decorated functions of all loaded modules, by module and name."""
     found: dict[str, ExecutorJob[Any, Any]] = {}
     for module in list(sys.modules.values()):
-        # By type(): isinstance() would ask proxies, which may have nothing behind them.
+        # type() and not isinstance(), which would look behind proxies such as request.
         for value in list(getattr(module, "__dict__", {}).values()):
             if issubclass(type(value), ExecutorJob) and value.executor is executor:
-                job = value._submitted  # not one with other options, but what a worker has to find
+                job = value._submitted  # the function itself, which a worker imports, and not a copy with options
                 found[f"{job.__module__}.{job.__qualname__}"] = job
     return found
 
@@ -375,16 +375,16 @@ def _can_be_imported(job: ExecutorJob[Any, Any]) -> bool:
 
 
 def check_reloader(app: Flask) -> Iterator[Finding]:
-    """Debug mode, in which the server restarts whenever a file changes."""
+    """Warn of debug mode, in which the server restarts whenever a file changes."""
     if app.debug:
         found = "Debug mode is on: the reloader ends the process at every change of a file, and its jobs with it."
         yield Finding(level="note", check="reloader", found=found, advice="flask run --no-reload keeps them.")
 
 
 def check_import_time(names: Sequence[str]) -> Iterator[Finding]:
-    """Jobs that were submitted while the app was loaded.
+    """Warn of jobs that were submitted while the app was loaded.
 
-    :param names: of the jobs of this process.
+    :param names: the names of the jobs of this process.
     """
     if names:
         yield Finding(
@@ -396,7 +396,7 @@ def check_import_time(names: Sequence[str]) -> Iterator[Finding]:
 
 
 def check_server(config: Config, server: Server) -> Iterator[Finding]:
-    """What the server does to jobs."""
+    """Check what the server does to threads and processes."""
     if server.threadless:
         found = "uwsgi.ini has no enable-threads: uWSGI runs no Python threads besides requests, and jobs stand still."
         yield Finding(level="problem", check="uwsgi", found=found, advice="Add 'enable-threads = true' to uwsgi.ini.")
@@ -409,7 +409,7 @@ def check_server(config: Config, server: Server) -> Iterator[Finding]:
 
 
 def check_graceful_timeout(config: Config, server: Server) -> Iterator[Finding]:
-    """Whether gunicorn kills a worker before its jobs had their time."""
+    """Check whether gunicorn kills a worker before its jobs have had their time to end."""
     shutdown, grace = config.key("EXECUTOR_SHUTDOWN_TIMEOUT"), config.key("EXECUTOR_STOP_GRACE")
     needed = config.shutdown_timeout + config.stop_grace
     given = f"gunicorn's graceful_timeout is {server.graceful_timeout:g} s ({server.graceful_by})"
@@ -426,7 +426,7 @@ def check_graceful_timeout(config: Config, server: Server) -> Iterator[Finding]:
 
 
 def check_bounds(config: Config) -> Iterator[Finding]:
-    """Whether anything bounds the queue."""
+    """Check whether the queue is bounded."""
     if config.max_pending is None and not config.type.endswith(":ImmediateBackend"):
         key = config.key("EXECUTOR_MAX_PENDING")
         found = f"{key} is None: when jobs come faster than they are done, the queue grows until memory ends."
@@ -434,7 +434,7 @@ def check_bounds(config: Config) -> Iterator[Finding]:
 
 
 def read_server(environ: Mapping[str, str], folder: Path) -> Server:
-    """What environment and files in a folder tell about the web server."""
+    """Read what the environment and the files in a folder tell about the web server."""
     if (folder / "uwsgi.ini").is_file():
         return _read_uwsgi(_text_of(folder / "uwsgi.ini"))
     arguments = _gunicorn_arguments(environ.get("GUNICORN_CMD_ARGS", ""))
@@ -442,7 +442,7 @@ def read_server(environ: Mapping[str, str], folder: Path) -> Server:
     settings = {name: (value, "GUNICORN_CMD_ARGS") for name, value in arguments.items()}
     for name, value in _assignments(_text_of(place)).items():
         settings.setdefault(name, (value, place.name))
-    if "WEB_CONCURRENCY" in environ:  # other servers know that too
+    if "WEB_CONCURRENCY" in environ:  # other servers know this variable too
         settings.setdefault("workers", (environ["WEB_CONCURRENCY"], "the environment (WEB_CONCURRENCY)"))
     workers, said_by = settings.get("workers", ("1", ""))
     preload, preload_by = settings.get("preload_app", ("False", ""))
@@ -465,13 +465,13 @@ def _gunicorn_arguments(text: str) -> dict[str, str]:
     parser.add_argument("--graceful-timeout")
     try:
         known, _ = parser.parse_known_args(shlex.split(text))
-    except (argparse.ArgumentError, ValueError):  # gunicorn will say what is wrong with it
+    except (argparse.ArgumentError, ValueError):  # gunicorn itself will report the error
         return {}
     return {name: value for name, value in vars(known).items() if value is not None}
 
 
 def _assignments(source: str) -> dict[str, str]:
-    """What is assigned to names at the top of a Python file, as it is written there."""
+    """The source text of what a Python file assigns to its global names."""
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -512,6 +512,6 @@ def _text_of(path: Path) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    """Some of the names: ``render, mail ...``"""
+    """At most five of the names: ``render, mail ...``."""
     names = list(names)
     return ", ".join(names[:5]) + " ..." * (len(names) > 5)

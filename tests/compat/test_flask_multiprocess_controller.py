@@ -507,7 +507,7 @@ def test_a_worker_that_is_killed_costs_one_task(serve: Serve, app: Flask, tmp_pa
 
 
 def crew(controller: MetaMPController) -> Any:
-    return controller.executor._self.crew()
+    return controller.executor._self.worker_states()
 
 
 def test_each_task_has_a_process_of_its_own_which_knows_what_the_web_worker_knows_now(
