@@ -90,7 +90,7 @@ def examine(app: Flask, executor: Executor, app_executor: AppExecutor) -> list[F
         findings += check_import_string(config, app, start_method(config))
         findings += check_jobs(executor)
     findings += check_reloader(app)
-    findings += check_import_time([future.record().name for future in app_executor.unfinished.all()])
+    findings += check_import_time([future.record().name for future in app_executor.in_flight.futures()])
     findings += check_server(config, server)
     findings += check_bounds(config)
     return findings

@@ -35,10 +35,10 @@ class AfterCommit:
         """Whether it is this session's, and was not copied with the ``info`` of another one."""
         return self._session() is session
 
-    def add(self, held: DeferredCall) -> None:
+    def add(self, deferred: DeferredCall) -> None:
         """Start a job when what the session is in the middle of now has been committed to the end."""
         session: Any = self._session()
-        self._waiting.append((session.get_nested_transaction() or session.get_transaction(), held))
+        self._waiting.append((session.get_nested_transaction() or session.get_transaction(), deferred))
 
     def committed(self, session: Session) -> None:
         """A transaction was committed, or a savepoint released; its end is told next."""
@@ -46,7 +46,7 @@ class AfterCommit:
 
     def ended(self, session: Session, transaction: SessionTransaction) -> None:
         """A transaction has ended: what waits for it waits for the one around it, is started, or is dropped."""
-        ours = [held for waited_for, held in self._waiting if waited_for is transaction]
+        ours = [deferred for waited_for, deferred in self._waiting if waited_for is transaction]
         was_committed = self._committed is transaction
         if was_committed:
             self._committed = None
@@ -54,12 +54,12 @@ class AfterCommit:
             return
         parent = transaction.parent
         if was_committed and parent is not None:
-            self._waiting = [(parent if of is transaction else of, held) for of, held in self._waiting]
+            self._waiting = [(parent if of is transaction else of, deferred) for of, deferred in self._waiting]
             return
         # Before any is started: a job that runs here may use this session, and come here again.
-        self._waiting = [(of, held) for of, held in self._waiting if of is not transaction]
-        for held in ours:
-            held.start() if was_committed else held.drop()
+        self._waiting = [(of, deferred) for of, deferred in self._waiting if of is not transaction]
+        for deferred in ours:
+            deferred.start() if was_committed else deferred.drop()
 
 
 def commits_of(session: Session | scoped_session[Any]) -> AfterCommit:

@@ -18,60 +18,27 @@ import threading
 import time
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from flask_executor.abc import Backend, BackendOptions
 from flask_executor.backends.engine import entrypoint
 from flask_executor.backends.process.backend import ProcessBackend
 from flask_executor.exceptions import ExecutorShutdown, NotPicklable, StoreUnavailable, UntrustedResult
-from flask_executor.executor.engine_message import unpack_call_for_engine
-from flask_executor.executor.pending import InFlight
+from flask_executor.executor.engine_message import unpack_engine_message
 from flask_executor.executor.producer import call_signer
 from flask_executor.executor.shutdown import register_for_shutdown
 from flask_executor.futures import FutureProxy
-from flask_executor.helpers import callable_name
 from flask_executor.helpers.log import logger
-from flask_executor.jobs.call import Call, JobChannel
-from flask_executor.jobs.context_snapshot import SentContexts
+from flask_executor.jobs.call import Call, CallState
+from flask_executor.jobs.contexts import NO_CONTEXT
 from flask_executor.jobs.model import JobState
 from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.tracking.shared import SharedJobTracker
 
 if TYPE_CHECKING:
-    from flask import Flask
+    from flask_executor.executor.app_executor import AppExecutor
 
-    from flask_executor.executor.config import Config
-
-_MOST = 1000  # jobs at a time; it is the engine that gives this process no more than it is to run
-_PAUSE = 1.0  # seconds until it is tried again
-
-
-class Host(Protocol):
-    """Whose consumer it is: an executor in one app."""
-
-    config: Config
-    unfinished: InFlight
-
-    @property
-    def app(self) -> Flask | None:
-        """The app, None when it is gone."""
-
-    @property
-    def channel(self) -> JobChannel:
-        """What calls report to."""
-
-    @property
-    def backend(self) -> Backend:
-        """The engine."""
-
-    def worker_options(self) -> BackendOptions:
-        """What worker processes are made from."""
-
-    def leave(self, deadline: float) -> None:
-        """The process ends."""
-
-    def stop_job(self, id: str) -> bool | None:
-        """Ask a job to stop."""
+_MAX_WORKERS = 1000  # jobs at a time; it is the engine that gives this process no more than it is to run
+_RETRY_DELAY = 1.0  # seconds until it is tried again
 
 
 class Consumer:
@@ -79,8 +46,8 @@ class Consumer:
 
     # _pool is made and let go under _lock. _again belongs to whoever runs the call.
 
-    def __init__(self, host: Host, tracker: SharedJobTracker, handover: EngineHandover) -> None:
-        self._host = host
+    def __init__(self, app_executor: AppExecutor, tracker: SharedJobTracker, handover: EngineHandover) -> None:
+        self._app_executor = app_executor
         #: What the engine's jobs are recorded in.
         self.tracker = tracker
         self.handover = handover
@@ -95,21 +62,22 @@ class Consumer:
         :param processes: how many, at one job each.
         :param burst: whether to end when the queue is empty.
         """
-        entrypoint.worker_app = self._host.app
-        self._host.backend.work(self._host.stop_job, processes=processes, burst=burst)
+        entrypoint.worker_app = self._app_executor.app
+        self._app_executor.backend.work(self._app_executor.jobs.stop_job, processes=processes, burst=burst)
 
     def run(self, id: str, data: bytes) -> float | None:
-        """Run a call that was sent to this worker; see :func:`flask_executor.remote.run`."""
+        """Run a call that was sent to this worker; see :func:`flask_executor.backends.engine.run`."""
         call, sender = self._unpack(id, data)
         try:
-            register_for_shutdown(self._host)
+            register_for_shutdown(self._app_executor)
             workers = self._workers()
-            if not self._adopt(call, sender):
+            if not self._acquire(call, sender):
                 return None
         except ExecutorShutdown as error:  # somebody else may have it
             logger.warning("Job %s has to wait: %s", id, error)
-            return _PAUSE
+            return _RETRY_DELAY
         call.backend = workers
+        call.enter(CallState.QUEUED)
         try:
             workers.enqueue(call)
         except ExecutorShutdown:
@@ -124,7 +92,7 @@ class Consumer:
             self.handover.return_to_engine(call.job)
         return again
 
-    def _adopt(self, call: Call, sender: str) -> bool:
+    def _acquire(self, call: Call, sender: str) -> bool:
         """Have the job; False when it was cancelled, or somebody else has it.
 
         When the store is away this waits, for perhaps it has taken down that the job is ours and only its answer was
@@ -133,7 +101,7 @@ class Consumer:
         :raises ExecutorShutdown: when this process ends.
         """
         while not (self._closed or entrypoint.shutting_down.is_set() or call.future.done()):
-            self._host.unfinished.add(call, None)  # first: once it is ours it may get messages
+            self._app_executor.in_flight.add(call, None)  # first: once it is ours it may get messages
             acquired = False
             try:
                 acquired = self.handover.acquire(call, sender)
@@ -142,8 +110,8 @@ class Consumer:
                 logger.warning("Job %s has to wait: %s", call.job.id, error)
             finally:
                 if not acquired:
-                    self._host.unfinished.discard(call.future)
-            time.sleep(_PAUSE)
+                    self._app_executor.in_flight.discard(call.future)
+            time.sleep(_RETRY_DELAY)
         raise ExecutorShutdown("this worker is ending")
 
     def postpone(self, call: Call, delay: float) -> bool:
@@ -156,25 +124,23 @@ class Consumer:
         return True
 
     def _unpack(self, id: str, data: bytes) -> tuple[Call, str]:
-        """The call, and who has sent it."""
+        """The call, which its worker process unpacks, and the holder that has sent it."""
         try:
-            message = unpack_call_for_engine(id, data, call_signer(self._host.app))
+            message = unpack_engine_message(id, data, call_signer(self._app_executor.app))
         except (NotPicklable, UntrustedResult) as error:
             logger.error("Job %s is refused: %s", id, error)  # what engines make of it is their own
             self.handover.refuse(id, error)
             raise
         options = message.options
-        job = JobState(options.name or callable_name(message.fn), options.key, options.owner, id=id)
+        job = JobState(options.name or id, options.key, options.owner, id=id)
         job.queued_at = message.queued_at
         if options.meta is not None:
             job.meta = dict(options.meta)
-        app = self._host.app
-        if app is None:
-            raise RuntimeError("the app of this worker is gone")
-        context: Any = SentContexts(app, message.contexts)
-        channel = self._host.channel
+        channel = self._app_executor.channel
         future: FutureProxy[Any] = FutureProxy(job, channel)
-        call = Call(future, job, message.fn, message.args, message.kwargs, context, channel, options)
+        contexts: Any = NO_CONTEXT  # those of the call are in it
+        call = Call(future, job, _unopened, (), {}, contexts, channel, options)
+        call.packed = [message.call]
         return call, message.sender
 
     def _workers(self) -> ProcessBackend:
@@ -182,7 +148,7 @@ class Consumer:
             if self._closed:
                 raise ExecutorShutdown("this worker is ending")
             if self._pool is None:
-                self._pool = ProcessBackend(replace(self._host.worker_options(), max_workers=_MOST))
+                self._pool = ProcessBackend(replace(self._app_executor.worker_options(), max_workers=_MAX_WORKERS))
             return self._pool
 
     # ---- life ----
@@ -195,7 +161,7 @@ class Consumer:
         if pool is not None:
             pool.shutdown(wait=wait)
 
-    def abandon(self, grace: float) -> None:
+    def terminate(self, grace: float) -> None:
         """The process ends: end the worker processes, by force after so many seconds."""
         if self._pool is not None:
             self._pool.terminate(grace)
@@ -205,3 +171,8 @@ class Consumer:
         self._lock = threading.Lock()
         self._pool = None
         self._again = {}
+
+
+def _unopened(*_args: object) -> NoReturn:
+    """In the place of the function of a call that only its worker process unpacks."""
+    raise RuntimeError("a call from an engine runs in a worker process only")

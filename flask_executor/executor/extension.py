@@ -24,14 +24,13 @@ from flask_executor.executor.flow import Flow
 from flask_executor.executor.options import (
     Errors,
     OptionValues,
-    _check_callable,
-    _check_importable,
-    _checked_key,
-    _delayed,
-    _options,
+    check_callable,
+    check_importable,
+    checked_key,
+    job_options,
 )
 from flask_executor.executor.shutdown import exit_on_sigterm
-from flask_executor.executor.submitters import ExecutorJob, ExecutorWithOptions, _results
+from flask_executor.executor.submitters import ExecutorJob, ExecutorWithOptions, Submitter, results_in_order
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import InstanceProxy
 from flask_executor.helpers.fork_hooks import after_fork_in_child, run_missed_hooks
@@ -43,7 +42,6 @@ from flask_executor.web.pages import job_owner, register_pages
 from flask_executor.web.waiting import is_retry_request, require_request, result_or_answer, store_errors_as_503
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session, scoped_session
     from typing_extensions import Unpack
 
 P = ParamSpec("P")
@@ -54,11 +52,11 @@ H = TypeVar("H", bound=Callable[[Any], object])
 __all__ = ["Executor", "ExecutorJob", "ExecutorWithOptions", "propagate_exceptions_callback"]
 
 
-_BINDINGS = "flask_executor_bindings"  # in app.extensions: what each executor has there
+_APP_EXECUTORS = "flask_executor_bindings"  # in app.extensions: what each executor has there
 _executors: weakref.WeakSet[Executor] = weakref.WeakSet()
 
 
-class Executor(InstanceProxy, concurrent.futures.Executor):
+class Executor(Submitter, InstanceProxy, concurrent.futures.Executor):
     """Runs functions in the background, in copies of the contexts they were submitted from.
 
     .. code-block:: python
@@ -88,7 +86,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         self._default_done_callbacks: list[Callable[[concurrent.futures.Future[Any]], object]] = []
         self._worker_initializers: list[Callable[[], object]] = []
-        self._defaults = JobOptions()
+        self._options = JobOptions()
         #: What lives in processes of its own, and what the app does with messages from there.
         self.services: dict[str, ServiceDefinition] = {}
         self.handlers: dict[tuple[str, str], Callable[[Any], object]] = {}
@@ -106,142 +104,32 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         config = Config.read(app.config, self.name)
         # The app owns what is bound to it, so that an app that is thrown away takes its jobs and threads along.
-        bindings: dict[Executor, AppExecutor] = app.extensions.setdefault(_BINDINGS, {})
-        self._check_name(bindings)
-        if self in bindings:
-            bindings[self].reconfigure(config)
+        app_executors: dict[Executor, AppExecutor] = app.extensions.setdefault(_APP_EXECUTORS, {})
+        self._check_name(app_executors)
+        if self in app_executors:
+            app_executors[self].reconfigure(config)
         else:
-            bindings[self] = AppExecutor(self, app, config, self._default_done_callbacks, self._worker_initializers)
+            app_executors[self] = AppExecutor(
+                self, app, config, self._default_done_callbacks, self._worker_initializers
+            )
             self._apps.add(app)
         app.extensions[f"{self.name}executor"] = self
-        register_pages(app, self, bindings[self])
+        register_pages(app, self, app_executors[self].jobs)
         if self.services:
-            request_started.connect(bindings[self].start_services, app)
+            request_started.connect(app_executors[self].start_services, app)
 
-    def _check_name(self, bindings: Mapping[Executor, AppExecutor]) -> None:
+    def _check_name(self, app_executors: Mapping[Executor, AppExecutor]) -> None:
         """Urls and stores tell the executors of an app apart by their names."""
-        others = [(executor.name, binding) for executor, binding in bindings.items() if executor is not self]
-        if any(name == self.name and not binding.closed for name, binding in others):
+        others = [
+            (executor.name, app_executor) for executor, app_executor in app_executors.items() if executor is not self
+        ]
+        if any(name == self.name and not app_executor.closed for name, app_executor in others):
             raise ValueError(
                 f"the app has an executor named {self.name!r} already: use that one, or tell them apart by a name: "
                 "Executor(app, name='reports')"
             )
 
-    # ---- submitting ----
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
-        """Run ``fn(*args, **kwargs)`` in the background.
-
-        :param fn: the function; an ``async def`` one runs as the app runs its async views.
-        :return: the handle of the job.
-        :raises TypeError: if ``fn`` cannot be called.
-        :raises AppNotFound: if there is no app context and not exactly one app is bound.
-        :raises QueueFull: if ``EXECUTOR_MAX_PENDING`` jobs wait.
-        :raises ExecutorShutdown: after :meth:`shutdown`.
-        """
-        return self._submit(self._defaults, fn, args, kwargs)
-
-    def submit_stored(
-        self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> FutureProxy[T]:
-        """As :meth:`submit`, with the handle kept in :attr:`futures` under a key.
-
-        :param future_key: the key, free again when it was popped from :attr:`futures`.
-        :raises KeyExists: if the key is taken (a :exc:`ValueError`); ``fn`` does not run.
-        """
-        return self._submit(replace(self._defaults, key=_checked_key(future_key)), fn, args, kwargs)
-
-    def submit_once(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
-        """The job under this key, started now if there is none.
-
-        However often and from however many threads this is called, ``fn`` runs once, until the key is popped or the
-        record has expired; with a shared store from however many processes. Also a job that has failed is found;
-        ``options(again=True).submit_once(...)`` starts it anew.
-        """
-        return self._submit(replace(self._defaults, key=_checked_key(key)), fn, args, kwargs, once=True)
-
-    def submit_later(self, /, seconds: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
-        """As :meth:`submit`, with a job that does not start before ``seconds`` have passed; it is queued until then.
-
-        With type ``rq``, ``celery`` or ``dask`` it waits there, and does not need this process. With ``thread`` and
-        ``process`` it waits in the memory of this process, and is cancelled when that ends. With ``immediate`` it does
-        not wait.
-
-        :raises ValueError: for a number of seconds that cannot be used.
-        """
-        return self._submit(_delayed(self._defaults, seconds), fn, args, kwargs)
-
-    def submit_after_commit(
-        self, /, session: Session | scoped_session[Any], fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> FutureProxy[T]:
-        """As :meth:`submit`, but the job starts when a session of SQLAlchemy has committed, and not if it rolls back.
-
-        .. code-block:: python
-
-            @app.post("/orders")
-            def order():
-                order = Order(**request.form)
-                db.session.add(order)
-                db.session.flush()      # gives it its id
-                executor.submit_after_commit(db.session, send_receipt, order.id)
-                db.session.commit()     # starts the job
-                return "thanks", 201
-
-        It starts at the end of the outermost transaction that the session is in, or else begins now, so that it finds
-        in the database what was committed; several start in the order of these calls. When that transaction is rolled
-        back, or the savepoint in which this was called, or the session is closed or thrown away, the job is cancelled
-        and its key is free.
-
-        All but the start happens now: the contexts are captured, a place in the queue and the key are taken, and what
-        goes to a worker process is pickled. So what can be refused is refused while it can still be rolled back, and
-        ``commit()`` raises nothing on account of a job. What goes wrong there all the same, with a broker that cannot
-        be reached, say, is logged, and the job is cancelled.
-
-        :param session: a :class:`sqlalchemy.orm.Session`, or a ``scoped_session`` such as ``db.session`` of
-            Flask-SQLAlchemy.
-        :return: the handle of the job, ``queued`` until then. To wait for it before the commit is to wait for ever;
-            :meth:`wait` and :func:`~flask_executor.testing.drain` do not.
-        :raises TypeError: for what is no session.
-        :raises RuntimeError: for a session that begins no transactions by itself, and is in none.
-        :raises MissingExtra: without SQLAlchemy.
-        :raises NotPicklable: for a job that cannot be sent to a worker process.
-        """
-        return self._submit_after_commit(self._defaults, session, fn, args, kwargs)
-
-    def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of the job under this key, started now if there is none; in a view.
-
-        .. code-block:: python
-
-            @app.get("/reports/<month>")
-            def report(month):
-                pages = executor.result_or_202(f"report {month}", render, month)
-                return render_template("report.html", pages=pages)
-
-        While there is no result the view goes no further, and the request is answered with a 202: browsers get a page
-        that shows how the job goes on, and becomes the view's own when it is done; other clients a document in JSON.
-        When the job has failed they get that with an error's status, and can have it run again. In answer to a POST
-        browsers are sent to the job's page of the :class:`~flask_executor.web.Controller`.
-
-        :raises HTTPException: the answer, while there is no result; with the job's exception as its cause.
-        :raises RuntimeError: outside of a request, and for a POST where no controller is mounted.
-        """
-        options = replace(self._defaults, key=_checked_key(key))
-        return self._result_or_202(options, fn, args, kwargs)  # type: ignore[no-any-return]
-
-    def map(
-        self, /, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
-    ) -> Iterator[T]:
-        """As the built-in :func:`map`, with the calls running at the same time, each in contexts of its own.
-
-        All calls are submitted at once; the results come in order.
-
-        :param timeout: most seconds to wait for the results, counted from this call.
-        :param chunksize: calls per job. For many short calls a larger one is faster; type ``immediate`` ignores it.
-        :raises concurrent.futures.TimeoutError: from the iterator, when a result is not there in time.
-        :raises QueueFull: when not all calls fit; those that have not started are cancelled.
-        """
-        return self._map(self._defaults, fn, iterables, timeout, chunksize)
+    # ---- submitting: what Submitter has not ----
 
     def options(
         self,
@@ -282,8 +170,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         return ExecutorWithOptions(
             self,
-            _options(
-                self._defaults,
+            job_options(
+                self._options,
                 name=name,
                 key=key,
                 owner=owner,
@@ -326,12 +214,12 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         """
         if "key" in options:
             raise TypeError("a key can belong to one job only: give it to submit_stored() or options()")
-        given = _options(self._defaults, **options)
+        given = job_options(self._options, **options)
 
         def decorate(fn: Any) -> Any:
-            _check_callable(fn)
-            if any(binding.remote for _, binding in self._bound()):
-                _check_importable(fn)
+            check_callable(fn)
+            if any(app_executor.remote for _, app_executor in self._app_executors()):
+                check_importable(fn)
             return ExecutorJob(self, fn, given)
 
         return decorate if fn is None else decorate(fn)
@@ -350,7 +238,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
 
         :raises TypeError: if ``fn`` cannot be called.
         """
-        _check_callable(fn)
+        check_callable(fn)
         self._worker_initializers.append(fn)
         return fn
 
@@ -365,7 +253,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
             flow.reset()                     # forgets, so that all runs again
 
         """
-        return Flow(self._binding()[1], _checked_key(key), self._result_or_202, self._options_of)
+        return Flow(self._app_executor()[1], checked_key(key), self._result_or_202, self._options_of)
 
     def service(
         self,
@@ -411,8 +299,8 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         if self.services.setdefault(name, definition) != definition:  # a factory may be called again
             raise ValueError(f"there is another service {name!r} already; give another name: service(..., name=...)")
         exit_on_sigterm()
-        for app, binding in self._bound():
-            request_started.connect(binding.start_services, app)
+        for app, app_executor in self._app_executors():
+            request_started.connect(app_executor.start_services, app)
         return ServiceHandle(name, self._services)
 
     def on(self, service: str | ServiceHandle | type[Service], type: str) -> Callable[[H], H]:
@@ -439,14 +327,14 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         return decorate
 
     def _services(self) -> Services:
-        return self._binding()[1].services
+        return self._app_executor()[1].services
 
     def add_default_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         """Add a callback to every future made from now on, as ``future.add_done_callback(fn)`` does.
 
         :raises TypeError: if ``fn`` cannot be called.
         """
-        _check_callable(fn)
+        check_callable(fn)
         self._default_done_callbacks.append(fn)
 
     # ---- looking ----
@@ -460,20 +348,20 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     @property
     def futures(self) -> FutureCollection[FutureProxy[Any]]:
         """The handles of stored jobs, by key."""
-        return self._binding()[1].tracker.futures
+        return self._app_executor()[1].tracker.futures
 
     @property
     def jobs(self) -> JobRecords:
         """The records of the app's jobs, also of those that have ended."""
-        return self._binding()[1].tracker.records
+        return self._app_executor()[1].tracker.records
 
     def health(self) -> Health:
         """How the executor is doing in this process: workers, jobs running and waiting."""
-        return self._binding()[1].health()
+        return self._app_executor()[1].health()
 
     def unfinished(self) -> list[FutureProxy[Any]]:
         """The handles of all jobs in this process that have not ended, of all apps."""
-        return [*chain.from_iterable(binding.waiting_for() for _, binding in self._bound())]
+        return [*chain.from_iterable(app_executor.waiting_for() for _, app_executor in self._app_executors())]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no job is left in this process, its callbacks included, of all apps, and the store knows it.
@@ -482,10 +370,10 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         :return: whether that is so.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        for _, binding in self._bound():
-            if not binding.wait(None if deadline is None else deadline - time.monotonic()):
+        for _, app_executor in self._app_executors():
+            if not app_executor.wait(None if deadline is None else deadline - time.monotonic()):
                 return False
-            if not binding.tracker.flush(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            if not app_executor.tracker.flush(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return False
         return True
 
@@ -495,46 +383,50 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         :param wait: whether to return only when they have ended.
         :param cancel_futures: whether to cancel those that have not started.
         """
-        for _, binding in self._bound():
-            binding.shutdown(wait, cancel_futures=cancel_futures)
+        for _, app_executor in self._app_executors():
+            app_executor.shutdown(wait, cancel_futures=cancel_futures)
 
     @property
     def _self(self) -> Any:
         """The backend, None where it cannot be told for which app."""
         app = current_app_or_none() or self.app
-        binding = None if app is None else self._bound_to(app)
-        return None if binding is None else binding.backend
+        app_executor = None if app is None else self._app_executor_of(app)
+        return None if app_executor is None else app_executor.backend
 
     # ---- the work ----
 
-    def _bound(self) -> list[tuple[Flask, AppExecutor]]:
-        found = [(app, self._bound_to(app)) for app in list(self._apps)]
-        return [(app, binding) for app, binding in found if binding is not None]
+    @property
+    def _executor(self) -> Executor:
+        return self
 
-    def _bound_to(self, app: Flask) -> AppExecutor | None:
-        binding: AppExecutor | None = app.extensions.get(_BINDINGS, {}).get(self)
-        return binding
+    def _app_executors(self) -> list[tuple[Flask, AppExecutor]]:
+        found = [(app, self._app_executor_of(app)) for app in list(self._apps)]
+        return [(app, app_executor) for app, app_executor in found if app_executor is not None]
 
-    def _binding(self) -> tuple[Flask, AppExecutor]:
-        """The app meant and what is bound to it.
+    def _app_executor_of(self, app: Flask) -> AppExecutor | None:
+        app_executor: AppExecutor | None = app.extensions.get(_APP_EXECUTORS, {}).get(self)
+        return app_executor
+
+    def _app_executor(self) -> tuple[Flask, AppExecutor]:
+        """The app that is meant, and its part of this executor.
 
         :raises AppNotFound: saying what to do.
         """
         run_missed_hooks()
         app = current_app_or_none()
         if app is not None:
-            binding = self._bound_to(app)
-            if binding is None:
+            app_executor = self._app_executor_of(app)
+            if app_executor is None:
                 raise AppNotFound(
                     f"This executor is not bound to the current app, {app.name!r}: pass the app to Executor(app), "
                     "or call executor.init_app(app) in the app's factory."
                 )
-            return app, binding
-        apps = self._bound()
+            return app, app_executor
+        apps = self._app_executors()
         if len(apps) > 1:
             apps.clear()  # what is referred to stays
             gc.collect()  # apps of earlier tests are cycles that nobody refers to any more
-            apps = self._bound()
+            apps = self._app_executors()
         if len(apps) == 1:
             return apps[0]
         if not apps:
@@ -556,29 +448,31 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         kwargs: dict[str, Any],
         once: bool = False,
     ) -> FutureProxy[Any]:
-        _check_callable(fn)
-        app, binding = self._binding()
+        check_callable(fn)
+        app, app_executor = self._app_executor()
         if once:
-            there = binding.find(options)
-            if there is not None:
-                return there
-        context = CapturedContext(app, binding.config.push_app_context)
-        submit = binding.submit_once if once else binding.submit
+            found = app_executor.tracker.find(options)  # before the contexts are captured, which would be in vain
+            if found is not None:
+                return found
+        context = CapturedContext(app, app_executor.config.push_app_context)
+        submission = app_executor.submission
+        submit = submission.submit_once if once else submission.submit
         return submit(context, options, fn, args, kwargs)
 
     def _submit_after_commit(
         self, options: JobOptions, session: Any, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> FutureProxy[Any]:
-        _check_callable(fn)
-        app, binding = self._binding()
+        check_callable(fn)
+        app, app_executor = self._app_executor()
         commits = commits_of(session)
-        held = binding.hold(CapturedContext(app, binding.config.push_app_context), options, fn, args, kwargs)
-        commits.add(held)
-        return held.future
+        context = CapturedContext(app, app_executor.config.push_app_context)
+        deferred = app_executor.submission.defer(context, options, fn, args, kwargs)
+        commits.add(deferred)
+        return deferred.future
 
     def _options_of(self, fn: Callable[..., Any]) -> JobOptions:
         """The options that a function brings along."""
-        return fn._options if isinstance(fn, ExecutorJob) else self._defaults
+        return fn._options if isinstance(fn, ExecutorJob) else self._options
 
     def _result_or_202(
         self, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -590,7 +484,7 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
         options = replace(options, pinned=True)
         with store_errors_as_503():
             future = self._submit(options, fn, args, kwargs, once=True)
-            return result_or_answer(self._binding()[1], future)
+            return result_or_answer(self._app_executor()[1].jobs, future)
 
     def _map(
         self,
@@ -602,20 +496,20 @@ class Executor(InstanceProxy, concurrent.futures.Executor):
     ) -> Iterator[T]:
         if chunksize < 1:
             raise ValueError(f"chunksize is {chunksize}; it must be 1 or more")
-        _check_callable(fn)
-        app, binding = self._binding()
+        check_callable(fn)
+        app, app_executor = self._app_executor()
         deadline = None if timeout is None else time.monotonic() + timeout
-        context = CapturedContext(app, binding.config.push_app_context)
-        chunksize = chunksize if binding.chunks else 1
-        jobs = binding.map(context, options, fn, zip(*iterables), chunksize)  # noqa: B905  # as map() does
-        results = _results(jobs, deadline)
+        context = CapturedContext(app, app_executor.config.push_app_context)
+        chunksize = chunksize if app_executor.chunks else 1
+        jobs = app_executor.submission.map(context, options, fn, zip(*iterables), chunksize)  # noqa: B905  # as map() does
+        results = results_in_order(jobs, deadline)
         return results if chunksize == 1 else chain.from_iterable(results)
 
 
 def _reset_after_fork() -> None:
     for executor in list(_executors):
-        for _, binding in executor._bound():
-            binding.after_fork()
+        for _, app_executor in executor._app_executors():
+            app_executor.after_fork()
 
 
 after_fork_in_child(_reset_after_fork)

@@ -1,4 +1,4 @@
-"""Where the jobs of an executor are recorded: what its configuration says, opened."""
+"""Makes what the configuration says: the class of the backend, and the tracker with its store."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flask_executor.abc import JobStore, StoreOptions
-from flask_executor.exceptions import ConfigError
+from werkzeug.utils import ImportStringError, import_string
+
+from flask_executor.abc import Backend, JobStore, StoreOptions
+from flask_executor.exceptions import ConfigError, MissingExtra
 from flask_executor.executor.config import STORES, Config
 from flask_executor.helpers import entry_points, redact_url
 from flask_executor.jobs.call import JobChannel
@@ -19,19 +21,39 @@ if TYPE_CHECKING:
     from flask import Flask
 
 
-def make_tracker(
-    config: Config, app: Flask, channel: JobChannel, engine: str | None = None, beside: str | None = None
-) -> JobTracker:
-    """What an executor with this configuration writes to.
+def backend_class_of(config: Config) -> type[Backend]:
+    """The class that ``EXECUTOR_TYPE`` names: this package's, an installed package's, or any that can be imported.
 
-    :param engine: whose workers run its jobs, where it is not this process.
-    :param beside: the store for them, if none was chosen; None if there is none.
+    :raises ConfigError: when there is none, or it is no backend.
+    :raises MissingExtra: when the library is not installed that it needs.
+    """
+    key = config.key("EXECUTOR_TYPE")
+    if ":" not in config.type:
+        return entry_points.load_plugin(entry_points.BACKENDS, config.type, Backend, key, config.type)  # type: ignore[type-abstract]
+    try:
+        backend_class = import_string(config.type)
+    except ImportStringError as error:
+        if isinstance(error.exception, MissingExtra):
+            raise error.exception from error
+        raise ConfigError(key, config.type, f"importable ({error.exception})") from error
+    if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
+        raise ConfigError(key, config.type, "a subclass of flask_executor.abc.Backend")
+    return backend_class
+
+
+def make_tracker(
+    config: Config, app: Flask, channel: JobChannel, engine: str | None = None, default_store: str | None = None
+) -> JobTracker:
+    """The tracker of an executor with this configuration, with its store.
+
+    :param engine: the engine whose workers run the jobs; None for a backend of this process.
+    :param default_store: the url of the store for an engine's jobs, if none was chosen; None if there is none.
     :raises ConfigError: for a store that cannot be used.
     :raises MissingExtra: for one whose library is not installed.
     """
     url = config.store
     if url == "memory" and engine is not None:
-        url = _store_beside(config, beside)
+        url = _default_store(config, default_store)
     if url == "memory":
         return JobTracker(config.tracking_options())
     if url == "sqlite":
@@ -66,7 +88,7 @@ def store_class_of(url: str, key: str = "EXECUTOR_STORE") -> type[JobStore]:
     return store_class
 
 
-def _store_beside(config: Config, url: str | None) -> str:
+def _default_store(config: Config, url: str | None) -> str:
     """The store for jobs of an engine, where none was chosen."""
     if url is None or url.partition("://")[0] not in STORES:
         key, allowed = config.key("EXECUTOR_STORE"), "'redis://host:6379/0' or another store that the workers share"

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.jobs.model import RESERVED_PREFIX, JobOptions
-from flask_executor.tracking.local import JobTracker
+
+if TYPE_CHECKING:
+    from flask_executor.executor.app_executor import AppExecutor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,17 +24,6 @@ _FLOW = f"{RESERVED_PREFIX}flow"  # what the key of a step begins with
 
 #: The keys of the steps that run here, one inside the other.
 _running: ContextVar[frozenset[Hashable]] = ContextVar("flask_executor_steps", default=frozenset())
-
-
-class RunsOnce(Protocol):
-    """What a flow needs of an executor."""
-
-    tracker: JobTracker
-
-    def run_once(
-        self, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> FutureProxy[Any]:
-        """The job under the key in the options; if there is none it is run here and now."""
 
 
 class Flow:
@@ -45,13 +36,13 @@ class Flow:
 
     def __init__(
         self,
-        binding: RunsOnce,
+        app_executor: AppExecutor,
         key: Hashable,
         wait_for: Callable[[JobOptions, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
         options_of: Callable[[Callable[..., Any]], JobOptions],
     ) -> None:
         self.key = key
-        self._binding = binding
+        self._app_executor = app_executor
         self._wait_for = wait_for
         self._options_of = options_of
         self._calls: Counter[str] = Counter()
@@ -71,7 +62,7 @@ class Flow:
         token = _running.set(running | {key})
         try:
             options = JobOptions(name=self._options_of(fn).name or name, key=key, again=True, timeout=math.inf)
-            return self._binding.run_once(options, fn, args, kwargs).result()  # type: ignore[no-any-return]
+            return self._app_executor.submission.run_once(options, fn, args, kwargs).result()  # type: ignore[no-any-return]
         finally:
             _running.reset(token)
 
@@ -97,6 +88,6 @@ class Flow:
     def reset(self) -> None:
         """Forget all steps."""
         self._calls.clear()
-        futures = self._binding.tracker.futures
+        futures = self._app_executor.tracker.futures
         for key in futures.keys((_FLOW, self.key)):
             futures.pop(key)

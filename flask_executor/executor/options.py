@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from flask_executor.exceptions import NotPicklable
 from flask_executor.jobs.model import JobOptions
 from flask_executor.jobs.retry import Retry
-
-if TYPE_CHECKING:
-    pass
 
 Errors = type[Exception] | tuple[type[Exception], ...]
 
@@ -33,7 +30,7 @@ class OptionValues(TypedDict, total=False):
     meta: Mapping[str, Any] | None
 
 
-def _options(
+def job_options(
     base: JobOptions,
     *,
     retries: int | None = None,
@@ -74,18 +71,18 @@ def _options(
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
-def _delayed(options: JobOptions, seconds: float) -> JobOptions:
+def delayed(options: JobOptions, seconds: float) -> JobOptions:
     if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
         raise ValueError(f"seconds is {seconds!r}; it must be a number, 0 or more: submit_later(60, fn, ...)")
     return replace(options, delay=float(seconds))
 
 
-def _check_callable(fn: Any) -> None:
+def check_callable(fn: Any) -> None:
     if not callable(fn):
         raise TypeError(f"a job needs a function to call, not {fn!r}; its arguments follow: submit(fn, 1, 2)")
 
 
-def _check_importable(fn: Any) -> None:
+def check_importable(fn: Any) -> None:
     name = getattr(fn, "__qualname__", "")
     if "<" in name:  # <locals> or <lambda>
         raise NotPicklable(
@@ -94,7 +91,7 @@ def _check_importable(fn: Any) -> None:
         )
 
 
-def _checked_key(key: Hashable) -> Hashable:
+def checked_key(key: Hashable) -> Hashable:
     if key is None:
         raise ValueError("the future_key is None, which stands for no key; use a string")
     hash(key)  # raises the TypeError that a dict would, before anything is started

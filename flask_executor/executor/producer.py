@@ -1,7 +1,7 @@
 """What a process does that has its jobs run by an engine: it packs and signs calls, and keeps their handles.
 
 The job is the engine's from then on, and its handle looks into the store. The other end is
-:mod:`flask_executor.consumer`.
+:mod:`flask_executor.executor.consumer`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from flask_executor.abc import Backend, Health
+from flask_executor.abc import Health
 from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, ResultExpired, StoreUnavailable
-from flask_executor.executor.engine_message import pack_call_for_engine
+from flask_executor.executor.engine_message import pack_engine_message
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import weak_callback
 from flask_executor.helpers.log import logger
-from flask_executor.jobs.call import Call, JobChannel
+from flask_executor.jobs.call import Call, CallState
 from flask_executor.jobs.model import Job, JobOptions, JobState, JobStatus
 from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.tracking.shared import SharedJobTracker
@@ -28,36 +28,18 @@ from flask_executor.tracking.signing import CALL, PayloadSigner, secret_keys
 if TYPE_CHECKING:
     from flask import Flask
 
-    from flask_executor.executor.config import Config
+    from flask_executor.executor.app_executor import AppExecutor
 
 _PAUSE = 0.8  # seconds for which an engine that was away is not asked again; less than until they are tried again
 _MOMENT = 0.002  # seconds between two looks whether callbacks have run
 
 
-class Host(Protocol):
-    """Whose producer it is: an executor in one app."""
-
-    config: Config
-
-    @property
-    def app(self) -> Flask | None:
-        """The app, None when it is gone."""
-
-    @property
-    def channel(self) -> JobChannel:
-        """What calls report to."""
-
-    @property
-    def backend(self) -> Backend:
-        """The engine."""
-
-
 class Producer:
     """Makes the calls that an engine is to have, and knows their handles."""
 
-    def __init__(self, host: Host, tracker: SharedJobTracker, handover: EngineHandover) -> None:
-        self._host = host
-        self._ledger = tracker
+    def __init__(self, app_executor: AppExecutor, tracker: SharedJobTracker, handover: EngineHandover) -> None:
+        self._app_executor = app_executor
+        self._tracker = tracker
         self._handover = handover
         handover.remove_queued = weak_callback(self._remove_queued)
         self.after_fork()
@@ -84,17 +66,17 @@ class Producer:
         :raises ConfigError: without a secret key.
         """
         self._check_room()
-        options = replace(options, grace=self._host.config.stop_grace)  # the worker's may be another
-        handle = self._ledger.handle(job.record(), is_written=False)
-        call = Call(handle, job, fn, args, kwargs, context, self._host.channel, options)
-        call.packed = pack_call_for_engine(call, self._ledger.holder, call_signer(self._host.app))
+        options = replace(options, grace=self._app_executor.config.stop_grace)  # the worker's may be another
+        handle = self._tracker.handle(job.record(), is_written=False)
+        call = Call(handle, job, fn, args, kwargs, context, self._app_executor.channel, options)
+        call.packed = pack_engine_message(call, self._tracker.holder, call_signer(self._app_executor.app))
         self._sent.add(handle)
         return call
 
     def _check_room(self) -> None:
-        pending = self._host.config.max_pending
-        if pending is not None and self._host.backend.waiting >= pending:
-            raise QueueFull(self._host.config.key("EXECUTOR_MAX_PENDING"), pending)
+        pending = self._app_executor.config.max_pending
+        if pending is not None and self._app_executor.backend.waiting >= pending:
+            raise QueueFull(self._app_executor.config.key("EXECUTOR_MAX_PENDING"), pending)
 
     def keep(self, call: Call) -> None:
         """The call is to wait in this process for a while."""
@@ -121,8 +103,9 @@ class Producer:
 
     def send(self, call: Call) -> None:
         """Have the engine take a call."""
+        call.enter(CallState.QUEUED)
         with self._handover.transferring(call.job):
-            self._host.backend.enqueue(call)
+            self._app_executor.backend.enqueue(call)
 
     def owns(self, future: FutureProxy[Any]) -> bool:
         """Whether the engine has the call of this handle, or is to have it."""
@@ -138,7 +121,7 @@ class Producer:
 
     def _remove_queued(self, job: Job) -> None:
         try:
-            self._host.backend.remove_queued(job)
+            self._app_executor.backend.remove_queued(job)
         except EngineUnavailable as error:  # then it is dropped by the worker that gets it
             logger.info("Job %s (%s) was cancelled, and stays in the queue: %s", job.name, job.id, error)
 
@@ -166,7 +149,7 @@ class Producer:
         if all(_has_ended(future) for future in list(self._sent)):
             return
         try:
-            if self._host.backend.workers:
+            if self._app_executor.backend.workers:
                 return
             why = "No worker looks at the queue; start one with 'flask executor worker'."
         except EngineUnavailable as error:
@@ -184,14 +167,16 @@ class Producer:
     def health(self, health: Health) -> Health:
         """This, with what the engine tells of itself and the store of its jobs."""
         try:
-            health = replace(health, workers=self._host.backend.workers, waiting=self._host.backend.waiting)
+            health = replace(
+                health, workers=self._app_executor.backend.workers, waiting=self._app_executor.backend.waiting
+            )
         except EngineUnavailable as error:
             logger.info("%s", error)
             return replace(health, accepting=False)
         if not health.store_reachable:
             return health
-        queued = self._ledger.records.list(status=JobStatus.QUEUED) if health.waiting else ()
-        busy = len(self._ledger.records.list(status=JobStatus.RUNNING))
+        queued = self._tracker.records.list(status=JobStatus.QUEUED) if health.waiting else ()
+        busy = len(self._tracker.records.list(status=JobStatus.RUNNING))
         return replace(health, busy=busy, oldest_wait=oldest_wait(queued))
 
 

@@ -11,28 +11,21 @@ import threading
 import time
 import weakref
 from multiprocessing.util import Finalize
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from flask_executor.exceptions import ExecutorShutdown
-from flask_executor.executor.config import Config
 
-
-class Leaves(Protocol):
-    """Whoever has jobs."""
-
-    config: Config
-
-    def leave(self, deadline: float) -> None:
-        """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), stop them, then force them."""
+if TYPE_CHECKING:
+    from flask_executor.executor.app_executor import AppExecutor
 
 
 # In the order in which they had their first jobs: those of the first may still have some for the others.
-_with_backends: weakref.WeakKeyDictionary[Leaves, None] = weakref.WeakKeyDictionary()
+_app_executors: weakref.WeakKeyDictionary[AppExecutor, None] = weakref.WeakKeyDictionary()
 _registered = False
 
 
-def register_for_shutdown(binding: Leaves) -> None:
-    """See to it that the jobs of ``binding`` end before the process does.
+def register_for_shutdown(app_executor: AppExecutor) -> None:
+    """See to it that the jobs of ``app_executor`` end before the process does.
 
     :raises ExecutorShutdown: when it is ending already.
     """
@@ -45,17 +38,16 @@ def register_for_shutdown(binding: Leaves) -> None:
         except RuntimeError as error:
             raise ExecutorShutdown(f"the process is ending and starts no more jobs: {error}") from error
         _registered = True
-    _with_backends.setdefault(binding)
+    _app_executors.setdefault(app_executor)
     if multiprocessing.parent_process() is not None:
         # A process of multiprocessing waits for its children before all else, and our workers wait for us.
         Finalize(None, _leave, exitpriority=100)
 
 
 def _leave() -> None:
-    bindings = list(_with_backends)
     begin = time.monotonic()
-    for binding in bindings:
-        binding.leave(begin + binding.config.shutdown_timeout)
+    for app_executor in list(_app_executors):
+        app_executor.leave(begin + app_executor.config.shutdown_timeout)
 
 
 def exit_on_sigterm() -> None:

@@ -1,4 +1,4 @@
-"""What submits beside the executor itself: an executor with options, and a function that is a job."""
+"""What submits: the methods that an executor has, an executor with options, and a function that is a job."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from flask_executor.executor.options import OptionValues, _checked_key, _delayed, _options
+from flask_executor.executor.options import OptionValues, checked_key, delayed, job_options
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.jobs.model import JobOptions
@@ -23,54 +23,149 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class ExecutorWithOptions:
-    """An executor with options for the next jobs; what :meth:`Executor.options` returns."""
+class Submitter:
+    """The ways to start jobs: of an executor, and of one with options for the next jobs."""
 
-    def __init__(self, executor: Executor, options: JobOptions) -> None:
-        self._executor = executor
-        self._options = options
+    _options: JobOptions
+
+    @property
+    def _executor(self) -> Executor:
+        raise NotImplementedError
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
-        """As :meth:`Executor.submit`; with a key as :meth:`Executor.submit_stored`."""
+        """Run ``fn(*args, **kwargs)`` in the background.
+
+        :param fn: the function; an ``async def`` one runs as the app runs its async views.
+        :return: the handle of the job.
+        :raises TypeError: if ``fn`` cannot be called.
+        :raises AppNotFound: if there is no app context and not exactly one app is bound.
+        :raises QueueFull: if ``EXECUTOR_MAX_PENDING`` jobs wait.
+        :raises ExecutorShutdown: after :meth:`shutdown`.
+        """
         return self._executor._submit(self._options, fn, args, kwargs)
 
     def submit_stored(
         self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> FutureProxy[T]:
-        """As :meth:`Executor.submit_stored`."""
+        """As :meth:`submit`, with the handle kept in :attr:`futures` under a key.
+
+        :param future_key: the key, free again when it was popped from :attr:`futures`.
+        :raises KeyExists: if the key is taken (a :exc:`ValueError`); ``fn`` does not run.
+        """
         return self._executor._submit(self._with_key(future_key), fn, args, kwargs)
 
     def submit_once(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
-        """As :meth:`Executor.submit_once`."""
+        """The job under this key, started now if there is none.
+
+        However often and from however many threads this is called, ``fn`` runs once, until the key is popped or the
+        record has expired; with a shared store from however many processes. Also a job that has failed is found;
+        ``options(again=True).submit_once(...)`` starts it anew.
+        """
         return self._executor._submit(self._with_key(key), fn, args, kwargs, once=True)
 
     def submit_later(self, /, seconds: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
-        """As :meth:`Executor.submit_later`; with a key as :meth:`Executor.submit_stored`."""
-        return self._executor._submit(_delayed(self._options, seconds), fn, args, kwargs)
+        """As :meth:`submit`, with a job that does not start before ``seconds`` have passed; it is queued until then.
+
+        With type ``rq``, ``celery`` or ``dask`` it waits there, and does not need this process. With ``thread`` and
+        ``process`` it waits in the memory of this process, and is cancelled when that ends. With ``immediate`` it does
+        not wait.
+
+        :raises ValueError: for a number of seconds that cannot be used.
+        """
+        return self._executor._submit(delayed(self._options, seconds), fn, args, kwargs)
 
     def submit_after_commit(
         self, /, session: Session | scoped_session[Any], fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> FutureProxy[T]:
-        """As :meth:`Executor.submit_after_commit`."""
+        """As :meth:`submit`, but the job starts when a session of SQLAlchemy has committed, and not if it rolls back.
+
+        .. code-block:: python
+
+            @app.post("/orders")
+            def order():
+                order = Order(**request.form)
+                db.session.add(order)
+                db.session.flush()      # gives it its id
+                executor.submit_after_commit(db.session, send_receipt, order.id)
+                db.session.commit()     # starts the job
+                return "thanks", 201
+
+        It starts at the end of the outermost transaction that the session is in, or else begins now, so that it finds
+        in the database what was committed; several start in the order of these calls. When that transaction is rolled
+        back, or the savepoint in which this was called, or the session is closed or thrown away, the job is cancelled
+        and its key is free.
+
+        All but the start happens now: the contexts are captured, a place in the queue and the key are taken, and what
+        goes to a worker process is pickled. So what can be refused is refused while it can still be rolled back, and
+        ``commit()`` raises nothing on account of a job. What goes wrong there all the same, with a broker that cannot
+        be reached, say, is logged, and the job is cancelled.
+
+        :param session: a :class:`sqlalchemy.orm.Session`, or a ``scoped_session`` such as ``db.session`` of
+            Flask-SQLAlchemy.
+        :return: the handle of the job, ``queued`` until then. To wait for it before the commit is to wait for ever;
+            :meth:`wait` and :func:`~flask_executor.testing.drain` do not.
+        :raises TypeError: for what is no session.
+        :raises RuntimeError: for a session that begins no transactions by itself, and is in none.
+        :raises MissingExtra: without SQLAlchemy.
+        :raises NotPicklable: for a job that cannot be sent to a worker process.
+        """
         return self._executor._submit_after_commit(self._options, session, fn, args, kwargs)
 
     def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """As :meth:`Executor.result_or_202`."""
-        return self._executor._result_or_202(self._with_key(key), fn, args, kwargs)  # type: ignore[no-any-return]
+        """The result of the job under this key, started now if there is none; in a view.
+
+        .. code-block:: python
+
+            @app.get("/reports/<month>")
+            def report(month):
+                pages = executor.result_or_202(f"report {month}", render, month)
+                return render_template("report.html", pages=pages)
+
+        While there is no result the view goes no further, and the request is answered with a 202: browsers get a page
+        that shows how the job goes on, and becomes the view's own when it is done; other clients a document in JSON.
+        When the job has failed they get that with an error's status, and can have it run again. In answer to a POST
+        browsers are sent to the job's page of the :class:`~flask_executor.web.Controller`.
+
+        :raises HTTPException: the answer, while there is no result; with the job's exception as its cause.
+        :raises RuntimeError: outside of a request, and for a POST where no controller is mounted.
+        """
+        options = self._with_key(key)
+        return self._executor._result_or_202(options, fn, args, kwargs)  # type: ignore[no-any-return]
 
     def map(
         self, /, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
     ) -> Iterator[T]:
-        """As :meth:`Executor.map`.
+        """As the built-in :func:`map`, with the calls running at the same time, each in contexts of its own.
 
-        :raises ValueError: with a key: it can belong to one job only.
+        All calls are submitted at once; the results come in order.
+
+        :param timeout: most seconds to wait for the results, counted from this call.
+        :param chunksize: calls per job. For many short calls a larger one is faster; type ``immediate`` ignores it.
+        :raises concurrent.futures.TimeoutError: from the iterator, when a result is not there in time.
+        :raises QueueFull: when not all calls fit; those that have not started are cancelled.
+        :raises ValueError: with a key in the options: it can belong to one job only.
         """
         if self._options.key is not None:
             raise ValueError(f"map() starts many jobs, which cannot all have the key {self._options.key!r}")
         return self._executor._map(self._options, fn, iterables, timeout, chunksize)
 
     def _with_key(self, key: Hashable) -> JobOptions:
-        return replace(self._options, key=_checked_key(key))
+        return replace(self._options, key=checked_key(key))
+
+
+class ExecutorWithOptions(Submitter):
+    """An executor with options for the next jobs; what :meth:`Executor.options` returns.
+
+    With a key in the options :meth:`submit` and its relatives do what :meth:`submit_stored` does.
+    """
+
+    def __init__(self, executor: Executor, options: JobOptions) -> None:
+        self._given = executor
+        self._options = options
+
+    @property
+    def _executor(self) -> Executor:
+        return self._given
 
 
 class ExecutorJob(Generic[P, T]):
@@ -128,7 +223,7 @@ class ExecutorJob(Generic[P, T]):
 
     def options(self, **options: Unpack[OptionValues]) -> ExecutorJob[P, T]:
         """The same job with other options, those of :meth:`Executor.options`; what is not given stays."""
-        job = ExecutorJob(self.executor, self.fn, _options(self._options, **options))
+        job = ExecutorJob(self.executor, self.fn, job_options(self._options, **options))
         job._submitted = self._submitted  # worker processes find that one by its name
         return job
 
@@ -140,7 +235,7 @@ class ExecutorJob(Generic[P, T]):
         return f"<{type(self).__name__} {self.__qualname__}>"
 
 
-def _results(futures: list[FutureProxy[T]], deadline: float | None) -> Iterator[T]:
+def results_in_order(futures: list[FutureProxy[T]], deadline: float | None) -> Iterator[T]:
     """The results in order; those not needed any more, by an error or a closed iterator, are cancelled."""
     futures.reverse()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import enum
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,6 +23,34 @@ if TYPE_CHECKING:
 
 NO_OPTIONS = JobOptions()
 _posting = threading.Lock()  # guards the mail of all calls, as few get any
+
+
+class CallState(enum.Enum):
+    """Where a call is on its way; who may run or settle it follows from that."""
+
+    #: It has a place among the calls in flight, and its key if it is to have one.
+    ACCEPTED = enum.auto()
+    #: It waits for a transaction to be committed.
+    DEFERRED = enum.auto()
+    #: It waits in this process for its time, its next attempt, or an engine that is away.
+    SCHEDULED = enum.auto()
+    #: The backend has it.
+    QUEUED = enum.auto()
+    #: A worker has begun this attempt.
+    RUNNING = enum.auto()
+    #: Its future is settled, and its callbacks have run.
+    SETTLED = enum.auto()
+
+
+# A call that is cancelled settles from anywhere, perhaps while another thread is about to move it on: SETTLED is final,
+# and moving on from there has no effect.
+_NEXT = {
+    CallState.ACCEPTED: {CallState.DEFERRED, CallState.SCHEDULED, CallState.QUEUED, CallState.RUNNING},
+    CallState.DEFERRED: {CallState.SCHEDULED, CallState.QUEUED},
+    CallState.SCHEDULED: {CallState.SCHEDULED, CallState.QUEUED},
+    CallState.QUEUED: {CallState.RUNNING, CallState.SCHEDULED},
+    CallState.RUNNING: {CallState.QUEUED, CallState.SCHEDULED},
+}
 
 
 class JobChannel(abc.ABC):
@@ -116,6 +145,7 @@ class Call:
         "kwargs",
         "options",
         "packed",
+        "state",
         "undelivered",
     )
 
@@ -138,6 +168,7 @@ class Call:
         self.context = context
         self.channel = channel
         self.options = options
+        self.state = CallState.ACCEPTED
         self.backend: Backend | None = None
         #: What the backend has made of it and wants again for the next attempt.
         self.packed: Any = None
@@ -175,6 +206,18 @@ class Call:
         """Whether it may be run again."""
         return self.options.retry is not None
 
+    def enter(self, state: CallState) -> bool:
+        """Move on to a state; False when the call is settled, which nothing changes.
+
+        :raises RuntimeError: for a step that is not in the table.
+        """
+        if self.state is CallState.SETTLED:
+            return False
+        if state is not CallState.SETTLED and state not in _NEXT[self.state]:
+            raise RuntimeError(f"job {self.job.id} is {self.state.name} and cannot become {state.name}")
+        self.state = state
+        return True
+
     # ---- where it is run here ----
 
     def run(self, *_unused: object) -> None:
@@ -182,6 +225,7 @@ class Call:
         # The standard pool passes a context of its worker, from Python 3.14.
         if not self.future.set_running_or_notify_cancel():
             return
+        self.enter(CallState.RUNNING)
         if self.options.timeout is not None:
             self._watch()
         running = RunningJob(self.job, self.channel.reporter(self.job))
@@ -238,6 +282,7 @@ class Call:
         """Claim the call for a worker elsewhere; False when it was cancelled meanwhile."""
         if not self.future.set_running_or_notify_cancel():
             return False
+        self.enter(CallState.RUNNING)
         if self.options.timeout is not None:
             self._watch()
         self.channel.started(self.job)
@@ -251,6 +296,7 @@ class Call:
         """The worker that it was claimed for never began: it is queued again, unless it was asked to leave."""
         if not self.future.requeue():
             return False
+        self.enter(CallState.QUEUED)
         self._cancel_timers()
         return True
 

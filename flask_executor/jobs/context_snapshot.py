@@ -73,30 +73,14 @@ class ContextSnapshot(CompactPickle):
         return result
 
 
-@dataclass(frozen=True, slots=True)
-class SentContexts:
-    """Contexts that have come with a call, in the place of a :class:`~flask_executor.jobs.contexts.CapturedContext`."""
-
-    app: Flask
-    snapshot: ContextSnapshot | None
-
-    def run(self, fn: Callable[..., T], *args: Any) -> T:
-        """Call ``fn`` in them, and in a :class:`contextvars.Context` with nothing else."""
-        if self.snapshot is None:
-            return contextvars.Context().run(call_sync, fn, args, {})
-        return contextvars.Context().run(self.snapshot.call, self.app, fn, args, {})
-
-
 # Rebuilt in the worker, or bound to objects of this process.
 _NOT_SENT = frozenset(
     {"environ", "headers", "stream", "files", "json_module", "url_rule", "shallow", "close", STATE_KEY}
 )
 
 
-def snapshot(captured: CapturedContext | SentContexts | _NoContext) -> ContextSnapshot | None:
+def snapshot(captured: CapturedContext | _NoContext) -> ContextSnapshot | None:
     """The same contexts as values; None where there are none to be pushed."""
-    if isinstance(captured, SentContexts):
-        return captured.snapshot
     if isinstance(captured, _NoContext) or captured.app_context is None:
         return None
     if captured.sent is None:

@@ -418,7 +418,7 @@ def test_a_job_that_does_not_stop(
 def test_a_job_in_the_queue_of_an_engine_is_cancelled(
     make_executor: MakeExecutor, run: Run, monkeypatch: pytest.MonkeyPatch, shared_store: str
 ) -> None:
-    store = make_executor(store=shared_store)._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = make_executor(store=shared_store)._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     engine, find, job = engine_holder("rq"), commands._shared_tracker, JobState("render", "report")
     assert store.transfer(Entry(job=job.record(), holder=engine), None) is None
 

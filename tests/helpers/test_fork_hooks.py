@@ -88,13 +88,13 @@ def test_jobs_of_the_parent_end_as_lost_in_the_child_and_go_on_in_the_parent(mak
 
 def test_with_every_lock_held(executor: Executor) -> None:
     """A thread of the parent holds each lock at the moment of the fork; the child must not wait for it."""
-    _, binding = executor._binding()
+    _, binding = executor._app_executor()
     go = threading.Event()
     future = executor.submit_stored("k", go.wait, 10)
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with binding._lock, binding.unfinished._changed, binding.tracker.futures._lock, future._condition:
+        with binding._lock, binding.in_flight._changed, binding.tracker.futures._lock, future._condition:
             held.set()
             release.wait(30)
 

@@ -610,7 +610,7 @@ def test_tests_and_other_deployments_are_apart(app: Flask, make_executor: MakeEx
     executor = make_executor()
 
     def identity() -> tuple[object, ...]:
-        return executor._binding()[1].identity
+        return executor._app_executor()[1].identity
 
     first = identity()
     app.testing = True

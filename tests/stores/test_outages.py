@@ -107,7 +107,7 @@ def test_sqlite_is_locked_for_long(
     time.sleep(1)
     locker.execute("ROLLBACK")
     locker.close()
-    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = here._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     assert wait_until(lambda: not is_down(here) and (store.find("report") or future.record()).status == "succeeded")
     assert caplog.text.count("Jobs go on") == 1
     assert here.submit_stored("second", add, 1, 2).result(10) == 3
@@ -121,7 +121,7 @@ def test_a_disk_that_is_full(make_executor: MakeExecutor, caplog: pytest.LogCapt
     here = make_executor(store="sqlite")
     future = here.submit_stored("first", add, 1, 2)
     assert future.result(10) == 3
-    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = here._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     assert wait_until(lambda: store.outcome(future.job_id))
     with store._writes as connection:
         pages = connection.execute("PRAGMA page_count").fetchone()[0]

@@ -158,7 +158,7 @@ class TestTheAppsOwnCelery:
         assert executor.submit(tasks.sleep, 3).result(20) == 3
 
     def test_the_store_is_where_its_broker_is(self, workers: Workers, executor: Executor) -> None:
-        tracker: Any = executor._binding()[1].tracker
+        tracker: Any = executor._app_executor()[1].tracker
         assert tracker.store.where == workers.broker.url
 
 

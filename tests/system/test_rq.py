@@ -334,7 +334,7 @@ def test_a_commit_does_not_wait_for_the_engine_again_and_again(
             patch.setattr("flask_executor.executor.producer._PAUSE", 60)  # however long the commit takes here
             session.commit()
             assert asked == ["MainThread"]
-            producer = executor._binding()[1].producer
+            producer = executor._app_executor()[1].producer
             assert producer is not None
             producer._away = 0.0
             assert wait_until(lambda: len(asked) > 1)

@@ -45,9 +45,9 @@ class Worker:
     def call(self, queued: JobState) -> Call:
         """One delivery of it."""
         job = JobState("render", queued.key, id=queued.id)
-        future: FutureProxy[Any] = FutureProxy(job, self.binding)
+        future: FutureProxy[Any] = FutureProxy(job, self.binding.channel)
         context: Any = None
-        return Call(future, job, add, (1,), {}, context, self.binding)
+        return Call(future, job, add, (1,), {}, context, self.binding.channel)
 
     def adopt(self, queued: JobState, sender: str = ENGINE) -> bool:
         """Whether it gets the job, having been given it once more."""
@@ -57,7 +57,7 @@ class Worker:
 @pytest.fixture
 def worker(shared_store: str, make_executor: MakeExecutor) -> Iterator[Worker]:
     executor = make_executor(store=shared_store)
-    worker = Worker(executor._binding()[1])
+    worker = Worker(executor._app_executor()[1])
     yield worker
     for id in worker.ids:
         worker.tracker.writer.forget(id)
@@ -201,13 +201,13 @@ def test_an_answer_that_was_lost(worker: Worker, make_executor: MakeExecutor) ->
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "transfer", take_and_say_nothing)
-        assert consumer._adopt(call, ENGINE)
+        assert consumer._acquire(call, ENGINE)
     assert len(asked) == 2
-    assert worker.binding.unfinished.get(call.future) is call
+    assert worker.binding.in_flight.get(call.future) is call
     consumer.close(wait=True)
     with pytest.raises(ExecutorShutdown):
-        consumer._adopt(call, ENGINE)
-    worker.binding.unfinished.discard(call.future)
+        consumer._acquire(call, ENGINE)
+    worker.binding.in_flight.discard(call.future)
 
 
 # ---- between its sender and the engine ----
@@ -343,7 +343,7 @@ def test_a_job_that_is_stopped_while_the_store_is_asked(worker: Worker) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "transfer", stop_and_take)
-        worker.binding.unfinished.add(call, None)
+        worker.binding.in_flight.add(call, None)
         assert worker.handover.acquire(call, ENGINE)
     worker.handover.finish(call.job)
     assert status_of(worker, job) == "cancelled"
@@ -355,7 +355,7 @@ def test_a_process_that_is_told_to_end_begins_with_no_more_jobs(worker: Worker) 
     entrypoint.shutting_down.set()
     try:
         with pytest.raises(ExecutorShutdown):
-            consumer._adopt(worker.call(job), ENGINE)
+            consumer._acquire(worker.call(job), ENGINE)
     finally:
         entrypoint.shutting_down.clear()
     assert worker.adopt(job)

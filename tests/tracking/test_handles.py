@@ -315,7 +315,7 @@ def test_whatever_a_job_raises_others_can_be_followed(here: Executor, there: Exe
 def test_a_job_that_has_ended_does_not_run_again_for_who_reads_slowly(
     here: Executor, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = here._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     find = store.find
     future = here.submit_stored("report", gate.wait, 10)
     assert wait_until(lambda: find("report").status == "running")

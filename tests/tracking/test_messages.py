@@ -58,8 +58,8 @@ def test_messages_to_a_job_that_waits(shared_store: str, make_executor: MakeExec
     assert wait_until(lambda: there.futures.message("first") == "receiving", 20)
     for number in range(3):
         assert stored(there, "second").send("page", number)
-    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
-    holder = here._binding()[1].tracker.writer.holder  # type: ignore[attr-defined]
+    store = here._app_executor()[1].tracker.store  # type: ignore[attr-defined]
+    holder = here._app_executor()[1].tracker.writer.holder  # type: ignore[attr-defined]
     assert wait_until(lambda: not store.take_requests(holder)), "its process has them"
     assert stored(there, "first").send("go", 1)
     assert there.futures.result("second", timeout=20) == [("page", 0), ("page", 1), ("page", 2)]
@@ -73,7 +73,7 @@ def test_a_message_that_comes_before_the_job_is_in_the_queue(
     here = make_executor(store=shared_store, type=type, max_workers=1)
     there = make_executor(other := another_app(app))
     here.submit_stored("another", tasks.echo_messages, 1)  # or nobody looks for messages so soon
-    binding = here._binding()[1]
+    binding = here._app_executor()[1]
     enqueue, store, holder = binding.backend.enqueue, binding.tracker.store, binding.tracker.writer.holder  # type: ignore[attr-defined]
 
     def enqueue_late(call: Any) -> None:
@@ -101,7 +101,7 @@ def test_forged_messages_are_dropped_unopened(
 ) -> None:
     monkeypatch.delenv("TRAPPED", raising=False)
     future, other = (here.submit_stored(key, tasks.echo_messages, 2) for key in ("report", "other"))
-    tracker = here._binding()[1].tracker
+    tracker = here._app_executor()[1].tracker
     store, trap = tracker.store, pickle.dumps(Trap())  # type: ignore[attr-defined]
     message = JobMessage("page", 0)
     for_other = pack_message(other.record(), message, PayloadSigner([b"not a secret in a test"], MESSAGE))

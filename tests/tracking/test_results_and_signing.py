@@ -65,7 +65,7 @@ def test_what_is_not_signed_with_our_key_is_not_unpickled(
 ) -> None:
     loaded: list[Any] = []
     monkeypatch.setattr("flask_executor.jobs.packing.pickle.loads", loaded.append)
-    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = here._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     future = here.submit_stored("report", add, 1, 2)
     other = here.submit_stored("other", add, 1, 2)
     drain(here)

@@ -29,7 +29,7 @@ def test_a_record_that_cannot_be_read_is_left_out(
     monkeypatch.setattr("flask_executor.tracking.writer.HEARTBEAT_SECONDS", 0.1)
     odd = here.submit_stored("odd", add, 1, 2)
     drain(here)
-    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = here._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     if isinstance(store, sqlite.SQLiteStore):
         with store._writing() as connection:
             connection.execute("UPDATE jobs SET status = 'paused', ended_at = NULL, holder = 'x.1.2.3'")
@@ -79,7 +79,7 @@ def test_who_waits_no_more_is_not_followed(here: Executor, there: Executor, gate
         with pytest.raises(concurrent.futures.TimeoutError):
             stored(there, "report").result(timeout=0)
     assert concurrent.futures.wait([stored(there, "report")], 0).done == set()
-    follower = there._binding()[1].tracker._follower  # type: ignore[attr-defined]
+    follower = there._app_executor()[1].tracker._follower  # type: ignore[attr-defined]
     assert follower._futures == {}
 
 

@@ -47,7 +47,7 @@ def test_progress_is_written_ten_times_a_second_and_the_last_lands(here: Executo
 
 
 def count_writes(executor: Executor) -> list[int]:
-    store = executor._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = executor._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     write, writes = store.write, []
 
     def counted(entries: Any) -> None:
@@ -115,7 +115,7 @@ def test_many_short_jobs_are_bounded(
 def test_a_claim_of_which_it_is_not_known_whether_it_was_made_is_retracted(
     here: Executor, there: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = here._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     claim = store.claim
 
     def claim_and_lose_the_answer(entry: Any, *, again: bool = False) -> None:
@@ -140,7 +140,7 @@ def test_what_cannot_be_written_is_left_out_and_the_rest_is_written(
 
     here.submit_stored("report", odd)
     assert there.futures.result("report", timeout=10) == 7
-    store = here._binding()[1].tracker.store  # type: ignore[attr-defined]
+    store = here._app_executor()[1].tracker.store  # type: ignore[attr-defined]
     write = store.write
 
     def refuse(entries: Any) -> None:

@@ -1055,7 +1055,7 @@ def test_a_result_that_is_on_its_way(client: FlaskClient, executor: Executor, mo
     class Late:
         result = staticmethod(late)
 
-    monkeypatch.setattr(type(executor._binding()[1]), "handle", lambda *_: Late)
+    monkeypatch.setattr(type(executor._app_executor()[1].jobs), "handle", lambda *_: Late)
     answer = client.get(f"{url}/result")
     problem(answer, 503)
     assert answer.headers["Retry-After"] == "1"

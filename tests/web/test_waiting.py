@@ -605,7 +605,7 @@ def test_a_store_that_is_away(client: FlaskClient, executor: Executor, monkeypat
     def away(*_: object, **__: object) -> None:
         raise StoreUnavailable("sqlite:///jobs", "it is away")
 
-    monkeypatch.setattr(type(executor._binding()[1]), "find", away)
+    monkeypatch.setattr(type(executor._app_executor()[1].tracker), "find", away)
     answer = client.get("/report", headers=POLL)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2"), "it asks again"
     assert "StoreUnavailable" in client.get("/report", headers=PAGE).text, "that is for the app to say"
@@ -721,7 +721,7 @@ def test_a_job_that_is_not_there(client: FlaskClient, executor: Executor, gate: 
     gate.open.set()
     drain(executor)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(executor._binding()[1]), "stop_job", lambda *_: None)
+        patch.setattr(type(executor._app_executor()[1].jobs), "stop_job", lambda *_: None)
         answer = client.post("/_executor/act", data={"token": token_of(page), "action": "stop"})
     assert answer.status_code == 404
 
