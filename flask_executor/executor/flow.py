@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name
 from flask_executor.jobs.model import RESERVED_PREFIX, JobOptions
 
