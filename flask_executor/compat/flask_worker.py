@@ -31,6 +31,7 @@ from werkzeug.utils import import_string
 
 from flask_executor.exceptions import MissingExtra, NotPicklable, UntrustedResult
 from flask_executor.executor.extension import Executor
+from flask_executor.helpers import signing_keys
 from flask_executor.jobs.model import JobStatus
 
 try:
@@ -155,12 +156,9 @@ class _ArgumentPickler(pickle.Pickler):
 
 
 def _signer() -> Signer | None:
-    """Signs arguments: whoever can write to the database could make us run code. None without a ``SECRET_KEY``."""
-    key = current_app.secret_key
-    if not key:
-        return None
-    keys = [*(current_app.config.get("SECRET_KEY_FALLBACKS") or ()), key]
-    return Signer(keys, salt="flask-executor.flask-worker", digest_method=hashlib.sha256)
+    """Signs arguments, as unpickling them runs code. None without a ``SECRET_KEY``."""
+    keys = signing_keys(current_app)
+    return Signer(keys, salt="flask-executor.flask-worker", digest_method=hashlib.sha256) if keys else None
 
 
 def _with_models(value: Any) -> Any:

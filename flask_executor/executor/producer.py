@@ -17,13 +17,13 @@ from flask_executor.abc import Health
 from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, ResultExpired, StoreUnavailable
 from flask_executor.executor.engine_message import pack_engine_message
 from flask_executor.futures import FutureProxy
-from flask_executor.helpers import weak_callback
+from flask_executor.helpers import signing_keys, weak_callback
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.call import Call, CallState
 from flask_executor.jobs.model import Job, JobOptions, JobState, JobStatus
 from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.tracking.shared import SharedJobTracker
-from flask_executor.tracking.signing import CALL, PayloadSigner, secret_keys
+from flask_executor.tracking.signing import CALL, PayloadSigner
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -199,7 +199,7 @@ def call_signer(app: Flask | None) -> PayloadSigner:
 
     :raises ConfigError: without a secret key.
     """
-    keys = secret_keys(app)
+    keys = signing_keys(app)
     if not keys:
         raise ConfigError("SECRET_KEY", None, "set, and the same for all workers: they run only what is signed")
     return PayloadSigner(keys, CALL)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
-from flask import has_request_context, request
+from flask import Flask, has_request_context, request
 
 P = ParamSpec("P")
 
@@ -25,6 +25,14 @@ def safe_repr(value: object) -> str:
         return repr(value)
     except Exception:  # whatever a foreign __repr__ raises
         return f"<{type(value).__name__}>"
+
+
+def signing_keys(app: Flask | None) -> list[bytes]:
+    """The app's secret keys, the current one last, as itsdangerous takes them; none without a ``SECRET_KEY``."""
+    if app is None or not app.secret_key:
+        return []
+    keys = [*(app.config.get("SECRET_KEY_FALLBACKS") or ()), app.secret_key]
+    return [key.encode() if isinstance(key, str) else key for key in keys]
 
 
 def is_multiprocess_request() -> bool:

@@ -41,7 +41,7 @@ from flask_executor.exceptions import (
     UntrustedResult,
 )
 from flask_executor.futures import FutureCollection, FutureProxy
-from flask_executor.helpers import describe_error, weak_callback
+from flask_executor.helpers import describe_error, signing_keys, weak_callback
 from flask_executor.helpers.log import logger
 from flask_executor.helpers.serial_thread import SerialThread
 from flask_executor.jobs.call import JobChannel
@@ -57,7 +57,6 @@ from flask_executor.tracking.signing import (
     PayloadKind,
     PayloadSigner,
     pack_message,
-    secret_keys,
     unpack_message,
 )
 from flask_executor.tracking.stored_future import StoredFuture, error_of
@@ -340,7 +339,7 @@ class SharedJobTracker(JobTracker):
         """
         sealer = self._sealers.get(what)
         if sealer is None:
-            keys = secret_keys(self._app())
+            keys = signing_keys(self._app())
             if not keys and not self.store.is_private:
                 raise ConfigError(
                     "SECRET_KEY",

@@ -1,4 +1,4 @@
-"""What belongs to a job as bytes that a store can keep: signed, as whoever can write there could make us run code."""
+"""Outcomes, calls and messages as signed bytes: what is unpickled runs code, so nothing else is unpickled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import enum
 import hashlib
 import pickle
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from itsdangerous import Signer
 
@@ -15,15 +14,13 @@ from flask_executor.helpers import describe_error
 from flask_executor.jobs.model import Job, JobMessage
 from flask_executor.jobs.packing import Outcome, pickle_or_explain
 
-if TYPE_CHECKING:
-    from flask import Flask
-
-#: What is sealed: what came of a job, the call that it is, or a message to it. One does not pass for another.
+#: What is signed: the outcome of a job, its call, or a message to it. Each has a salt of its own, so that one does not
+#: pass for another.
 OUTCOME, CALL, MESSAGE = "outcome", "call", "message"
 
 
 class PayloadKind(enum.IntEnum):
-    """What the signed bytes are. The numbers stand in stores and in the queues of engines."""
+    """What the payload is. The numbers stand in stores and in the queues of engines."""
 
     RESULT = Outcome.RESULT
     ERROR = Outcome.ERROR
@@ -32,24 +29,26 @@ class PayloadKind(enum.IntEnum):
 
 
 _SIGNED, _UNSIGNED = b"S", b"U"
-_SIGNATURE = 43  # bytes, of SHA-256 in base 64 without padding
+_SIGNATURE_LENGTH = 43  # bytes: SHA-256 in base 64 without padding
 
 
 class PayloadSigner:
-    """Seals what came of a job under its id, so that it cannot be passed off as that of another.
+    """Signs a payload together with the id of its job and its kind, so that it does not pass for that of another job.
 
     .. code-block:: text
 
         "S", kind (a digit), signature (43 bytes), payload        or        "U", kind, payload
 
-    :param keys: the app's secret keys, the current one last; none for an app that has no key and a store that nobody
-        else can write to.
-    :param what: is sealed: OUTCOME, CALL or MESSAGE.
+    The signature is that of ``id:kind:payload``. It stands before the payload, and not behind it as
+    :meth:`itsdangerous.Signer.sign` would put it, because stores have such rows.
+
+    :param keys: the app's secret keys, the current one last; none if the app has no key, which is good enough for a
+        store that no other user can write to.
+    :param what: OUTCOME, CALL or MESSAGE.
     """
 
-    def __init__(self, keys: Sequence[str | bytes], what: str = OUTCOME) -> None:
-        secret = [key.encode() if isinstance(key, str) else key for key in keys]
-        self._signer = Signer(secret, salt=f"flask-executor.{what}", digest_method=hashlib.sha256) if secret else None
+    def __init__(self, keys: Sequence[bytes], what: str = OUTCOME) -> None:
+        self._signer = Signer(keys, salt=f"flask-executor.{what}", digest_method=hashlib.sha256) if keys else None
         self._what = what
 
     @property
@@ -58,19 +57,19 @@ class PayloadSigner:
         return self._signer is not None
 
     def seal(self, id: str, kind: PayloadKind, payload: bytes) -> bytes:
-        """The payload, sealed."""
+        """The payload as bytes that :meth:`open` takes."""
         mark = str(int(kind)).encode()
         if self._signer is None:
             return _UNSIGNED + mark + payload
         return _SIGNED + mark + self._signer.get_signature(_bound(id, mark, payload)) + payload
 
     def open(self, id: str, sealed: bytes) -> tuple[PayloadKind, bytes]:
-        """PayloadKind and payload of what was sealed.
+        """The kind and the payload of what :meth:`seal` returned for this job.
 
-        :raises UntrustedResult: when it was not sealed with one of our keys.
+        :raises UntrustedResult: if it was not signed with one of the app's keys.
         """
         signed, mark = sealed[:1], sealed[1:2]
-        begin = 2 if self._signer is None else 2 + _SIGNATURE
+        begin = 2 if self._signer is None else 2 + _SIGNATURE_LENGTH
         payload = sealed[begin:]
         if self._signer is None:
             good = signed == _UNSIGNED
@@ -88,16 +87,10 @@ def _bound(id: str, mark: bytes, payload: bytes) -> bytes:
     return b"%s:%s:%s" % (id.encode(), mark, payload)
 
 
-def secret_keys(app: Flask | None) -> list[str | bytes]:
-    """The app's secret keys, the current one last."""
-    config = {} if app is None else app.config
-    return [*(config.get("SECRET_KEY_FALLBACKS") or ()), *filter(None, [config.get("SECRET_KEY")])]
-
-
 def pack_message(job: Job, message: JobMessage, sealer: PayloadSigner) -> bytes:
-    """A message to this job as bytes.
+    """A message to this job as signed bytes.
 
-    :raises NotPicklable: when it cannot be sent to another process.
+    :raises NotPicklable: if it cannot be sent to another process.
     """
     packed = pickle_or_explain(message, f"The message for job {job.name}", "be sent to the process that has the job")
     return sealer.seal(job.id, PayloadKind.MESSAGE, b"".join(packed))
@@ -106,8 +99,8 @@ def pack_message(job: Job, message: JobMessage, sealer: PayloadSigner) -> bytes:
 def unpack_message(id: str, data: bytes, sealer: PayloadSigner) -> JobMessage:
     """The message to the job with this id.
 
-    :raises UntrustedResult: when it was not signed with a key of ours.
-    :raises NotPicklable: when it cannot be rebuilt here.
+    :raises UntrustedResult: if it was not signed with one of the app's keys.
+    :raises NotPicklable: if it cannot be unpickled here.
     """
     try:
         _, packed = sealer.open(id, data)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from flask import Flask
 from itsdangerous import BadData, URLSafeTimedSerializer
 
-from flask_executor.helpers import is_multiprocess_request
+from flask_executor.helpers import is_multiprocess_request, signing_keys
 from flask_executor.helpers.log import logger
 
 #: What a token allows: to follow the status; to see the job's page and its result; to stop the job and run it again.
@@ -48,9 +48,8 @@ def check_token(app: Flask, purpose: str, text: str) -> JobToken | None:
 
 
 def _serializer(app: Flask, purpose: str) -> URLSafeTimedSerializer:
-    fallbacks = app.config.get("SECRET_KEY_FALLBACKS") or ()
-    key = app.secret_key or app.extensions.get(_PROCESS_KEY) or _make_process_key(app)
-    return URLSafeTimedSerializer([*fallbacks, key], salt=f"flask-executor.permit.{purpose}")
+    keys = signing_keys(app) or [app.extensions.get(_PROCESS_KEY) or _make_process_key(app)]
+    return URLSafeTimedSerializer(keys, salt=f"flask-executor.permit.{purpose}")
 
 
 def _make_process_key(app: Flask) -> bytes:
