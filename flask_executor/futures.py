@@ -120,7 +120,7 @@ class FutureProxy(Future[T]):
 
     def send(self, type: str, body: object = None) -> bool:
         """Send a message to the job, which gets it with :meth:`current_job.receive()
-        <flask_executor.jobs.current.RunningJob.receive>`; also before it has started.
+        <flask_executor.jobs.RunningJob.receive>`; also before it has started.
 
         :param type: any name.
         :param body: anything; where jobs run in other processes, what can be pickled.

@@ -127,7 +127,7 @@ class Call:
     """A function, its arguments and contexts, the job it is the work of, and the handle to settle.
 
     A worker in this process calls :meth:`run`. A backend whose workers are elsewhere calls :meth:`begin`, and then
-    :meth:`succeed`, :meth:`fail` or :meth:`left`. Only the one who got True from :meth:`begin` may settle the call.
+    :meth:`succeed`, :meth:`fail` or :meth:`stopped`. Only the one who got True from :meth:`begin` may settle the call.
     """
 
     __slots__ = (
