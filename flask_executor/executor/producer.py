@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from flask_executor.executor.app_executor import AppExecutor
 
 _PAUSE = 0.8  # seconds for which an engine that was away is not asked again; less than until they are tried again
-_MOMENT = 0.002  # seconds between two looks whether callbacks have run
 
 
 class Producer:
@@ -138,10 +137,10 @@ class Producer:
         sent = list(self._sent)
         if wait(sent, timeout).not_done:
             return False
-        while not all(future.called_back for future in sent):  # which is a matter of moments, or of the user's code
-            if deadline is not None and time.monotonic() >= deadline:
+        for future in sent:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not future.wait_for_callbacks(left):
                 return False
-            time.sleep(_MOMENT)
         return True
 
     def check_workers(self) -> None:

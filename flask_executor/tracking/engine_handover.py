@@ -89,7 +89,7 @@ class EngineHandover:
         """Have a job wait in this process, until it is sent; it is lost if the process ends before."""
         self._store.write([Entry(job=job.record(), holder=self._tracker.holder)])
         self._held.add(job.id)
-        self._tracker.writer.add(job, claimed=True, kept=True)
+        self._tracker.writer.add(job, claimed=True, is_held=True)
 
     def is_held(self, id: str) -> bool:
         """Whether a job waits in this process, and was not cancelled."""
@@ -109,7 +109,7 @@ class EngineHandover:
             yield
         except BaseException:
             if job.id in self._held:  # it was not cancelled meanwhile
-                self._tracker.writer.add(job, claimed=True, kept=True)
+                self._tracker.writer.add(job, claimed=True, is_held=True)
             raise
         if was_held or self._tracker.is_recorded(job.key):
             self._hand_over(job.record())

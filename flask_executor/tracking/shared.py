@@ -6,11 +6,11 @@
  ┌───────────────────────────────────────────┐   ┌───────┐   ┌─────────────────────────────────────────────┐
  │ submit: claim() ──────────────────────────┼──>│ keys  │<──┼─ futures.get(key): held() ──> StoredFuture, │
  │ worker: changed, report, ended            │   │       │   │    which reads record and outcome when asked│
- │   └──> Recorder (thread): write(), renew()┼──>│ jobs  │<──┼─ jobs.get(), find(), list()                 │
+ │   └──> StoreWriter: write(), renew() ─────┼──>│ jobs  │<──┼─ jobs.get(), find(), list()                 │
  │        take_requests() <──────────────────┼───│       │<──┼─ stop(), cancel(), send(): ask_to_stop(),   │
- │   ├──> requests (thread): stops the job   │   │       │   │    send()                                   │
- │   └──> mail (thread): gives it messages   │   │       │───┼> Follower (thread): watch(), settles        │
- └───────────────────────────────────────────┘   └───────┘   │    handles that somebody waits for          │
+ │   ├──> stop requests (thread): stop()     │   │       │   │    send()                                   │
+ │   └──> messages (thread): send()          │   │       │───┼> CompletionWatcher (thread): watch(),       │
+ └───────────────────────────────────────────┘   └───────┘   │    settles handles that are waited for      │
                                                              │    └──> callbacks (thread): the user's code │
                                                              └─────────────────────────────────────────────┘
 
@@ -61,7 +61,7 @@ from flask_executor.tracking.signing import (
 )
 from flask_executor.tracking.stored_future import StoredFuture, error_of
 from flask_executor.tracking.stored_futures import StoredFutureCollection
-from flask_executor.tracking.watcher import CompletionWatcher, Followed
+from flask_executor.tracking.watcher import CompletionWatcher
 from flask_executor.tracking.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -87,30 +87,30 @@ class SharedJobTracker(JobTracker):
         self._channel = weakref.ref(channel)
         self._closed = False
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
-        self._sealers: dict[str, PayloadSigner] = {}  # by what they seal
+        self._signers: dict[str, PayloadSigner] = {}  # by what they sign
         self._parts: list[Any] = []
-        self._start_threads()
+        self._make_threads()
         self.records = MergedRecords(self._memory, store, self._is_written)
         length, most = options.futures_max_length, options.max_records
         self.futures: StoredFutureCollection = StoredFutureCollection(length, most, store, self.handle)
         weakref.finalize(self, _dispose, self._parts)
 
-    def _start_threads(self) -> None:
-        """What has threads."""
-        self._follower = CompletionWatcher(self.store)
+    def _make_threads(self) -> None:
+        """Make what starts a thread when it first has something to do."""
+        self._watcher = CompletionWatcher(self.store)
         self.writer = StoreWriter(self.store, weak_callback(self.on_request))
         self._make_serial_threads()
 
     def _make_serial_threads(self) -> None:
-        """Callbacks may take long, also those of a job that is cancelled; so may what is unpickled, and an engine or a
-        store that is asked again.
+        """A thread for each kind of work that may take long, so that none holds up another: the user's callbacks (also
+        those of a job that a request cancels), unpickling messages, asking an engine or a store again.
         """
-        self._callbacks = SerialThread("flask-executor-shared")
-        self._requests = SerialThread("flask-executor-requests")
-        self._mail = SerialThread("flask-executor-mail")
-        self._late = SerialThread("flask-executor-late")
-        threads = (self._callbacks, self._requests, self._mail, self._late)
-        self._parts[:] = [self._follower, *threads, self.writer]
+        self._callbacks = SerialThread("flask-executor-handles")
+        self._stop_requests = SerialThread("flask-executor-stop-requests")
+        self._messages = SerialThread("flask-executor-messages")
+        self._background = SerialThread("flask-executor-background")
+        threads = (self._callbacks, self._stop_requests, self._messages, self._background)
+        self._parts[:] = [self._watcher, *threads, self.writer]
 
     def reconfigure(self, options: TrackingOptions) -> None:
         if options.store != self._options.store:
@@ -244,11 +244,11 @@ class SharedJobTracker(JobTracker):
     def on_request(self, request: StopRequest | StoredMessage) -> None:
         """Another process wants one of our jobs to be stopped, or to have a message."""
         if isinstance(request, StopRequest):
-            self._requests.run(lambda: self._on_stop_request(request))
+            self._stop_requests.run(lambda: self._on_stop_request(request))
             return
         future = self._handles.get(request.id)
         if future is not None:
-            self._mail.run(lambda: self._on_message(request, future))
+            self._messages.run(lambda: self._on_message(request, future))
 
     def _on_stop_request(self, request: StopRequest) -> None:
         future = self._handles.get(request.id)
@@ -304,41 +304,41 @@ class SharedJobTracker(JobTracker):
         """Cancel a job that waits in the queue of an engine; False when a worker has it, or no engine has it."""
         return self.handover is not None and self.handover.cancel_queued(job)
 
-    def follow(self, future: Followed) -> None:
-        """Have a handle settled when its job has ended."""
-        self._follower.add(future)
+    def watch(self, future: StoredFuture[Any]) -> None:
+        """Have the watcher's thread settle a handle when its job has ended."""
+        self._watcher.add(future)
 
-    def unfollow(self, future: Followed) -> None:
-        """Nobody waits for this handle any more."""
-        self._follower.discard(future)
+    def unwatch(self, future: StoredFuture[Any]) -> None:
+        """Nothing waits for this handle any more."""
+        self._watcher.discard(future)
 
-    def aside(self, fn: Callable[[], object]) -> None:
-        """Run code of the user's where it holds up nobody."""
+    def run_callbacks(self, fn: Callable[[], object]) -> None:
+        """Run code of the user's in the thread for it."""
         self._callbacks.run(fn)
 
     def in_background(self, fn: Callable[[], object]) -> None:
-        self._late.run(fn)
+        self._background.run(fn)
 
     def _verifying_signer(self, what: str, id: str) -> PayloadSigner:
         """What checks that it is ours what the store has of a job.
 
         :raises UntrustedResult: when that cannot be told.
         """
-        sealer = self._signer(what)
-        if not (sealer.signs or self.store.is_private):
+        signer = self._signer(what)
+        if not (signer.signs or self.store.is_private):
             raise UntrustedResult(
                 f"Others can write to {self.store.where}, and without a SECRET_KEY nothing tells that the {what} of "
                 f"job {id} is not theirs. Set one."
             )
-        return sealer
+        return signer
 
     def _signer(self, what: str = OUTCOME) -> PayloadSigner:
         """What signs and checks results, or messages.
 
         :raises ConfigError: for a store that others can write to, in an app without a secret key.
         """
-        sealer = self._sealers.get(what)
-        if sealer is None:
+        signer = self._signers.get(what)
+        if signer is None:
             keys = signing_keys(self._app())
             if not keys and not self.store.is_private:
                 raise ConfigError(
@@ -347,8 +347,8 @@ class SharedJobTracker(JobTracker):
                     f"set, and the same in all processes: others can write to {self.store.where}, and what is "
                     "unpickled from there has to be signed",
                 )
-            sealer = self._sealers[what] = PayloadSigner(keys, what)
-        return sealer
+            signer = self._signers[what] = PayloadSigner(keys, what)
+        return signer
 
     # ---- life ----
 
@@ -365,8 +365,8 @@ class SharedJobTracker(JobTracker):
         self._handles = weakref.WeakValueDictionary()
         if self.handover is not None:
             self.handover.after_fork()
-        self._follower.after_fork()
-        self._start_threads()
+        self._watcher.after_fork()
+        self._make_threads()
         self.futures.after_fork()
         self.futures.clear()
 
@@ -379,8 +379,8 @@ class SharedJobTracker(JobTracker):
     def close(self, *, wait: bool) -> None:
         self._closed = True
         self.writer.close(wait=wait)
-        self._follower.close(wait=wait)
-        for thread in (self._requests, self._mail, self._late, self._callbacks):
+        self._watcher.close(wait=wait)
+        for thread in (self._stop_requests, self._messages, self._background, self._callbacks):
             thread.close(wait=wait)
 
 
@@ -391,7 +391,7 @@ def _is_sent(call: Call) -> bool:
 
 def _dispose(parts: Sequence[Any]) -> None:
     """The app is gone."""
-    *others, recorder = parts
+    *others, writer = parts
     for part in others:
         part.close(wait=False)
-    recorder.dispose()
+    writer.dispose()

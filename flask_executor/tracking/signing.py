@@ -87,23 +87,23 @@ def _bound(id: str, mark: bytes, payload: bytes) -> bytes:
     return b"%s:%s:%s" % (id.encode(), mark, payload)
 
 
-def pack_message(job: Job, message: JobMessage, sealer: PayloadSigner) -> bytes:
+def pack_message(job: Job, message: JobMessage, signer: PayloadSigner) -> bytes:
     """A message to this job as signed bytes.
 
     :raises NotPicklable: if it cannot be sent to another process.
     """
     packed = pickle_or_explain(message, f"The message for job {job.name}", "be sent to the process that has the job")
-    return sealer.seal(job.id, PayloadKind.MESSAGE, b"".join(packed))
+    return signer.seal(job.id, PayloadKind.MESSAGE, b"".join(packed))
 
 
-def unpack_message(id: str, data: bytes, sealer: PayloadSigner) -> JobMessage:
+def unpack_message(id: str, data: bytes, signer: PayloadSigner) -> JobMessage:
     """The message to the job with this id.
 
     :raises UntrustedResult: if it was not signed with one of the app's keys.
     :raises NotPicklable: if it cannot be unpickled here.
     """
     try:
-        _, packed = sealer.open(id, data)
+        _, packed = signer.open(id, data)
         message: JobMessage = pickle.loads(packed)
     except UntrustedResult:
         raise

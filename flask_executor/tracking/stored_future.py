@@ -1,4 +1,4 @@
-"""Handles of jobs that other processes have, and the collection that finds the jobs of all processes by key."""
+"""The handle of a job that another process or an engine has."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from flask_executor.abc import JobStore, StopRequest
+from flask_executor.abc import StopRequest
 from flask_executor.exceptions import (
     ExecutorError,
     JobStopped,
@@ -20,43 +20,17 @@ from flask_executor.exceptions import (
     WorkerLost,
 )
 from flask_executor.futures import FutureProxy, checked_grace
-from flask_executor.jobs.call import JobChannel
 from flask_executor.jobs.model import Job, JobMessage, JobStatus, LogLine
 from flask_executor.stores.leases import HEARTBEAT_SECONDS
-from flask_executor.tracking.watcher import Followed
+
+if TYPE_CHECKING:
+    from flask_executor.tracking.shared import SharedJobTracker
 
 T = TypeVar("T")
 
-_GONE = 3 * HEARTBEAT_SECONDS  # seconds after which a process would have written again what the store has forgotten
-_PATIENCE = 2.0  # seconds that another process has for cancelling a job
-
-
-class Elsewhere(Protocol):
-    """What a handle needs to know of a job that another process has."""
-
-    store: JobStore
-
-    @property
-    def channel(self) -> JobChannel:
-        """What handles report to."""
-
-    def open(self, job: Job) -> tuple[Any, BaseException | None]:
-        """The result of a job that has ended, or what it has raised."""
-
-    def unfollow(self, future: Followed) -> None:
-        """Nobody waits for this handle any more."""
-
-    def follow(self, future: Followed) -> None:
-        """Have the handle settled when its job has ended."""
-
-    def cancel_queued(self, job: Job) -> bool:
-        """Cancel a job that waits in the queue of an engine; False where no engine has it, or it has begun."""
-
-    def send(self, job: Job, message: JobMessage) -> bool:
-        """Send a message to a job by way of the store; False when it has ended."""
-
-    def aside(self, fn: Callable[[], object]) -> None:
-        """Run code of the user's where it holds up nobody."""
+_REWRITE_TIMEOUT = 3 * HEARTBEAT_SECONDS  # seconds for its process to write a record again that the store has forgotten
+_CANCEL_TIMEOUT = 2.0  # seconds that another process has for cancelling a job
+_CANCEL_POLL_INTERVAL = 0.01  # seconds between two looks whether it has
 
 
 class StoredFuture(FutureProxy[T]):
@@ -66,27 +40,26 @@ class StoredFuture(FutureProxy[T]):
     :exc:`~flask_executor.StoreUnavailable`, or :exc:`~flask_executor.ResultExpired` when the record has left the store.
     """
 
-    # The state that the base has is that of this handle: it is settled once, by the follower or by whoever wants the
-    # result of a job that has ended, in whichever thread is first.
+    # _state is that of this handle, not of the job. It is settled once: by the watcher's thread, or by a thread that
+    # asks for the result of a job that has ended, whichever is first.
 
-    def __init__(self, record: Job, elsewhere: Elsewhere, *, is_written: bool = True) -> None:
+    def __init__(self, record: Job, tracker: SharedJobTracker, *, is_written: bool = True) -> None:
         self._last_record = record
         self._is_written = is_written
         self._gone_since: float | None = None
-        self._asked = False  # whether it was asked to stop with this handle; its process will note that too
-        self._waiting = 0  # in result() and exception()
-        #: Whether it is settled, and its callbacks have run.
-        self.called_back = False
-        super().__init__(None, elsewhere.channel)  # type: ignore[arg-type]  # see _job
-        self._elsewhere = elsewhere
-        self._waiters: list[Any] = _Waiters(partial(elsewhere.follow, self), self._stop_watching_if_unused)
+        self._asked = False  # whether this handle has asked the job to stop; its process will note that too
+        self._waiting = 0  # threads and tasks in _awaited()
+        self._called_back = False  # whether it is settled, and its callbacks have run
+        super().__init__(None, tracker.channel)  # type: ignore[arg-type]  # see _job
+        self._tracker = tracker
+        self._waiters: list[Any] = _Waiters(partial(tracker.watch, self), self._stop_watching_if_unused)
         self._state = PENDING if record.status is JobStatus.QUEUED else RUNNING
 
     @property
     def _job(self) -> Any:
-        """Its record, as it stands now; the base looks there for whatever is asked."""
+        """The record as it stands now; the base class reads all properties from it."""
         if not self._last_record.status.ended:
-            job = self._elsewhere.store.get(self._last_record.id)
+            job = self._tracker.store.get(self._last_record.id)
             if job is None:
                 self._check_gone()
             else:
@@ -95,16 +68,18 @@ class StoredFuture(FutureProxy[T]):
 
     @_job.setter
     def _job(self, job: object) -> None:
-        """The base sets what it was given."""
+        """The base class sets what it was given."""
 
     def _check_gone(self) -> None:
-        """Its record is not there: it has expired, or is not written yet, or the store has forgotten it and its process
-        writes it again."""
+        """The store has no record: it has expired, is not written yet, or was forgotten and will be written again.
+
+        :raises ResultExpired: in the first case.
+        """
         now = time.monotonic()
         if self._gone_since is None:
             self._gone_since = now
-        is_late = self._is_written and now - self._gone_since > _GONE
-        if is_late or self._elsewhere.store.expired(self._last_record.id):
+        is_late = self._is_written and now - self._gone_since > _REWRITE_TIMEOUT
+        if is_late or self._tracker.store.expired(self._last_record.id):
             raise ResultExpired(self._last_record.id)
 
     @property
@@ -124,7 +99,7 @@ class StoredFuture(FutureProxy[T]):
         return self._asked or bool(self._job.stop_requested)
 
     def log(self) -> Sequence[LogLine]:
-        return tuple(self._elsewhere.store.log(self.job_id))
+        return tuple(self._tracker.store.log(self.job_id))
 
     def record(self) -> Job:
         job: Job = self._job
@@ -143,25 +118,25 @@ class StoredFuture(FutureProxy[T]):
         checked_grace(grace)
         if self.done():
             return False
-        if self._elsewhere.cancel_queued(self._last_record):
+        if self._tracker.cancel_queued(self._last_record):
             return True
-        self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
+        self._tracker.store.ask_to_stop(StopRequest(id=self.job_id, grace=grace))
         self._asked = True
         if self.status is JobStatus.QUEUED:
-            self._elsewhere.cancel_queued(self._last_record)  # its worker may just have given it back to the engine
+            self._tracker.cancel_queued(self._last_record)  # its worker may just have returned it to the engine
         return True
 
     def send(self, type: str, body: object = None) -> bool:
-        return not self.done() and self._elsewhere.send(self._last_record, JobMessage(type, body))
+        return not self.done() and self._tracker.send(self._last_record, JobMessage(type, body))
 
     def cancel(self) -> bool:
-        """Cancel the job if it has not started; waits for the answer of its process, 2 seconds at most."""
-        if self.status is JobStatus.QUEUED and not self._elsewhere.cancel_queued(self._last_record):
-            self._elsewhere.store.ask_to_stop(StopRequest(id=self.job_id, only_queued=True))
-            deadline = time.monotonic() + _PATIENCE
+        """Cancel the job if it has not started. Waits for its process to do that, 2 seconds at most."""
+        if self.status is JobStatus.QUEUED and not self._tracker.cancel_queued(self._last_record):
+            self._tracker.store.ask_to_stop(StopRequest(id=self.job_id, only_queued=True))
+            deadline = time.monotonic() + _CANCEL_TIMEOUT
             while self.status is JobStatus.QUEUED and time.monotonic() < deadline:
-                time.sleep(0.01)
-                self._elsewhere.cancel_queued(self._last_record)  # its worker may just be giving it back to the engine
+                time.sleep(_CANCEL_POLL_INTERVAL)
+                self._tracker.cancel_queued(self._last_record)  # its worker may just be returning it to the engine
         return self.status is JobStatus.CANCELLED
 
     def result(self, timeout: float | None = None) -> T:
@@ -181,13 +156,13 @@ class StoredFuture(FutureProxy[T]):
             return (yield from super().__await__())
 
     def _start_watching(self) -> None:
-        """Somebody waits for it from now on."""
+        """Have the watcher settle this handle, unless it can be settled now. Called by whatever starts to wait."""
         if not super().done() and not self.settle():
-            self._elsewhere.follow(self)
+            self._tracker.watch(self)
 
     @contextmanager
     def _awaited(self) -> Iterator[None]:
-        """Somebody waits for it."""
+        """Within this context something waits for the handle."""
         with self._condition:
             self._waiting += 1
         try:
@@ -199,13 +174,15 @@ class StoredFuture(FutureProxy[T]):
             self._stop_watching_if_unused()
 
     def _stop_watching_if_unused(self) -> None:
-        """Somebody waits no more; perhaps nobody does."""
-        with self._condition:  # whoever comes counts himself in under it, before he has it followed
+        with self._condition:  # what starts to wait counts itself under it, before _start_watching()
             if not (self._waiting or self._waiters or self._done_callbacks):
-                self._elsewhere.unfollow(self)
+                self._tracker.unwatch(self)
 
     def settle(self) -> bool:
-        """Settle this handle if the job has ended, and tell whether it is settled."""
+        """Settle this handle if the job has ended, and tell whether it is settled.
+
+        :raises StoreUnavailable: when that is not known.
+        """
         result: Any = None
         error: BaseException | None
         try:
@@ -215,7 +192,7 @@ class StoredFuture(FutureProxy[T]):
             if status is JobStatus.CANCELLED:
                 self._settle_cancelled()
                 return True
-            result, error = self._elsewhere.open(self._last_record)
+            result, error = self._tracker.open(self._last_record)
         except ResultExpired as expired:
             error = expired
         with suppress(InvalidStateError):  # another thread was faster
@@ -226,8 +203,8 @@ class StoredFuture(FutureProxy[T]):
         return True
 
     def after_fork(self) -> None:
-        """In the child of a fork: those who wait are in the parent, and callbacks run there."""
-        self._condition = threading.Condition()  # the lock may be held by a thread that is not here
+        """In the child of a fork: the threads that wait are the parent's, and callbacks run there."""
+        self._condition = threading.Condition()  # a thread of the parent may hold the lock
         self._done_callbacks.clear()
         self._waiters.clear()
         self._waiting = 0
@@ -238,9 +215,14 @@ class StoredFuture(FutureProxy[T]):
         return self._last_record
 
     def cancel_unaccepted(self) -> None:
-        """The job was not accepted."""
+        """Settle the handle of a job that was not accepted."""
         self._settle_cancelled()
-        self._elsewhere.unfollow(self)
+        self._tracker.unwatch(self)
+
+    def wait_for_callbacks(self, timeout: float | None) -> bool:
+        """Wait until the handle is settled and its callbacks have run; False after ``timeout`` seconds."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._called_back, timeout)
 
     def _settle_cancelled(self) -> None:
         with self._condition:
@@ -255,34 +237,39 @@ class StoredFuture(FutureProxy[T]):
     def _invoke_callbacks(self) -> None:
         callbacks, self._done_callbacks = self._done_callbacks, []
         if callbacks:
-            self._elsewhere.aside(partial(self._call_back, callbacks))
+            self._tracker.run_callbacks(partial(self._call_back, callbacks))
         else:
-            self.called_back = True
+            self._note_called_back()
 
     def _call_back(self, callbacks: list[Callable[[Future[T]], object]]) -> None:
         super()._call_back(callbacks)
-        self.called_back = True
+        self._note_called_back()
+
+    def _note_called_back(self) -> None:
+        with self._condition:
+            self._called_back = True
+            self._condition.notify_all()
 
 
 class _Waiters(list[Any]):
-    """Those who wait with :func:`concurrent.futures.wait`, which does not ask the future to expect anything."""
+    """The waiters that :func:`concurrent.futures.wait` puts into a future, without calling any of its methods."""
 
-    def __init__(self, follow: Callable[[], None], give_up: Callable[[], None]) -> None:
+    def __init__(self, on_append: Callable[[], None], on_remove: Callable[[], None]) -> None:
         super().__init__()
-        self._follow = follow
-        self._give_up = give_up
+        self._on_append = on_append
+        self._on_remove = on_remove
 
     def append(self, waiter: Any) -> None:
         super().append(waiter)
-        self._follow()
+        self._on_append()
 
     def remove(self, waiter: Any) -> None:
         super().remove(waiter)
-        self._give_up()
+        self._on_remove()
 
 
 def error_of(job: Job) -> ExecutorError:
-    """Why a job has no result, of which nothing but the record is there."""
+    """Why a job has no result, when the store has its record and no outcome."""
     what = (job.error or "").partition(": ")[2]
     if job.status is JobStatus.LOST:
         return WorkerLost(f"Job {job.name} is lost: {what or 'its process is gone'}.")

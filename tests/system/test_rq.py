@@ -338,7 +338,7 @@ def test_a_commit_does_not_wait_for_the_engine_again_and_again(
             assert producer is not None
             producer._away = 0.0
             assert wait_until(lambda: len(asked) > 1)
-            assert set(asked[1:]) == {"flask-executor-late"}
+            assert set(asked[1:]) == {"flask-executor-background"}
     producer._away = 0.0
     assert wait_until(lambda: executor._queues[1].count == 10, 10)
     assert {future.status for future in futures} == {"queued"}

@@ -260,7 +260,7 @@ def test_what_a_worker_has_got_all_the_same_is_not_overwritten(worker: Worker) -
     assert store.transfer(Entry(job=running, holder=elsewhere), worker.tracker.holder) is None
     store.write([Entry(job=done, holder=elsewhere)])
     queued = JobState("render", "report", id=job.id)
-    worker.tracker.writer.add(queued, claimed=False, kept=True)
+    worker.tracker.writer.add(queued, claimed=False, is_held=True)
     worker.tracker.give_up(5)
     assert status_of(worker, job) == "succeeded"
 

@@ -79,8 +79,8 @@ def test_who_waits_no_more_is_not_followed(here: Executor, there: Executor, gate
         with pytest.raises(concurrent.futures.TimeoutError):
             stored(there, "report").result(timeout=0)
     assert concurrent.futures.wait([stored(there, "report")], 0).done == set()
-    follower = there._app_executor()[1].tracker._follower  # type: ignore[attr-defined]
-    assert follower._futures == {}
+    watcher = there._app_executor()[1].tracker._watcher  # type: ignore[attr-defined]
+    assert watcher._futures == {}
 
 
 def test_one_gives_up_while_others_wait(here: Executor, there: Executor) -> None:

@@ -155,10 +155,10 @@ def test_what_cannot_be_written_is_left_out_and_the_rest_is_written(
     monkeypatch.undo()
 
 
-def test_the_store_is_not_closed_while_the_recorder_takes_its_leave(
+def test_the_store_is_not_closed_while_the_writer_drops_its_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # At the end of a process: the thread gives back its lease, and the finalizer of the ledger comes in between.
+    # At the end of a process: the thread gives back its lease, and the finalizer of the tracker comes in between.
     store = sqlite.SQLiteStore(
         StoreOptions(url=f"sqlite:///{tmp_path}/jobs.sqlite", space="shop", result_ttl=60, max_records=10)
     )
@@ -172,11 +172,11 @@ def test_the_store_is_not_closed_while_the_recorder_takes_its_leave(
 
     monkeypatch.setattr(store, "drop_lease", leave)
     monkeypatch.setattr(store, "close", lambda: done.append("closed"))
-    recorder = StoreWriter(store, lambda request: None)
-    recorder.remove_when_possible("a job that there is not")
-    recorder.close(wait=False)
+    writer = StoreWriter(store, lambda request: None)
+    writer.remove_when_possible("a job that there is not")
+    writer.close(wait=False)
     assert leaves.wait(10)
-    recorder.dispose()
+    writer.dispose()
     assert done == []
     goes_on.set()
     assert wait_until(lambda: done == ["left", "closed"])
