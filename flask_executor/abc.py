@@ -1,6 +1,6 @@
-"""The ports: what a backend, a store and a channel promise to the rest of the package.
+"""The ports: what a backend and a store promise to the rest of the package.
 
-The contract of each stands in its docstrings; :mod:`flask_executor.testing.contract` holds every adapter to it.
+The docstrings are the contract; the suites in :mod:`flask_executor.testing.contract` hold every adapter to it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def _unbound(fn: Callable[..., Any], *_: object) -> concurrent.futures.Future[An
 class BackendOptions:
     """What a backend is made from."""
 
-    #: Most jobs at a time; None for the backend's own default.
+    #: Most jobs that run at a time; None for the backend's own default.
     max_workers: int | None = None
-    #: Whether a job that runs in this process is pickled all the same, to find what a worker would refuse.
+    #: If true, a job that runs in this process is pickled all the same, to find what a worker process would refuse.
     pickle: bool = False
     #: The app that the jobs belong to; None for a backend that is used without one.
     app: weakref.ref[Flask] | None = None
-    #: What the app's config calls each setting, as ``config_key("EXECUTOR_APP")``.
+    #: Returns the name that a setting has in this app's config: ``config_key("EXECUTOR_APP")``. For error messages.
     config_key: Callable[[str], str] = str
-    #: Import string of the app or its factory, for workers that do not inherit it; None to find it.
+    #: Import string of the app or its factory, for worker processes that do not inherit the app; None to guess it.
     app_import: str | None = None
     #: How worker processes are started: ``fork``, ``forkserver`` or ``spawn``; None for the platform's default.
     start_method: str | None = None
@@ -45,143 +45,152 @@ class BackendOptions:
     max_tasks_per_child: int | None = None
     #: Called in each worker process before its first job, in an app context.
     initializers: Sequence[Callable[[], object]] = ()
-    #: Seconds that a worker process which is to end may take for it.
+    #: Seconds that a worker process has to end in, before it is killed.
     exit_grace: float = 5.0
     #: The executor's name.
     executor_name: str = ""
-    #: Starts a job without contexts, for backends that run jobs only.
+    #: Starts a job without contexts and returns its future: ``submit`` of backends that run nothing but jobs.
     start: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], concurrent.futures.Future[Any]] = _unbound
-    #: Where the engine is; None for its own default.
+    #: Url of the engine's broker or scheduler; None for the engine's own default.
     url: str | None = None
-    #: The name of the queue there.
+    #: Name of the engine's queue.
     queue: str = "default"
-    #: Seconds that a process which ends gives its jobs.
+    #: Seconds that jobs which run have to end in when their process shuts down.
     shutdown_timeout: float = 30.0
-    #: Marks a job that no worker has begun as failed, given its id, the error and its name: the engine has given it up.
+    #: Marks a job as failed that the engine has dropped before a worker began it: given its id, the error, its name.
     refuse: Callable[[str, Exception, str], object] = lambda *_: None
 
 
-#: One call on its way through a backend.
+#: What a backend runs: a call with its job, contexts and future.
 PreparedCall = Call
 
 
 class Backend(concurrent.futures.Executor):
     """What runs jobs: a :class:`concurrent.futures.Executor` that also takes prepared calls.
 
-    Its constructor takes one :class:`BackendOptions`, starts no thread and no process (that waits for the
-    first call, so that forking after an import is safe), and raises nothing for a valid configuration.
+    Its constructor takes one :class:`BackendOptions` and raises nothing for a valid configuration. It starts no thread
+    and no process: the first call does, so that forking after an import is safe. Apart from :meth:`work`, all methods
+    may be called from any thread.
     """
 
     def __init__(self, options: BackendOptions) -> None:
         super().__init__()
 
-    #: Whether jobs run in another process, so that functions, arguments and results must be picklable.
+    #: If true, jobs run in another process: functions, arguments, results and messages have to be picklable.
     remote: bool = False
-    #: Whether ``map`` gains by putting several calls into one job (which is sent as it is, contexts and all).
+    #: If true, ``map`` puts several calls into one job where that is asked for, as sending a job is expensive.
     chunks: bool = False
-    #: Whether a running job can be ended for certain, whatever it does.
+    #: If true, :meth:`kill` ends a running job for certain, whatever it does.
     supports_kill: bool = False
-    #: Whether jobs of a higher priority start first.
+    #: If true, jobs of a higher priority start first.
     supports_priority: bool = True
-    #: For an engine: whether it can start a job later. Others need not, as jobs then wait in this process.
+    #: If true, the engine can start a job at a later time. Only engines need to: other jobs wait in this process.
     supports_delay: bool = True
-    #: What the engine is called whose workers run jobs without this process. They write down what becomes of them, in a
-    #: store that all share, and a handle finds it there. Calls are packed when they come. None for a backend whose jobs
-    #: are this process's.
+    #: The name of the engine whose own workers run the jobs, as ``rq``. They write the records into a shared store,
+    #: from which futures read them, and calls come to :meth:`enqueue` packed. None for a backend that runs jobs itself.
     engine: str | None = None
 
     @abc.abstractmethod
     def enqueue(self, call: PreparedCall) -> None:
-        """Accept a call, which is then run once or its future cancelled.
+        """Accept a call: either run it once, or cancel its future.
 
-        Calls of higher priority go first, those alike in the order in which they came.
+        Calls of higher priority start first, calls of the same priority in the order in which they came.
 
         :raises ExecutorShutdown: after :meth:`shutdown`; the call was not accepted.
         :raises NotPicklable: for a call that cannot be sent to where the workers are; it was not accepted.
         """
 
     def pack(self, call: PreparedCall) -> None:
-        """A call will perhaps be enqueued later: what is to be sent of it must be as it is now.
+        """Pickle a call that may be enqueued later, so that what is sent is as it was at its submission.
 
-        Whoever sends calls can put it into ``call.packed``, and use that in :meth:`enqueue`.
+        A backend that sends calls puts the bytes into ``call.packed``, and sends them in :meth:`enqueue`. Others need
+        not do anything.
 
         :raises NotPicklable: for a call that cannot be sent.
         """
 
     def withdraw(self, call: PreparedCall) -> bool:
-        """Give up a call that has not started, so that it can be cancelled; False when it has started.
+        """Take a call back that has not started, so that its future can be cancelled.
 
-        A backend that asks the future just before it runs a call need not do anything.
+        A backend that claims the future right before it runs the call need not do anything.
+
+        :return: False if the call has started.
         """
         return True
 
     def request_stop(self, call: PreparedCall, attempt: int, reason: JobStatus) -> None:
-        """Tell this attempt of a running call that it has to leave, as its job says: STOPPED or TIMED_OUT."""
+        """Ask an attempt of a running call to end at its next checkpoint, and wake it if it sleeps.
+
+        :param reason: the status that its job will have: STOPPED or TIMED_OUT.
+        """
         call.wake()
 
     def kill(self, call: PreparedCall, attempt: int) -> None:
-        """End this attempt of a running call by force, and nothing else; without ``supports_kill`` if that goes."""
+        """End an attempt of a running call by force, and no other call; or try to without ``supports_kill``."""
         call.interrupt(attempt)
 
     def deliver(self, call: PreparedCall, message: JobMessage) -> None:
-        """Send a message to a call that has not ended.
+        """Send a message to a call that has not ended; its job receives it now, or when it starts.
 
-        :raises NotPicklable: for one that cannot be sent to where the call runs.
+        Messages of one thread arrive in the order in which they were sent.
+
+        :raises NotPicklable: for a message that cannot be sent to the process that runs the call.
         """
         call.deliver(message)
 
     def run_user_code(self, fn: Callable[[], object]) -> None:
-        """Run code of the user's that must not hold up the backend: callbacks and receivers of signals.
+        """Run a done-callback or a signal receiver without blocking the backend.
 
-        In the order of the calls. Here and now, unless the calling thread is one that everything depends on.
+        Runs it in the calling thread. If that thread drives the backend, as the supervisor of a process pool does, it
+        is queued to a thread of its own instead. Order is kept.
         """
         fn()
 
     @property
     def has_pending_user_code(self) -> bool:
-        """Whether something that was passed to :meth:`aside` has not run yet."""
+        """Whether something that was passed to :meth:`run_user_code` has not run yet."""
         return False
 
     @classmethod
     def default_store(cls, options: BackendOptions) -> str | None:
-        """``EXECUTOR_STORE`` for the jobs of an engine where none was chosen; None where the app has to choose one.
+        """The default of ``EXECUTOR_STORE`` for an engine; None if the app has to choose a store.
 
-        :raises ConfigError: when the app does not even say where the engine is.
+        :raises ConfigError: if the engine's url is missing too.
         """
         return options.url
 
     def work(self, stop: Callable[[str], object], *, processes: int, burst: bool) -> None:
-        """Be a worker of the engine, in the main thread, until a signal says to end.
+        """Run workers of the engine until a signal ends them; ``flask executor worker`` calls it in the main thread.
 
-        Calls that were sent are run with :func:`flask_executor.backends.engine.run`.
+        The workers run each call with :func:`flask_executor.backends.engine.run`.
 
-        :param stop: stops a job, given its id, for engines that can be told to.
-        :param processes: how many workers, at one job each.
-        :param burst: whether to end when the queue is empty.
+        :param stop: stops a job of this process, given its id, for engines that have a command for that.
+        :param processes: number of workers, each of which runs one job at a time.
+        :param burst: if true, end when the queue is empty.
         """
         raise NotImplementedError
 
     def remove_queued(self, job: Job) -> None:
-        """A job was cancelled that the engine has: take it off the queue, if it can. Whoever gets it drops it anyway.
+        """Take a cancelled job off the engine's queue, if the engine can. A worker that gets it would drop it.
 
-        :raises EngineUnavailable: when the engine cannot be reached.
+        :raises EngineUnavailable: if the engine cannot be reached.
         """
 
     @property
     def waiting(self) -> int:
-        """How many calls wait in the queue of the engine, of whichever process.
+        """How many calls wait in the queue of the engine, those of other processes among them.
 
-        :raises Unsupported: for an engine that does not tell.
-        :raises EngineUnavailable: when it cannot be reached.
+        :raises Unsupported: for an engine that cannot tell.
+        :raises EngineUnavailable: if the engine cannot be reached.
         """
         raise Unsupported(f"{type(self).__name__} cannot tell how many jobs wait, so that their number has no limit")
 
     def worker_states(self) -> Sequence[WorkerState]:
-        """The worker processes that are alive; none where jobs run in threads of this one."""
+        """The worker processes that are alive; none if jobs run in threads of this process."""
         return ()
 
     def terminate(self, grace: float) -> None:
-        """The process ends: end workers by force that have not ended by themselves after ``grace`` seconds."""
+        """This process is about to end: kill the workers that have not ended by themselves in ``grace`` seconds."""
 
     @property
     @abc.abstractmethod
@@ -191,35 +200,35 @@ class Backend(concurrent.futures.Executor):
     @property
     @abc.abstractmethod
     def capacity(self) -> int | None:
-        """How many jobs can run at a time; None where none ever waits."""
+        """How many jobs can run at a time; None if a job never has to wait for another one."""
 
 
 class JobRecords(abc.ABC):
     """The records of an app's jobs, to be read; ``executor.jobs``.
 
-    A record leaves a while after its job has ended (``EXECUTOR_RESULT_TTL``), or before when there are many
-    (``EXECUTOR_STORE_MAX_RECORDS``; those that ended first leave first). That of a job that has not ended stays.
-    With a shared store each of these may raise :exc:`~flask_executor.StoreUnavailable`.
+    The record of a job that has not ended stays. After its end it expires: ``EXECUTOR_RESULT_TTL`` seconds later, or
+    earlier if there are more than ``EXECUTOR_STORE_MAX_RECORDS``; those of the jobs that ended first go first. With a
+    shared store all methods may raise :exc:`~flask_executor.StoreUnavailable`.
     """
 
     @abc.abstractmethod
     def get(self, id: str) -> Job | None:
-        """The job with this id; None when there is none (any more)."""
+        """The job with this id; None if there is no record, or it has expired."""
 
     @abc.abstractmethod
     def find(self, key: Hashable) -> Job | None:
-        """The youngest job under this key; None when there is none (any more)."""
+        """The youngest job under this key; None if there is no record, or it has expired."""
 
     @abc.abstractmethod
     def expired(self, id: str | None = None, *, key: Hashable | None = None) -> bool:
-        """Whether there was a job with this id, or under this key, whose record has left.
+        """Whether there was a job with this id, or under this key, whose record has expired.
 
-        That is remembered for a while: as long again as a record is kept, at least an hour.
+        That is remembered as long again as a record is kept, but an hour at least.
         """
 
     @abc.abstractmethod
     def log(self, id: str) -> Sequence[LogLine]:
-        """The last lines that the job has written to the log, oldest first; none when there is no such job."""
+        """The last lines that the job has logged, oldest first; none if there is no such job."""
 
     def list(
         self,
@@ -241,56 +250,56 @@ class JobRecords(abc.ABC):
 
     @abc.abstractmethod
     def _list(self, status: JobStatus | None, name: str | None, owner: str | None, limit: int | None) -> Sequence[Job]:
-        """What :meth:`list` returns, given what makes sense."""
+        """What :meth:`list` returns; the arguments were checked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreOptions:
     """What a shared store is made from."""
 
-    #: Where it is: ``sqlite:////var/lib/shop/jobs.sqlite``, ``redis://localhost:6379/0``.
+    #: Where the records are: ``sqlite:////var/lib/shop/jobs.sqlite``, ``redis://localhost:6379/0``.
     url: str
-    #: Whose records these are; others may be in the same place.
+    #: Whose records these are. Stores of other spaces may be in the same place, and do not see them.
     space: str
     #: Seconds that a record is kept after its job has ended.
     result_ttl: float
-    #: Most records of ended jobs.
+    #: Most records of ended jobs to keep.
     max_records: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What is new about a job, to be written down."""
+    """What is new about a job, to be written."""
 
     job: Job
-    #: The process that has the job, see :mod:`flask_executor.stores.leases`.
+    #: The process that has the job, or its engine; see :mod:`flask_executor.stores.leases`.
     holder: str
-    #: What came of it, packed; None when nothing has yet.
+    #: The result or the error, packed and signed; None if there is none yet.
     outcome: bytes | None = None
-    #: Lines of its log that were not written yet.
+    #: Lines of the job's log that were not written yet.
     log: Sequence[LogLine] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRequest:
-    """Somebody wants a job to be stopped that another process has."""
+    """A request to stop a job, for the process that has it."""
 
     id: str
-    #: Seconds until force is used; None for the default.
+    #: Seconds until force is used; None for ``EXECUTOR_STOP_GRACE``.
     grace: float | None = None
-    #: Whether it is to be cancelled if it has not started, and let alone otherwise.
+    #: If true, the job is cancelled if it has not started, and left alone otherwise.
     only_queued: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredMessage:
-    """A message that somebody has left for a job that another process has."""
+    """A message to a job, for the process that has it."""
 
     #: The id of the job.
     id: str
-    #: Which of the messages of this job it is, as the store has it.
+    #: What the store calls this message.
     number: str
-    #: What was sent.
+    #: The message, packed and signed.
     data: bytes
 
 
@@ -299,23 +308,26 @@ MOST_MESSAGES = 1000
 
 
 class JobStore(JobRecords):
-    """Records that all processes of an app see. Safe to call from any thread; may wait, a few seconds at most.
+    """Records that all processes of an app see.
 
-    A process that has jobs is a *holder*, and has a lease that it renews. Whoever reads the record of a job that has
-    not ended, and finds that its holder is dead, writes down that the job is ``lost``. What a holder writes about its
-    own job is true, also after that.
+    All methods may be called from any thread, and may wait for a few seconds.
 
-    A message to a job waits here for the holder, also for one who takes the job over later. If nobody ever receives it,
-    it leaves with the record.
+    A process that has jobs is a *holder*. It has a lease, which it renews. Any process that reads the record of a job
+    that has not ended, and finds its holder dead, writes that the job is ``lost``. What a holder writes about its own
+    job counts, also after that. A holder is dead if its process is gone from this machine, or if it is of another
+    machine and its lease has run out; an engine, which has the jobs in its queue, never is.
 
-    A key belongs to one job at a time: from :meth:`claim` until :meth:`release`, or until its record leaves.
+    A key belongs to one job at a time: from :meth:`claim` until :meth:`release`, or until the record expires.
 
-    Its constructor takes one :class:`StoreOptions`, opens nothing, and raises :exc:`ValueError` for a url that it
-    cannot use. Everything else may raise :exc:`~flask_executor.StoreUnavailable`; whether it has had an effect is not
-    known then, and to do it again does no harm.
+    A message to a job waits in the store until its holder fetches it, also for a holder that takes the job over later.
+    A message that is never fetched expires with the record.
+
+    The constructor takes one :class:`StoreOptions`, opens nothing, and raises :exc:`ValueError` for a url that it
+    cannot use. All methods may raise :exc:`~flask_executor.StoreUnavailable`. It is not known then whether the call has
+    had an effect, and so it may be repeated without harm.
     """
 
-    #: Where it is, for messages: no passwords.
+    #: Where the records are, for error messages; without passwords.
     where: str
 
     @abc.abstractmethod
@@ -324,204 +336,234 @@ class JobStore(JobRecords):
 
     @abc.abstractmethod
     def claim(self, entry: Entry, *, again: bool = False) -> Job | None:
-        """Take the key of a new job, write its record, and give its holder a lease, all or nothing.
+        """Take the key of a new job, write its record, and give its holder a lease; all or nothing.
 
-        However many ask at once, one gets the key.
+        Of many processes that claim a key at once, one gets it.
 
-        :param again: whether to take the key from a job that has ended other than by success.
-        :return: None; the job that has the key, when it is taken.
+        :param again: if true, take the key from a job that has ended without success.
+        :return: None if the job has the key now; the job that has it otherwise.
         """
 
     @abc.abstractmethod
     def write(self, entries: Sequence[Entry]) -> None:
-        """Write down what is new. A record that has left comes back. A job that has no key here takes its key, if it
-        has not ended and nobody else has the key."""
+        """Write what is new about jobs that the caller has, in this order.
+
+        A record that is not there is created, with its key if the job has not ended and no other job has that key.
+        """
 
     @abc.abstractmethod
     def transfer(self, entry: Entry, former: str | None, *, lost: bool = False, new: bool = True) -> Job | None:
-        """Take a job over from the holder who has it, and write this of it, all or nothing; of many one gets it.
+        """Make ``entry.holder`` the holder of a job, if ``former`` has it, and write the entry; all or nothing.
 
-        Done again by the same holder it is a success, which changes nothing: the first answer may have been lost.
+        A compare-and-set: of many processes that call it at once, one succeeds. A call that is repeated with the same
+        entry succeeds again and changes nothing, as the first answer may have been lost.
 
-        :param former: who has it; None to write it only if there is no record.
-        :param lost: whether to take it also when it is lost, whoever had it, unless another job has its key by now.
-        :param new: whether to write what is not there too: the record has left, or was not written yet.
-        :return: None; its record, when it has ended, or somebody else has it.
+        Five combinations of the arguments are used. All of them succeed, and write, if ``former`` has the job and it
+        has not ended. All of them are refused if another holder has the job, or if it has ended, unless as lost:
+
+        ==============================  =============  =====================  =======================================
+        arguments after the entry       no record      the job is lost        used for
+        ==============================  =============  =====================  =======================================
+        ``None``                        creates it     refused                recording a job that an engine will get
+        ``former``                      creates it     refused                taking, cancelling or failing a job
+        ``former, new=False``           does nothing   refused                handing a job over to an engine
+        ``former, lost=True``           creates it     takes it from anybody  taking over from a dead worker
+        ``former, lost=True,``          does nothing   takes it from anybody  handing a job over, or writing it, whose
+        ``new=False``                                                         holder may have been taken for dead
+        ==============================  =============  =====================  =======================================
+
+        :param former: the holder that has the job; None if there must not be a record.
+        :param lost: if true, also succeed if the job is lost, unless another job has its key by now.
+        :param new: if true, create the record if the store has none: it has expired, or its first write is pending.
+        :return: None, also if there was nothing to do; the record of the job if it was refused.
         """
 
     @abc.abstractmethod
     def holder(self, id: str) -> str | None:
-        """Who has a job that has not ended."""
+        """The holder of a job; None if there is no record, or the job has ended."""
 
     @abc.abstractmethod
     def holding_key(self, key: Hashable) -> Job | None:
-        """The job that has this key."""
+        """The job that has this key; None if no job has it."""
 
     @abc.abstractmethod
     def release(self, key: Hashable, id: str) -> bool:
-        """Free a key, if this job has it, and tell whether it had. The record stays, and does not take it again."""
+        """Free a key if this job has it. The record stays, and later writes do not take the key again.
+
+        :return: whether the job had the key.
+        """
 
     @abc.abstractmethod
     def keys(self, within: tuple[Hashable, ...] = ()) -> Sequence[Hashable]:
-        """The keys that are taken, oldest first.
+        """The keys that jobs have, those that were taken first before the others.
 
-        :param within: only those that are longer tuples which begin with this.
+        :param within: if not empty, only the keys that are longer tuples and begin with this one.
         """
 
     @abc.abstractmethod
     def outcome(self, id: str) -> bytes | None:
-        """What came of a job; None when there is nothing."""
+        """The outcome of a job as it was written; None if there is none."""
 
     @abc.abstractmethod
     def remove(self, id: str) -> None:
-        """Forget a job, as if it had never been."""
+        """Forget a job as if it had never existed: :meth:`expired` does not know it."""
 
     @abc.abstractmethod
     def purge(self, ended_before: float) -> int:
-        """Have records leave whose jobs have ended before then (seconds since the epoch); how many did."""
+        """Let the records expire of jobs that ended before then.
+
+        :param ended_before: seconds since the epoch.
+        :return: how many expired.
+        """
 
     @abc.abstractmethod
     def find_lost(self) -> None:
-        """Find the jobs that are lost, and write it down. Quick while there are none."""
+        """Mark the jobs of dead holders as lost. Quick if there are none."""
 
     @abc.abstractmethod
     def sweep(self) -> None:
-        """As :meth:`find_lost`, and have the records leave whose time has come."""
+        """As :meth:`find_lost`, and remove what has expired."""
 
     @abc.abstractmethod
     def ask_to_stop(self, request: StopRequest) -> None:
-        """Leave a request for the holder of a job, whoever that is when he takes it."""
+        """Leave a request for the process that has the job by the time it calls :meth:`take_requests`."""
 
     @abc.abstractmethod
     def send(self, id: str, data: bytes) -> bool:
-        """Leave a message for the holder of a job; False when there is no such job (any more), or it has ended.
+        """Leave a message for the holder of a job. Unlike other calls, a repeated one has an effect: another message.
 
-        Done again, it is another message.
-
-        :raises QueueFull: when :data:`MOST_MESSAGES` wait for this job.
+        :return: False if there is no record of the job, or it has ended.
+        :raises QueueFull: if :data:`MOST_MESSAGES` wait for this job.
         """
 
     @abc.abstractmethod
     def take_requests(self, holder: str) -> Sequence[StopRequest | StoredMessage]:
-        """What others want of the jobs of this holder that have not ended. Quick while there is nothing.
+        """Requests and messages to the jobs of this holder that have not ended. Quick if there are none.
 
-        A request to stop is given once. A message is given until it was :meth:`received`; those of a job in the order
-        in which they were sent, some at a time.
+        A request to stop is returned once. A message is returned until :meth:`acknowledge` is called with it; those to
+        one job come in the order in which they were sent, a limited number at a time.
         """
 
     @abc.abstractmethod
     def acknowledge(self, holder: str, messages: Sequence[StoredMessage]) -> None:
-        """Jobs of this holder have these messages, which are to leave the store."""
+        """Remove messages that jobs of this holder have received."""
 
     @abc.abstractmethod
     def renew(self, holder: str) -> bool:
-        """Renew a lease; False when it had run out, and others may have taken this holder for dead."""
+        """Renew a lease.
+
+        :return: False if it had run out, so that other processes may have taken this holder for dead.
+        """
 
     @abc.abstractmethod
     def drop_lease(self, holder: str) -> None:
-        """This holder has no jobs any more."""
+        """End a lease: this holder has no jobs any more."""
 
     @abc.abstractmethod
     def watch(self) -> Watch:
-        """Something to wait with until others have written."""
+        """A way to wait for what other processes write."""
 
     @abc.abstractmethod
     def check(self, *, thoroughly: bool = False) -> None:
-        """Raise what is wrong with the store, if anything is.
+        """Check that the store can be read and written.
 
-        :param thoroughly: whether to look through all of it; otherwise only whether it can be read and written.
-        :raises StoreUnavailable: saying it.
+        :param thoroughly: if true, check all of its contents too, which takes time.
+        :raises StoreUnavailable: if something is wrong; it says what.
         """
 
     @property
     @abc.abstractmethod
     def is_private(self) -> bool:
-        """Whether nobody but the user that this process runs as can write to it."""
+        """Whether no other user of the machine can write to it, so that its contents need no signature."""
 
     @abc.abstractmethod
     def after_fork(self) -> None:
-        """In the child of a fork: leave to the parent what is the parent's, and open anew what is needed."""
+        """In the child of a fork: abandon the parent's connections without closing them; new ones open when needed."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Close what is open. What is called after that opens it again."""
+        """Close all connections. A call after that opens them again."""
 
 
 class Watch(abc.ABC):
-    """Waits for what others write; for one thread, but for :meth:`wake`."""
+    """Waits for what other processes write. One thread uses it; any thread may call :meth:`wake`."""
 
     @abc.abstractmethod
     def begin(self, ids: Collection[str]) -> None:
-        """Watch these jobs from now on: what is read after this and changes later ends the next :meth:`wait`."""
+        """Watch these jobs, and no others, from now on.
+
+        What the caller reads from the store after this call, and what then changes, ends the next :meth:`wait`.
+        """
 
     @abc.abstractmethod
     def wait(self, timeout: float) -> Collection[str] | None:
-        """Wait until one of the jobs may have changed, or :meth:`wake` is called; at most so many seconds.
+        """Wait until one of the jobs may have changed, or :meth:`wake` is called.
 
-        :return: the ids of jobs that may have ended, others among them; None for all.
+        :param timeout: most seconds to wait.
+        :return: the ids of jobs that may have ended, possibly of other jobs too; None if it may be any of them.
         """
 
     @abc.abstractmethod
     def wake(self) -> None:
-        """End the wait now, or the next one. Never raises."""
+        """End :meth:`wait` now, or the next one if no thread waits. Never raises."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Close what is open."""
+        """Close its connection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerState:
-    """What a worker of this process does."""
+    """What a worker does."""
 
-    #: Of the process that it is, or is in.
+    #: The id of the process that it is, or runs in.
     pid: int
-    #: Whether it runs a job.
+    #: If true, it runs a job.
     busy: bool
-    #: The id of that; None where several run.
+    #: The id of the job; None if it runs none, or several.
     job: str | None = None
-    #: Whether it is ready for a job.
+    #: If true, it has started and can take a job.
     ready: bool = True
-    #: The name of the service that lives in it; None for one that runs jobs.
+    #: The name of the service that it belongs to; None for a worker that runs jobs.
     service: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
-    """How an executor is doing, in this process."""
+    """The state of an executor in this process."""
 
-    #: Workers alive; they start when they are needed.
+    #: Workers that are alive. They start when they are needed.
     workers: int
-    #: Jobs that run now.
+    #: Jobs that run.
     busy: int
     #: Jobs that wait to start.
     waiting: int
-    #: Seconds that the oldest of those has waited; 0.0 with none.
+    #: Seconds that the oldest of the waiting jobs has waited; 0.0 if there are none.
     oldest_wait: float
-    #: Whether the store answers; that of one process always does.
+    #: If true, the store answers. That of one process always does.
     store_reachable: bool
-    #: Whether jobs are accepted: not shut down.
+    #: If true, jobs are accepted: the executor was not shut down.
     accepting: bool
-    #: The services of the app, whichever process looks after them.
+    #: The services of the app, those that another process runs among them.
     services: tuple[ServiceStatus, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceStatus:
-    """How a service is doing."""
+    """The state of a service."""
 
     name: str
-    #: Ids of its worker processes; none where it does not run.
+    #: Ids of its worker processes; none if it does not run.
     pids: tuple[int, ...] = ()
-    #: How many workers it is to have, are ready, and handle a message now.
+    #: How many workers it should have, how many are ready, and how many handle a message now.
     workers: int = 0
     ready: int = 0
     busy: int = 0
-    #: Messages that wait.
+    #: Messages that wait for a worker.
     waiting: int = 0
-    #: Workers that died, or could not start.
+    #: How many times a worker has died, or could not start.
     failures: int = 0
-    #: What the last one said, or died of.
+    #: The error of the last of these failures.
     last_error: str | None = None
-    #: The id of the process that looks after it.
+    #: The id of the process that supervises the workers.
     supervisor: int | None = None

@@ -1,4 +1,4 @@
-"""What the stores have in common that several processes share."""
+"""The base of the stores that several processes share: who is dead, and what to do when the store is not available."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.stores.codec import encode_key
 from flask_executor.stores.leases import is_alive, pid_of
 
-#: Seconds for which a store that was not available is not asked again: requests must not queue up before it.
-_PAUSE = 1.0
-_HOUR = 3600.0
-#: Messages of one job that are given at a time.
+#: Seconds for which a store that did not answer is not asked again, so that requests do not queue up for it.
+_OUTAGE_PAUSE = 1.0
+_MIN_MEMORY = 3600.0  # seconds that expired jobs are remembered, at least
+#: Most messages of one job that :meth:`~flask_executor.abc.JobStore.take_requests` returns.
 MESSAGES_PER_JOB = 100
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record as it was read, and who has the job."""
+    """A record as it was read, and the holder of its job."""
 
     job: Job
     holder: str
@@ -38,7 +38,7 @@ def as_lost(stored: StoredRecord) -> Job:
 
 
 def was_transferred(there: StoredRecord, entry: Entry) -> bool:
-    """Whether a job that cannot be taken was taken with this very entry before, and only the answer was lost."""
+    """Whether a transfer that was refused has succeeded before with this very entry, and only the answer was lost."""
     job = entry.job
     if there.holder != entry.holder:
         return False
@@ -48,13 +48,13 @@ def was_transferred(there: StoredRecord, entry: Entry) -> bool:
 
 
 def report_loss(lost: Job) -> None:
-    """Whoever finds that a job is lost, and has written it, says so: its own process cannot."""
+    """Log that a job is lost. The process that has written it does that, as the holder is dead."""
     extra = {"job_id": lost.id, "job_key": lost.key}
     logger.error("Job %s (%s) is lost. %s", lost.name, lost.id, lost.error, extra=extra)
 
 
 def message_limit_error(id: str) -> QueueFull:
-    """There is no room for one more message to this job."""
+    """The error for a message to a job for which too many wait."""
     return QueueFull(
         "messages to one job",
         MOST_MESSAGES,
@@ -65,21 +65,21 @@ def message_limit_error(id: str) -> QueueFull:
 
 
 def skipped(error: Exception) -> None:
-    """A record cannot be read: another version may have written it. It is as if it was not there, for us."""
+    """Log that a record cannot be read, which another version may have written; the store acts as if there was none."""
     logger.warning("A record in the job store cannot be read, and is left out: %s", describe_error(error))
 
 
 class SharedStore(JobStore):
-    """Finds out who is dead; where and how records are kept is the adapter's."""
+    """Finds the jobs of dead holders, and translates errors; adapters read and write the records."""
 
     def __init__(self, options: StoreOptions) -> None:
         self.options = options
-        #: Seconds for which is remembered that there was a job.
-        self.memory = max(options.result_ttl, _HOUR)
-        #: For reading and for writing: until when nobody need ask, and why (monotonic).
+        #: Seconds that an expired job is remembered.
+        self.memory = max(options.result_ttl, _MIN_MEMORY)
+        #: For reading (False) and for writing (True): until when the store is not asked (monotonic), and why.
         self._down: dict[bool, tuple[float, str]] = {}
 
-    # ---- the adapter's ----
+    # ---- what adapters implement ----
 
     @abc.abstractmethod
     def _read(self, id: str) -> StoredRecord | None:
@@ -101,21 +101,21 @@ class SharedStore(JobStore):
 
     @abc.abstractmethod
     def _mark_lost(self, stored: StoredRecord) -> Job:
-        """Write that a job is lost, as :func:`as_lost` says, unless it has ended meanwhile; its record then."""
+        """Write that a job is lost, unless it has ended meanwhile; its record after that. Calls :func:`as_lost`."""
 
     @abc.abstractmethod
     def _has_lease(self, holder: str) -> bool:
-        """Whether the lease of a holder holds."""
+        """Whether the lease of a holder has not run out."""
 
     @abc.abstractmethod
     def _reasons(self) -> tuple[type[Exception], ...]:
-        """What is raised when the store is not available."""
+        """What the store's library raises when the store is not available."""
 
     @abc.abstractmethod
     def _explain(self, error: Exception) -> str:
-        """What such an error means, and what to do."""
+        """The text of such an error: what is wrong, and what to do."""
 
-    # ---- the base's ----
+    # ---- what they inherit ----
 
     def get(self, id: str) -> Job | None:
         with self.reaching():
@@ -145,7 +145,7 @@ class SharedStore(JobStore):
             return [job for job in jobs if status is None or job.status is status]
 
     def _detect_loss(self, stored: StoredRecord | None) -> Job | None:
-        """The record, now that it was looked whether the job is lost."""
+        """The record, marked as lost if its holder is dead."""
         if stored is None:
             return None
         if stored.job.status.ended or not self._dead({stored.holder}):
@@ -153,7 +153,7 @@ class SharedStore(JobStore):
         return self._mark_lost(stored)
 
     def _dead(self, holders: Iterable[str]) -> set[str]:
-        """Those of the holders that are dead: gone from this machine, or not heard of from another."""
+        """Those of the holders that are dead: gone from this machine, or on another one and without a lease."""
         dead = set()
         for holder in holders:
             alive = is_alive(holder)
@@ -163,9 +163,9 @@ class SharedStore(JobStore):
 
     @contextmanager
     def reaching(self, *, writing: bool = False) -> Iterator[None]:
-        """What the store's library raises within becomes :exc:`~flask_executor.StoreUnavailable`.
+        """Translate what the store's library raises within to :exc:`~flask_executor.StoreUnavailable`.
 
-        For a moment after that nobody is made to wait for a store which does not answer.
+        After an error that took long to find out, others fail at once for a moment, instead of waiting too.
         """
         down = self._down.get(writing)
         if down is not None and time.monotonic() < down[0]:
@@ -177,7 +177,7 @@ class SharedStore(JobStore):
         except self._reasons() as error:
             why = self._explain(error)
             if self._is_slow(error):
-                self._down[writing] = (time.monotonic() + _PAUSE, why)
+                self._down[writing] = (time.monotonic() + _OUTAGE_PAUSE, why)
             raise StoreUnavailable(self.where, why) from error
         self._down.pop(writing, None)
 

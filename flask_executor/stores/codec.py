@@ -14,7 +14,7 @@ from flask_executor.jobs.model import RESERVED_PREFIX, Job, JobStatus, LogLine
 
 
 def is_internal_key(key: Hashable) -> bool:
-    """Whether this is a key that this package has made, and not the user."""
+    """Whether this package has made the key for itself, as for a step of a flow."""
     return isinstance(key, tuple) and bool(key) and isinstance(key[0], str) and key[0].startswith(RESERVED_PREFIX)
 
 
@@ -45,7 +45,7 @@ def encode_key(key: Hashable) -> str:
 
 
 def _can_be_encoded(text: str) -> bool:
-    """Whether it has no half of a surrogate pair, as the name of a file may."""
+    """Whether it has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -59,24 +59,24 @@ def decode_key(text: str) -> Any:
 
 
 def encode_prefix(within: tuple[Hashable, ...]) -> str:
-    """What the text of each longer tuple begins with that begins with the elements of ``within``."""
+    """What the text of every key begins with that is a longer tuple and begins with the elements of ``within``."""
     return encode_key((*within, 0))[:-2]
 
 
 def replace_surrogates(text: str | None) -> str | None:
-    """``text``, as it can be encoded: half of a surrogate pair may stand in the name of a file, and so in a message."""
+    """``text`` without lone surrogates, which UTF-8 cannot encode; names of files may have them."""
     return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def encode_meta(job: Job) -> str | None:
-    """The meta of a job as JSON; a value that JSON does not have is its ``repr``."""
+    """The meta of a job as JSON, with the ``repr`` of values that JSON does not have."""
     if not job.meta:
         return None
     return json.dumps({name: jsonable(value) for name, value in job.meta.items()})
 
 
 def jsonable(value: object) -> Any:
-    """A value as JSON has it, or what it looks like."""
+    """A value as it comes back from JSON; its ``repr`` if JSON does not have it."""
     if value is None or type(value) in (str, bool):
         return value
     try:
@@ -94,7 +94,7 @@ def decode_meta(text: str | None) -> MappingProxyType[str, Any]:
 
 
 def encode_job(job: Job, **more: Any) -> str:
-    """A record as JSON, and what else belongs to it, at its end."""
+    """A record as JSON, with further fields at its end."""
     fields = {name: getattr(job, name) for name in job.__dataclass_fields__}
     fields["key"] = None if job.key is None else encode_key(job.key)
     fields["meta"] = encode_meta(job)
@@ -102,7 +102,7 @@ def encode_job(job: Job, **more: Any) -> str:
 
 
 def decode_job(text: str | bytes) -> tuple[Job, dict[str, Any]]:
-    """The record that :func:`encode_job` made ``text`` of, and what else was there."""
+    """The record that :func:`encode_job` made ``text`` of, and the further fields."""
     fields = json.loads(text)
     more = {name: fields.pop(name) for name in fields.keys() - Job.__dataclass_fields__.keys()}
     fields["key"] = None if fields["key"] is None else decode_key(fields["key"])

@@ -1,7 +1,7 @@
-"""Who has a job: a process that can be told from all others, and found dead by those on the same machine.
+"""Holders: ids of the processes that have jobs, by which processes of the same machine can tell whether they are alive.
 
-A holder is written as ``machine.pid.start.random``. *machine* stands for what process ids are unique in: this start of
-this machine, and the container. *start* tells a process from an earlier one with the same id.
+A holder is written as ``machine.pid.start.random``. *machine* is a digest of what process ids are unique in: the
+machine, its boot, and the container. *start* tells a process from an earlier one with the same id.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pathlib import Path
 
 from flask_executor.jobs.model import new_id
 
-#: Seconds that a holder counts as alive after it was heard of last, and after how many it lets itself be heard.
+#: A lease lasts LEASE_SECONDS; its holder renews it every HEARTBEAT_SECONDS.
 LEASE_SECONDS, HEARTBEAT_SECONDS = 12.0, 4.0
 _ENGINE = "engine"
 
 
 def new_holder_id() -> str:
-    """This process, as a new holder."""
+    """An id for this process, different from earlier ones."""
     pid = os.getpid()
     return f"{_machine()}.{pid}.{_own_start(pid)}.{new_id()[:8]}"
 
 
 def engine_holder(name: str) -> str:
-    """What has the jobs that wait in the queue of an engine, and is always there."""
+    """The id of an engine, which has the jobs in its queue and is never dead."""
     return f"{_ENGINE}.0..{name}"
 
 
 def is_alive(holder: str) -> bool | None:
-    """Whether the process of a holder is there; None when that cannot be told from here, and its lease has to tell."""
+    """Whether the process of a holder is alive; None if this process cannot tell, and the lease has to."""
     machine, pid, start, _ = holder.split(".")
     if machine == _ENGINE:
         return True
@@ -40,7 +40,7 @@ def is_alive(holder: str) -> bool | None:
         return None
     if int(pid) == os.getpid():
         return start == _own_start(int(pid))
-    if os.name == "nt":  # where to ask whether a process is there would be to send it Ctrl-C
+    if os.name == "nt":  # where os.kill(pid, 0) sends Ctrl-C
         return None
     if not _exists(int(pid)):
         return False
@@ -59,7 +59,7 @@ def _machine() -> str:
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:
             parts.append(str(Path(path).readlink()) if "ns" in path else Path(path).read_text())
-        except OSError:  # not Linux: the name has to do
+        except OSError:  # not Linux: the name has to be enough
             continue
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
@@ -80,9 +80,9 @@ def _own_start(pid: int) -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process was started, in the system's own count; None where that cannot be seen."""
+    """When a process was started, in clock ticks since the boot; None if the system does not show it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return "ended" if fields[0] in "ZX" else fields[19]  # a zombie is one that nobody has asked about yet
+    return "ended" if fields[0] in "ZX" else fields[19]  # a zombie has ended, but its parent has not waited for it

@@ -1,4 +1,4 @@
-"""Records in the memory of one process: nothing to install, seen by nobody else, gone when it ends."""
+"""Records in the memory of one process: nothing to install, not seen by other processes, gone when it ends."""
 
 from __future__ import annotations
 
@@ -13,38 +13,37 @@ from flask_executor.jobs.model import Job, JobState, JobStatus, LogLine
 
 
 class MemoryStore(JobRecords):
-    """Keeps the live jobs themselves; a step needs no writing down.
+    """Keeps the :class:`JobState` objects themselves, so that a change of status needs no write.
 
-    Needs no lock: each operation on a dict or a deque is atomic, and what a reader sees between two of
-    them is a job more or less, never a broken one.
+    Needs no lock: each operation on a dict or a deque is atomic. Between two of them a reader sees a job more or less,
+    but never half of one.
 
-    :param max_records: most jobs that have ended to keep.
-    :param ttl: seconds for which they are kept.
+    :param max_records: most ended jobs to keep.
+    :param ttl: seconds to keep them for.
     """
 
     def __init__(self, max_records: int, ttl: float) -> None:
         self._max_records = max_records
         self._ttl = ttl
-        self._expired: dict[
-            str | tuple[Hashable], float
-        ] = {}  # ids, and keys in a tuple: when they left, in that order
+        # When records expired, oldest first; by id, and by key, which stands in a tuple.
+        self._expired: dict[str | tuple[Hashable], float] = {}
         self._jobs: dict[str, JobState] = {}
         self._ended: deque[JobState] = deque()  # in the order in which they ended
         self._by_key: dict[Hashable, JobState] = {}
 
     def add(self, job: JobState) -> None:
-        """Take up a job that is about to be queued."""
+        """Record a job that is about to be queued."""
         self._jobs[job.id] = job
         if job.key is not None:
             self._by_key[job.key] = job
 
     def end(self, job: JobState) -> None:
-        """The job has ended."""
+        """Let a job that has ended expire from now on."""
         self._ended.append(job)
         self._clean()
 
     def _clean(self) -> None:
-        """Have those leave whose time has come, or which are too many."""
+        """Remove what has expired, and the oldest ended jobs if there are too many."""
         ended, now = self._ended, time.time()
         while ended and (len(ended) > self._max_records or (ended[0].ended_at or now) <= now - self._ttl):
             try:
@@ -73,7 +72,7 @@ class MemoryStore(JobRecords):
         return left is not None and time.time() - left < max(self._ttl, 3600.0)
 
     def remove(self, id: str) -> None:
-        """Forget a job, as if it had never been."""
+        """Forget a job as if it had never existed."""
         job = self._jobs.get(id)
         if job is not None:
             self._forget(job)

@@ -204,7 +204,7 @@ class RedisStore(SharedStore):
     ) -> Iterable[StoredRecord]:
         if limit == 0:
             return
-        mark = b"" if status is None else f'"status": "{status}"'.encode()  # to save the work of decoding
+        mark = b"" if status is None else f'"status": "{status}"'.encode()  # decoding the others would take longer
         found = 0
         for text in self._not_ended() if status is not None and not status.ended else self._newest(owner, limit):
             stored = _stored(text) if text is not None and mark in text else None
@@ -216,11 +216,11 @@ class RedisStore(SharedStore):
             ):
                 found += 1
                 yield stored
-                if found == limit:  # before another lot is read
+                if found == limit:  # before another batch is read
                     return
 
     def _newest(self, owner: str | None, limit: int | None) -> Iterator[bytes | None]:
-        """The records, youngest first, read some at a time."""
+        """The records, youngest first, read in batches."""
         name = "jobs" if owner is None else f"of:{owner}"
         begin, size = 0, _BATCH_SIZE if limit is None else max(1, min(limit, _BATCH_SIZE))
         while (texts := self._run(scripts.NEWEST_RECORDS, name=name, first=begin, last=begin + size - 1)) is not None:
@@ -315,7 +315,7 @@ class RedisStore(SharedStore):
             return self._purge(self._redis.zrangebyscore(f"{self._prefix}ended", "-inf", f"({ended_before!r}"))
 
     def _purge(self, members: Sequence[bytes]) -> int:
-        """Remove records, given as they stand in ``ended``."""
+        """Remove records, given by their members of ``ended``."""
         for batch in _batches(members):
             self._run(scripts.FORGET, jobs=[names.decode() for names in batch])
         return len(members)
@@ -398,7 +398,7 @@ class _Subscription(Watch):
         self._wakes = f"{store._prefix}wake:{new_id()}"
         self._pubsub: Any = None
         self._channels: set[str] = set()
-        self._heard: set[str] = set()  # channels of which something has come that nobody has waited for yet
+        self._heard: set[str] = set()  # channels with messages since the last wait
 
     def begin(self, ids: Collection[str]) -> None:
         wanted = {self._wakes, *(f"{self._store._prefix}job:{id}" for id in ids)}
@@ -409,7 +409,7 @@ class _Subscription(Watch):
             if new:
                 self._pubsub.subscribe(*new)
             self._channels = wanted
-            while new:  # what changes from here on must be heard of
+            while new:  # after that no change is missed
                 message = self._pubsub.get_message(timeout=_ANSWER_TIMEOUT)
                 if message is None:
                     raise redis.TimeoutError(f"no answer in {_ANSWER_TIMEOUT:g} s")
@@ -432,7 +432,7 @@ class _Subscription(Watch):
             self._heard.add(message["channel"].decode())
 
     def wake(self) -> None:
-        with suppress(redis.RedisError, OSError):  # whoever waits there will hear of that by itself
+        with suppress(redis.RedisError, OSError):  # the thread that waits gets the same error
             self._store._redis.publish(self._wakes, "")
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ class SQLiteStore(SharedStore):
         return None if there is None or there.id == entry.job.id else there
 
     def _current_claimant(self, connection: sqlite3.Connection, entry: Entry, *, again: bool) -> Job | None:
-        """The job that has the key; None, and it has the key no more, when it may be taken from it."""
+        """The job that has the key; None after taking the key from a job from which it may be taken."""
         there = self._holding_in(connection, encode_key(entry.job.key))
         if there is not None and not there.job.status.ended and self._dead({there.holder}):
             there = StoredRecord(self._lose_in(connection, there), there.holder)
@@ -118,13 +118,13 @@ class SQLiteStore(SharedStore):
     def _insert(self, connection: sqlite3.Connection, entry: Entry, *, has_key: bool = True) -> None:
         """Write a new record.
 
-        :raises sqlite3.IntegrityError: when another job has the key, or there is this one already.
+        :raises sqlite3.IntegrityError: if another job has the key, or the record is there already.
         """
         has_key = has_key and entry.job.key is not None
         connection.execute(INSERT, (self._space, has_key, *row_of(entry)))
 
     def _restore(self, connection: sqlite3.Connection, entry: Entry) -> None:
-        """Write a record that is not here (any more), and let the job have its key if that is free."""
+        """Write a record that is not there, or no longer, with its key if the job has not ended and the key is free."""
         has_key = not entry.job.status.ended
         try:
             self._insert(connection, entry, has_key=has_key)
@@ -175,7 +175,7 @@ class SQLiteStore(SharedStore):
                 f"SELECT 1 FROM jobs WHERE space = ? AND {column} = ? LIMIT 1",
                 (self._space, value, now, self._space, value),
             ).fetchone()
-            # Asked last: the first record of a job may be written meanwhile.
+            # Last, as the first record of the job may be written meanwhile.
             return row is not None and self._one(connection, f"space = ? AND {column} = ?", self._space, value) is None
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> Sequence[Hashable]:
@@ -205,7 +205,7 @@ class SQLiteStore(SharedStore):
         return self._one(connection, "has_key AND space = ? AND key = ?", self._space, key)
 
     def _one(self, connection: sqlite3.Connection, condition: str, *values: object) -> StoredRecord | None:
-        """The youngest record that a condition holds for."""
+        """The youngest record for which a condition is true."""
         query = f"SELECT {COLUMNS} FROM jobs WHERE {condition} AND {_CURRENT} ORDER BY number DESC LIMIT 1"
         row = connection.execute(query, (*values, self._oldest())).fetchone()
         return None if row is None else record_of(row)
@@ -265,7 +265,7 @@ class SQLiteStore(SharedStore):
                 f"SELECT EXISTS (SELECT 1 FROM requests), EXISTS (SELECT 1 FROM jobs WHERE {_WITH_MAIL})", (holder,)
             ).fetchone()
         found: list[StopRequest | StoredMessage] = []
-        if has_requests:  # somebody's
+        if has_requests:  # perhaps of another holder
             found += self._take_stops(holder)
         if has_mail:
             found += self._mail(holder)
@@ -352,12 +352,12 @@ class SQLiteStore(SharedStore):
         self._find_lost()
 
     def _find_lost(self) -> set[str]:
-        """Those who have died, and had jobs."""
+        """Mark the jobs of dead holders as lost; these holders."""
         with self._reading() as connection:
             holders = {row[0] for row in connection.execute("SELECT DISTINCT holder FROM jobs WHERE ended_at IS NULL")}
         dead = self._dead(holders)
         if dead:
-            self.list(status=JobStatus.RUNNING)  # looks at each
+            self.list(status=JobStatus.RUNNING)  # which marks them
             self.list(status=JobStatus.QUEUED)
         return dead
 
@@ -376,7 +376,7 @@ class SQLiteStore(SharedStore):
             connection.execute("PRAGMA incremental_vacuum(1000)").fetchall()
 
     def _bound(self) -> None:
-        """Have the oldest leave of those that have ended, when there are too many."""
+        """Let the records of the jobs that ended first expire if there are more than ``max_records``."""
         with self._reading() as connection:
             row = connection.execute(
                 "SELECT ended_at FROM jobs WHERE space = ? AND ended_at IS NOT NULL ORDER BY ended_at DESC "
@@ -387,7 +387,7 @@ class SQLiteStore(SharedStore):
             self._purge("space = ? AND ended_at IS NOT NULL AND ended_at <= ?", (self._space, row[0]), row[0])
 
     def _oldest(self) -> float:
-        """When the jobs have ended at the latest whose records are to leave."""
+        """Records of jobs that ended before then have expired (seconds since the epoch)."""
         return time.time() - self.options.result_ttl
 
     # ---- the file ----
@@ -407,7 +407,7 @@ class SQLiteStore(SharedStore):
 
     @property
     def is_private(self) -> bool:
-        with self._reading():  # makes the file, if there is none
+        with self._reading():  # which makes the file if there is none
             status = self._path.stat()
         if not hasattr(os, "geteuid"):  # Windows, where the folder decides
             return True
@@ -425,7 +425,7 @@ class SQLiteStore(SharedStore):
                 connection.close()
 
     def _reopen_if_replaced(self) -> None:
-        """Open the file anew if somebody has deleted or replaced it: what is written now would be seen by nobody."""
+        """Open the file again if it was deleted or replaced: what is written to the old one, no other process sees."""
         for connection in (self._reads, self._writes):
             with connection.lock:
                 if connection.is_elsewhere():
@@ -439,7 +439,7 @@ class SQLiteStore(SharedStore):
 
     @contextmanager
     def _writing_alone(self) -> Iterator[sqlite3.Connection]:
-        """For one statement. Whoever waits here behind others for whom the store was locked need not try it as well."""
+        """For one statement. The lock comes first: a thread that waited for one that failed fails at once, too."""
         with self._writes.lock, self.reaching(writing=True), self._writes as connection:
             yield connection
 
@@ -480,7 +480,7 @@ def _stops(connection: sqlite3.Connection, holder: str) -> list[tuple[int, str, 
 
 
 def _write_more(connection: sqlite3.Connection, entry: Entry) -> None:
-    """What is not in the record."""
+    """Write the outcome and the log of an entry, which stand in tables of their own."""
     if entry.outcome is not None:
         connection.execute(
             "INSERT OR REPLACE INTO outcomes (number, data) SELECT number, ? FROM jobs WHERE id = ?",
@@ -514,7 +514,7 @@ def _write_log(connection: sqlite3.Connection, id: str, lines: Sequence[LogLine]
 
 
 class _FileWatch(Watch):
-    """Asks SQLite whether somebody has written anything, which costs a few microseconds; less and less often."""
+    """Polls SQLite's ``data_version``: it changes when another connection writes, and takes a few microseconds."""
 
     def __init__(self, store: SQLiteStore) -> None:
         self._store = store
@@ -522,10 +522,10 @@ class _FileWatch(Watch):
         self._woken = threading.Event()
         self._version = 0
         self._ids: Collection[str] = ()
-        self._asked = 0.0  # until when (seconds since the epoch) is known which jobs have ended
+        self._asked = 0.0  # when it was last asked which jobs have ended (seconds since the epoch)
 
     def begin(self, ids: Collection[str]) -> None:
-        if not self._asked:  # later what was not heard of yet must not be passed over
+        if not self._asked:  # later, changes between two calls of wait() must not be missed
             self._asked = time.time()
             self._version = self._data_version()
         self._ids = ids
@@ -545,7 +545,7 @@ class _FileWatch(Watch):
         return ()
 
     def _ended(self) -> Collection[str]:
-        """Those that have ended since this was asked last."""
+        """The watched jobs that have ended since this was last called."""
         since, self._asked = self._asked - _WRITE_DELAY, time.time()
         with self._store.reaching(), self._connection as connection:
             rows = connection.execute(
