@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +23,41 @@ from flask_executor import Executor
 from flask_executor.testing.contract.fixtures import MakeExecutor, shut_down, wait_until
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have tests that share what is slow to start run in one process of pytest-xdist, so that it starts once."""
+    for item in items:
+        if group := shared_part(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def shared_part(item: pytest.Item) -> str | None:
+    """The engine whose workers a test uses, or the browser."""
+    parameters = set(re.split(r"\W+", item.callspec.id)) if hasattr(item, "callspec") else set()
+    fixtures = getattr(item, "fixturenames", ())
+    for engine, workers in ENGINES.items():
+        if workers in fixtures or engine in parameters:
+            return engine
+    return "browser" if "browser" in fixtures else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist sends the report
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Escape lone surrogates in what a test has logged: pytest-xdist cannot send them."""
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+
+
 def pytest_collection_finish() -> None:
     """Spare :func:`no_leaks` from looking through what was imported, after each test."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Have programs that tests start hear of Ctrl-C, which a run in the background ignores and passes on."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from web_servers import family
+from processes import family
 
 from flask_executor.testing.contract.fixtures import wait_until
 

@@ -21,7 +21,8 @@ import pytest
 from flask import Flask, request
 from flask.testing import FlaskClient
 from flask_restful import Api
-from web_servers import family, gunicorn, serving
+from processes import family
+from web_servers import gunicorn, serving
 from werkzeug.exceptions import Unauthorized
 
 from flask_executor import MissingExtra, WorkerLost

@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
+from pathlib import Path
 
+import psutil
 import pytest
 
 
@@ -28,3 +30,27 @@ def freeze(pid: int) -> None:
     """Stop a child process, as Ctrl-Z does, and wait until it has stopped."""
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def family(pid: int) -> set[int]:
+    """All processes that descend from one; empty if it has ended."""
+    try:
+        return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def children(pid: int) -> set[int]:
+    """The processes that one has started itself."""
+    return {child.pid for child in psutil.Process(pid).children()}
+
+
+def running_in(folder: Path) -> dict[int, psutil.Process]:
+    """All processes that were started with ``PROGRAM_OF=folder`` in their environment, and those that they started."""
+    mark = str(folder)
+    found = psutil.process_iter(["environ", "status"])
+    return {
+        process.pid: process
+        for process in found
+        if process.info["status"] != psutil.STATUS_ZOMBIE and (process.info["environ"] or {}).get("PROGRAM_OF") == mark
+    }

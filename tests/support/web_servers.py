@@ -74,18 +74,3 @@ def gunicorn(folder: Path, code: str, *options: str, **environ: str) -> Iterator
     command = ["gunicorn", "--bind", "127.0.0.1:0", *options, "served:app"]
     with serving(folder, code, command, "Listening at: http://127.0.0.1:", **environ) as started:
         yield started
-
-
-def family(pid: int) -> set[int]:
-    """All processes that descend from one."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found, more = set[int](), {pid}
-    while more:
-        more = {child for child, parent in parents.items() if parent in more}
-        found |= more
-    return found

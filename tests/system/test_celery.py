@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tasks
 from flask import Flask
+from processes import children, family
 from redis_server import RedisServer
 from requirements import require
 from tasks import add, append, fail_until
@@ -101,15 +102,7 @@ def executor(make_executor: MakeExecutor, workers: Workers, app: Flask) -> Execu
     return make_executor(type="celery", url=workers.broker.url)
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
-
-
-def running(pids: list[int]) -> list[int]:
+def running(pids: Iterable[int]) -> list[int]:
     def is_running(pid: int) -> bool:
         try:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -189,8 +182,8 @@ class TestDeath:
     ) -> None:
         worker = workers.ours()
         future = begun()
-        child = descendants(worker.pid)[0]
-        with_it = descendants(child)
+        child = min(children(worker.pid))
+        with_it = family(child)
         os.kill(child, signal.SIGKILL)
         assert wait_until(lambda: not running([child, *with_it]))
         (tmp_path / "go").touch()  # it is sent again
@@ -201,7 +194,7 @@ class TestDeath:
     ) -> None:
         worker = workers.ours()
         future = begun()
-        with_it = descendants(worker.pid)
+        with_it = family(worker.pid)
         worker.kill()
         assert wait_until(lambda: not running(with_it))
         assert isinstance(future.exception(20), WorkerLost)
@@ -220,7 +213,7 @@ class TestDeath:
         worker = workers.ours()
         future = begun()
         waits = executor.submit(add, 1)
-        with_it = descendants(worker.pid)
+        with_it = family(worker.pid)
         worker.terminate()
         assert wait_until(lambda: "Warm shutdown" in workers.log.read_text())
         assert future.running()

@@ -16,9 +16,10 @@ import pytest
 import tasks
 from engine_workers import ENGINES
 from flask import Flask
+from processes import family
 from redis_server import RedisServer
 from requirements import require
-from web_servers import family, get, gunicorn
+from web_servers import get, gunicorn
 
 from flask_executor import UntrustedResult
 from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tasks
+from processes import running_in
 
 from flask_executor.testing.contract.fixtures import wait_until
 
@@ -62,9 +63,12 @@ class Script:
         )
         self.log = here / "log"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, path], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            environ = {**os.environ, "PROGRAM_OF": str(here)}
+            self.process = subprocess.Popen(
+                [sys.executable, path], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ
+            )
 
-    def wait(self, timeout: float = 30) -> tuple[int, str, float]:
+    def wait(self, timeout: float = 60) -> tuple[int, str, float]:
         """Its exit code, what it has written, and how many seconds it took to end."""
         begin = time.monotonic()
         code = self.process.wait(timeout)
@@ -72,28 +76,17 @@ class Script:
 
     def wait_for(self, name: str) -> None:
         """Wait until it has made a file."""
-        assert wait_until((self.here / name).exists, 20), self.log.read_text()
+        assert wait_until((self.here / name).exists, 60), self.log.read_text()
 
 
 @pytest.fixture
-def no_processes_left() -> Iterator[None]:
-    before = members()
+def no_processes_left(tmp_path: Path) -> Iterator[None]:
     yield
-    assert wait_until(lambda: members() <= before), f"left behind: {members() - before}"
-
-
-def members() -> set[int]:
-    """All processes that run a program or a worker of these tests."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes()
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state != "Z" and (b"script.py" in command or b"time.sleep(60)" in command):
-            found.add(int(folder.name))
-    return found
+    wait_until(lambda: not running_in(tmp_path))
+    left = running_in(tmp_path)
+    for process in left.values():
+        process.kill()
+    assert not left, f"left behind: {left}"
 
 
 @pytest.mark.usefixtures("no_processes_left")
@@ -250,7 +243,7 @@ wait_for_a_signal()
     )
     script.wait_for("ready")
     # As a service manager does: to all its processes.
-    for member in members():
+    for member in running_in(tmp_path):
         os.kill(member, signal.SIGTERM)
     code, log, _ = script.wait()
     assert code == 0, log

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tasks
 from flask import Flask
+from processes import children
 from redis_server import RedisServer
 from requirements import require
 from sqlalchemy import create_engine
@@ -91,11 +92,6 @@ def fetch(executor: Executor, id: str) -> rq.job.Job:
     return rq.job.Job.fetch(id, executor._queues[1].connection, JSONSerializer)
 
 
-def children_of(pid: int) -> set[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return {int(child) for child in found.stdout.split()}
-
-
 def test_plain_workers_of_rq(executor: Executor, redis_server: RedisServer, run_worker: RunWorker, path: str) -> None:
     program = rq_program()
     run_worker(program, *PLAIN, "--url", redis_server.url, "--with-scheduler", "default-high", "default")
@@ -133,7 +129,7 @@ def test_a_worker_is_killed(executor: Executor, run_worker: RunWorker, path: str
     worker = run_worker()
     future = executor.submit(tasks.wait_for, path)
     assert wait_until(future.running, 30)
-    inner = children_of(worker.pid)
+    inner = children(worker.pid)
     assert inner
     worker.kill()
     worker.wait()
@@ -164,9 +160,9 @@ def test_one_of_several_processes_is_killed_and_another_takes_its_place(
     command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
     parent = run_worker(*command)
     assert wait_until(lambda: executor.workers == 2, 30)
-    before = children_of(parent.pid)
+    before = children(parent.pid)
     os.kill(min(before), signal.SIGKILL)
-    assert wait_until(lambda: len(children_of(parent.pid) - before) == 1)
+    assert wait_until(lambda: len(children(parent.pid) - before) == 1)
     assert [future.result(30) for future in [executor.submit(tasks.add, n) for n in range(6)]] == list(range(6))
 
 
@@ -537,11 +533,11 @@ def test_processes_end_with_their_parent(executor: Executor, run_worker: RunWork
     command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
     parent = run_worker(*command)
     assert wait_until(lambda: executor.workers == 2, 30)
-    children = children_of(parent.pid)
-    assert len(children) == 2
+    workers = children(parent.pid)
+    assert len(workers) == 2
     parent.kill()
     parent.wait()
-    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 20)
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 20)
 
 
 def test_without_a_secret_key_nothing_is_sent(make_executor: MakeExecutor, redis_server: RedisServer) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from flask import Flask, g, request, session
-from web_servers import family, get, gunicorn
+from processes import family
+from web_servers import get, gunicorn
 from werkzeug.serving import make_server
 
 from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from web_servers import family, get, gunicorn, serving
+from processes import family
+from web_servers import get, gunicorn, serving
 
 from flask_executor.testing.contract.fixtures import wait_until
 

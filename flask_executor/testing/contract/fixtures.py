@@ -101,7 +101,7 @@ def run_in_threads(count: int, fn: Callable[[], object]) -> None:
         thread.join()
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10) -> bool:
+def wait_until(condition: Callable[[], object], timeout: float = 30) -> bool:
     """Wait for a condition, at most ``timeout`` seconds; whether it came true."""
     deadline = time.monotonic() + timeout
     while not condition():
