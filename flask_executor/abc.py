@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flask_executor.exceptions import Unsupported
-from flask_executor.jobs.call import Call
+from flask_executor.jobs.call import Call, CallControl
 from flask_executor.jobs.model import Job, JobMessage, JobStatus, LogLine
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class BackendOptions:
 PreparedCall = Call
 
 
-class Backend(concurrent.futures.Executor):
+class Backend(concurrent.futures.Executor, CallControl):
     """What runs jobs: a :class:`concurrent.futures.Executor` that also takes prepared calls.
 
     Its constructor takes one :class:`BackendOptions` and raises nothing for a valid configuration. It starts no thread

@@ -37,11 +37,12 @@ from flask_executor.executor.submission import Args, Kwargs, Submission
 from flask_executor.futures import FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import weak_callback
 from flask_executor.helpers.log import logger
+from flask_executor.jobs.call import CallControl
 from flask_executor.jobs.contexts import NO_CONTEXT
 from flask_executor.jobs.current import running_job
 from flask_executor.jobs.log_records import install_record_factory
 from flask_executor.jobs.model import JobOptions, JobStatus
-from flask_executor.services.registry import Services
+from flask_executor.services.registry import ServiceRegistry
 from flask_executor.stores.leases import engine_holder
 from flask_executor.tracking.engine_handover import EngineHandover
 from flask_executor.tracking.local import JobTracker
@@ -216,8 +217,8 @@ class AppExecutor:
 
     # ---- services ----
 
-    def _make_services(self) -> Services:
-        return Services(self, self.worker_options, self._executor.services, self._executor.handlers)
+    def _make_services(self) -> ServiceRegistry:
+        return ServiceRegistry(self, self.worker_options, self._executor.services, self._executor.handlers)
 
     def start_services(self, sender: object, **_: object) -> None:
         """A request has come: this process serves, and is no reloader or master. Receives ``request_started``."""
@@ -240,9 +241,9 @@ class AppExecutor:
         """Have jobs and services end before the process does."""
         register_for_shutdown(self)
 
-    def call(self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: Args) -> FutureProxy[Any]:
-        """Start a call of a service on its backend."""
-        return self.submission.submit_to(backend, options, fn, args)
+    def call(self, control: CallControl, options: JobOptions, fn: Callable[..., Any], args: Args) -> FutureProxy[Any]:
+        """Start a job of a service, and have ``control`` run it."""
+        return self.submission.submit_to(control, options, fn, args)
 
     # ---- looking ----
 

@@ -37,7 +37,7 @@ from flask_executor.helpers.fork_hooks import after_fork_in_child, run_missed_ho
 from flask_executor.jobs.contexts import CapturedContext, current_app_or_none
 from flask_executor.jobs.model import JobOptions
 from flask_executor.services.definition import Service, ServiceDefinition
-from flask_executor.services.registry import ServiceHandle, Services
+from flask_executor.services.registry import ServiceHandle, ServiceRegistry
 from flask_executor.web.pages import job_owner, register_pages
 from flask_executor.web.waiting import is_retry_request, require_request, result_or_answer, store_errors_as_503
 
@@ -326,7 +326,7 @@ class Executor(Submitter, InstanceProxy, concurrent.futures.Executor):
 
         return decorate
 
-    def _services(self) -> Services:
+    def _services(self) -> ServiceRegistry:
         return self._app_executor()[1].services
 
     def add_default_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:

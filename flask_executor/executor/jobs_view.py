@@ -89,7 +89,7 @@ class AppJobs:
     def worker_states(self) -> Sequence[WorkerState]:
         """The workers of this process: worker processes; for a backend without any, the process itself."""
         app_executor = self._app_executor
-        services = [worker for pool in app_executor.services.started() for worker in pool.crew()]
+        services = [worker for pool in app_executor.services.started() for worker in pool.worker_states()]
         backend = app_executor.backend_or_none
         workers = () if backend is None else backend.worker_states()
         if workers or app_executor.remote:

@@ -38,7 +38,7 @@ from flask_executor.executor.stopping import describe_jobs
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import callable_name, is_multiprocess_request
 from flask_executor.helpers.log import logger
-from flask_executor.jobs.call import Call, CallState
+from flask_executor.jobs.call import Call, CallControl, CallState
 from flask_executor.jobs.contexts import CALLER_CONTEXT, NO_CONTEXT, CapturedContext
 from flask_executor.jobs.model import JobOptions, JobState
 from flask_executor.jobs.packing import ChunkedFunction
@@ -104,13 +104,15 @@ class Submission:
                 call.run()
         return found
 
-    def submit_to(self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: Args) -> FutureProxy[Any]:
-        """Start a job without contexts on another backend than the executor's: that of a service.
+    def submit_to(
+        self, control: CallControl, options: JobOptions, fn: Callable[..., Any], args: Args
+    ) -> FutureProxy[Any]:
+        """Start a job without contexts, and have something else than the backend run it: a service.
 
         It does not count against ``EXECUTOR_MAX_PENDING``, and is accepted after a shutdown too, as jobs that are still
         running may call services.
         """
-        return self._start(self._prepare(NO_CONTEXT, options, fn, args, {}, None, uncounted=True), backend)
+        return self._start(self._prepare(NO_CONTEXT, options, fn, args, {}, None, uncounted=True), control)
 
     def defer(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -268,18 +270,18 @@ class Submission:
 
     # ---- starting ----
 
-    def _start(self, call: Call, backend: Backend | None = None) -> FutureProxy[Any]:
+    def _start(self, call: Call, control: CallControl | None = None) -> FutureProxy[Any]:
         future, producer = call.future, self._app_executor.producer
         try:
             self._announce(call)
-            call.backend = backend = backend or self._app_executor.backend
-            if call.delay and backend.engine is None and backend.capacity is not None:
+            call.backend = target = control or self._app_executor.backend
+            if call.delay and isinstance(target, Backend) and target.engine is None and target.capacity is not None:
                 self._schedule(call)
             elif producer is not None and producer.owns(future):
                 producer.send(call)
             else:
                 call.enter(CallState.QUEUED)
-                backend.enqueue(call)
+                target.enqueue(call)
         except BaseException as error:
             self._take_back(future, error)
         return future

@@ -45,6 +45,17 @@ class SerialThread:
         """How many have not run to their end."""
         return self._pending
 
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until it has run what it was given until now; at once if this is called by what it runs.
+
+        :param timeout: most seconds to wait; None for as long as it takes.
+        """
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            done = threading.Event()
+            self.run(done.set)
+            done.wait(timeout)
+
     def close(self, *, wait: bool) -> None:
         """End the thread after what it was given until now.
 

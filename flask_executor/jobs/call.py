@@ -17,7 +17,6 @@ from flask_executor.jobs.current import RunningJob
 from flask_executor.jobs.model import JobMessage, JobOptions, JobState, JobStatus
 
 if TYPE_CHECKING:
-    from flask_executor.abc import Backend
     from flask_executor.futures import FutureProxy
 
 
@@ -123,6 +122,30 @@ class JobChannel(abc.ABC):
         """``fn``, made to run later in a copy of the contexts of whoever calls this now."""
 
 
+class CallControl(abc.ABC):
+    """What has the calls that it is given: a backend, or the way to a process that has one. Used by any thread."""
+
+    @abc.abstractmethod
+    def enqueue(self, call: Call) -> None:
+        """Accept a call, which is then run once or its future cancelled."""
+
+    @abc.abstractmethod
+    def withdraw(self, call: Call) -> bool:
+        """Give up a call that has not started, so that it can be cancelled; False when it has started."""
+
+    @abc.abstractmethod
+    def request_stop(self, call: Call, attempt: int, reason: JobStatus) -> None:
+        """Tell this attempt of a running call that it has to stop, as its job says: STOPPED or TIMED_OUT."""
+
+    @abc.abstractmethod
+    def kill(self, call: Call, attempt: int) -> None:
+        """End this attempt of a running call by force, and nothing else."""
+
+    @abc.abstractmethod
+    def deliver(self, call: Call, message: JobMessage) -> None:
+        """Send a message to the job of a call that has not ended."""
+
+
 class Call:
     """A function, its arguments and contexts, the job it is the work of, and the handle to settle.
 
@@ -169,7 +192,7 @@ class Call:
         self.channel = channel
         self.options = options
         self.state = CallState.ACCEPTED
-        self.backend: Backend | None = None
+        self.backend: CallControl | None = None
         #: What the backend has made of it and wants again for the next attempt.
         self.packed: Any = None
         #: Messages that came before the job ran. They belong to what runs it: this class, which guards them with

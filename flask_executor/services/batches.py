@@ -1,10 +1,10 @@
-"""Messages that nobody waits for, on their way to the workers of a service."""
+"""Messages without an answer, on their way to the workers of a service."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,58 +13,62 @@ from typing import Any
 
 from flask_executor.exceptions import ExecutorShutdown, WorkerLost
 from flask_executor.helpers.log import logger
-from flask_executor.services.worker import begun_and_ended, deliver
+from flask_executor.services.worker import begun_and_ended, handle_batch
 
-_BATCH = 6 * 1024  # bytes of messages in a batch, more or less: what counts as small on its way to a worker
-_BRIEF = 0.01  # seconds after which a worker gives back the rest of a batch, where there are others to handle it
-_FIRST = 8  # messages of a batch, at most, while it is not known how long they take
-_MOST_CRASHES = 3  # of the workers that handled one message
+_BATCH_SIZE = 6 * 1024  # bytes of messages in a batch, more or less: what counts as small on its way to a worker
+_BATCH_SECONDS = 0.01  # with several workers: handle a batch for so long, and return the rest for an idle one to take
+_FIRST_BATCH_LENGTH = 8  # messages of a batch, at most, while it is not known how long they take
+_MAX_CRASHES = 3  # workers that may die of one message
 
 
 @dataclass(slots=True, eq=False)
-class Letter:
-    """A message on its way: its type and body, pickled."""
+class QueuedMessage:
+    """A message on its way."""
 
+    #: Its type and body, pickled.
     data: bytes
     type: str
+    #: Called when some messages with this one have been handled, or dropped: how many.
+    on_handled: Callable[[int], object] | None = None
     #: How many workers have died of it.
     crashes: int = 0
 
 
-class Mailbox:
+class MessageBatcher:
     """Sends messages in batches: a message at once while there are few, and many at a time when they come fast.
 
     A message is in ``_waiting`` or in one batch. What comes back of a batch goes to the head of ``_waiting``: what its
     worker had no time for; and when a worker dies the messages that it had not begun, and the one that it was in the
-    middle of, unless it was so for the last time.
+    middle of, unless that is dropped.
 
     :param name: of the service.
     :param submit: has a worker call a function.
-    :param broadcasts: how many there were.
-    :param most_batches: that are under way; two for each worker.
-    :param in_order: whether a worker is to handle a batch to its end, as what it gave back would lose its place.
+    :param broadcasts: how many broadcasts there were.
+    :param max_batches: most batches that workers have; two for each worker.
+    :param in_order: If true, a worker handles a batch to its end, as what it returned would lose its place.
     """
 
-    # Everything is changed under _lock. Batches are submitted under it as well, to keep their order.
+    # Everything is changed under _lock, by threads that send and by the supervisor thread, which ends batches. Batches
+    # are submitted under it as well, to keep their order.
 
     def __init__(
         self,
         name: str,
         submit: Callable[..., Future[Any]],
         broadcasts: Callable[[], int],
-        most_batches: int,
+        max_batches: int,
         *,
         in_order: bool,
     ) -> None:
         self._name = name
         self._submit = submit
         self._broadcasts = broadcasts
-        self._most_batches = most_batches
-        self._seconds = math.inf if in_order else _BRIEF
-        self._most_letters = _FIRST  # of a batch
+        self._max_batches = max_batches
+        self._seconds = math.inf if in_order else _BATCH_SECONDS
+        self._max_length = _FIRST_BATCH_LENGTH  # messages of a batch
         self._lock = threading.RLock()
-        self._waiting: deque[Letter] = deque()
-        self._under_way: dict[Future[Any], tuple[int, Sequence[Letter]]] = {}
+        self._waiting: deque[QueuedMessage] = deque()
+        self._batches: dict[Future[Any], tuple[int, Sequence[QueuedMessage]]] = {}
         self._numbers = count(1)
         self._length = 0
         self._closed = False
@@ -75,86 +79,92 @@ class Mailbox:
 
     @property
     def batches(self) -> int:
-        """How many batches are under way."""
-        return len(self._under_way)
+        """How many batches workers have."""
+        return len(self._batches)
 
-    def put(self, type: str, message: bytes) -> None:
-        """Take in a message: its type, and type and body pickled.
+    def put(self, message: QueuedMessage) -> None:
+        """Send a message.
 
         :raises ExecutorShutdown: after :meth:`close`.
         """
         with self._lock:
             if self._closed:
                 raise ExecutorShutdown(f"service {self._name!r} was stopped, and takes no more messages")
-            self._waiting.append(Letter(message, type))
+            self._waiting.append(message)
             self._length += 1
-            self._send_off()
+            self._send_batches()
 
     def flush(self) -> None:
-        """Hand on all that waits: what is called from now on comes behind it."""
+        """Submit everything that waits: calls that are submitted from now on come behind it."""
         with self._lock:
             while self._waiting:
-                self._send(self._next_batch(math.inf))
+                self._submit_batch(self._next_batch(math.inf))
 
     def close(self) -> None:
-        """Take in no more messages, and hand on all that waits."""
+        """Accept no more messages, and submit everything that waits."""
         with self._lock:
             self._closed = True
             self.flush()
 
-    def _send_off(self) -> None:
-        while self._waiting and len(self._under_way) < self._most_batches:
-            self._send(self._next_batch(self._most_letters))
+    def _send_batches(self) -> None:
+        while self._waiting and len(self._batches) < self._max_batches:
+            self._submit_batch(self._next_batch(self._max_length))
 
-    def _next_batch(self, most_letters: float) -> Sequence[Letter]:
-        waiting = self._waiting
-        letters: list[Letter] = []
+    def _next_batch(self, max_length: float) -> Sequence[QueuedMessage]:
+        messages: list[QueuedMessage] = []
         size = 0
-        while waiting and size < _BATCH and len(letters) < most_letters:
-            letters.append(waiting.popleft())
-            size += len(letters[-1].data)
-        return letters
+        while self._waiting and size < _BATCH_SIZE and len(messages) < max_length:
+            messages.append(self._waiting.popleft())
+            size += len(messages[-1].data)
+        return messages
 
-    def _send(self, letters: Sequence[Letter]) -> None:
+    def _submit_batch(self, messages: Sequence[QueuedMessage]) -> None:
         number = next(self._numbers)
-        messages = [letter.data for letter in letters]
+        data = [message.data for message in messages]
         try:
-            future = self._submit(deliver, self._broadcasts(), number, messages, self._seconds)
+            future = self._submit(handle_batch, self._broadcasts(), number, data, self._seconds)
         except ExecutorShutdown:
-            lost = len(letters) + len(self._waiting)
-            logger.error("%d messages for service %r are lost, as it was stopped.", lost, self._name)
+            lost = [*messages, *self._waiting]
+            logger.error("%d messages for service %r are lost, as it was stopped.", len(lost), self._name)
             self._waiting.clear()
-            self._length -= lost
+            self._forget(lost)
             return
-        self._under_way[future] = (number, letters)
-        future.add_done_callback(self._ended)
+        self._batches[future] = (number, messages)
+        future.add_done_callback(self._on_batch_ended)
 
-    def _ended(self, future: Future[Any]) -> None:
+    def _on_batch_ended(self, future: Future[Any]) -> None:
         with self._lock:
-            number, letters = self._under_way.pop(future)
-            left_over = self._left_over(future, number, letters)
-            self._length -= len(letters) - len(left_over)
-            self._waiting.extendleft(reversed(left_over))
-            self._send_off()
+            number, messages = self._batches.pop(future)
+            rest = self._rest_of(future, number, messages)
+            self._waiting.extendleft(reversed(rest))
+            self._forget(messages[: len(messages) - len(rest)])
+            self._send_batches()
 
-    def _left_over(self, future: Future[Any], number: int, letters: Sequence[Letter]) -> Sequence[Letter]:
-        """What is to be sent again of a batch that has ended."""
+    def _rest_of(self, future: Future[Any], number: int, messages: Sequence[QueuedMessage]) -> Sequence[QueuedMessage]:
+        """The messages at the end of a batch that are to be sent again."""
         error = None if future.cancelled() else future.exception()
         if isinstance(error, WorkerLost):
-            return self._after_crash(letters, *begun_and_ended(error.mark, number))
+            return self._rest_after_crash(messages, *begun_and_ended(error.mark, number))
         if error is not None or future.cancelled():
-            logger.error("%d messages for service %r are lost: %s", len(letters), self._name, error)
+            logger.error("%d messages for service %r are lost: %s", len(messages), self._name, error)
             return ()
         handled: int = future.result()
-        self._most_letters = max(self._most_letters, 2 * handled) if handled == len(letters) else handled
-        return letters[handled:]
+        self._max_length = max(self._max_length, 2 * handled) if handled == len(messages) else handled
+        return messages[handled:]
 
-    def _after_crash(self, letters: Sequence[Letter], begun: int, ended: int) -> Sequence[Letter]:
+    def _rest_after_crash(self, messages: Sequence[QueuedMessage], begun: int, ended: int) -> Sequence[QueuedMessage]:
         if begun > ended:
-            suspect = letters[ended]
+            suspect = messages[ended]
             suspect.crashes += 1
-            if suspect.crashes >= _MOST_CRASHES:
+            if suspect.crashes >= _MAX_CRASHES:
                 what = "Service %r: a message %r of %d bytes is dropped, as %d worker processes have died of it."
                 logger.error(what, self._name, suspect.type, len(suspect.data), suspect.crashes)
-                return letters[begun:]
-        return letters[ended:]
+                return messages[begun:]
+        return messages[ended:]
+
+    def _forget(self, messages: Sequence[QueuedMessage]) -> None:
+        """These are not on their way any more: tell those who wait for that."""
+        self._length -= len(messages)
+        for on_handled, number in Counter(message.on_handled for message in messages).items():
+            if on_handled is not None:
+                on_handled(number)

@@ -1,15 +1,17 @@
-"""What lives on in worker processes beside the web app, and answers messages."""
+"""What a service is: a class whose methods handle messages, and how the app wants it to run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: Sends a message: to the service with this name, or to the app (None); its type and body.
+Send = Callable[[str | None, str, object], None]
 
-_ON = "_flask_executor_on"  # on a method: the types of messages that it handles
-_EVERY = "_flask_executor_every"  # on a method: the seconds between two calls of it
+_ON = "_flask_executor_on"  # attribute of a method: the types of messages that it handles
+_EVERY = "_flask_executor_every"  # attribute of a method: the seconds between two calls of it
 
 
 def on(type: str) -> Callable[[F], F]:
@@ -57,17 +59,11 @@ def every(seconds: float) -> Callable[[F], F]:
     return decorate
 
 
-class Sends(Protocol):
-    """Takes a message for another service, or for the app (None)."""
-
-    def __call__(self, to: str | None, type: str, body: object) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Main:
     """The app's side, as seen from a service."""
 
-    _send: Sends
+    _send: Send
 
     def send(self, type: str, body: object = None) -> None:
         """Send a message to the handler that the app has for it: ``@executor.on(service, type)``.
@@ -108,11 +104,11 @@ class Service:
     handlers: ClassVar[Mapping[str, str]] = {}
     #: The methods that are called again and again, with the seconds between two calls.
     schedule: ClassVar[Mapping[str, float]] = {}
-    #: What it is called.
+    #: The name of the service.
     name: str
     #: The app's side: ``self.main.send(type, body)``.
     main: Main
-    _send: Sends
+    _send: Send
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -149,20 +145,9 @@ class Service:
         self._send(to, type, body)
 
 
-def check_handler(cls: type[Service], name: str, type: str) -> None:
-    """See to it that a service handles messages of this type.
-
-    :param name: of the service.
-    :raises ValueError: naming those that it does.
-    """
-    if type not in cls.handlers:
-        there = ", ".join(map(repr, sorted(cls.handlers))) or "nothing"
-        raise ValueError(f"service {name!r} has no handler for {type!r}; with @on(...) it has {there}")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceDefinition:
-    """A service, as the app wants it."""
+    """A service as :meth:`Executor.service <flask_executor.Executor.service>` was asked for it."""
 
     name: str
     cls: type[Service]
@@ -170,5 +155,14 @@ class ServiceDefinition:
     workers: int
     #: "app" for one set of workers on a machine, "process" for one in each process of the app.
     per: str
-    #: Most messages that wait.
+    #: Most messages that wait for a worker.
     max_pending: int
+
+    def check_handler(self, type: str) -> None:
+        """Raise unless the service handles messages of this type.
+
+        :raises ValueError: naming the types that it handles.
+        """
+        if type not in self.cls.handlers:
+            known = ", ".join(map(repr, sorted(self.cls.handlers))) or "nothing"
+            raise ValueError(f"service {self.name!r} has no handler for {type!r}; with @on(...) it has {known}")

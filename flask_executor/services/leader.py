@@ -1,8 +1,9 @@
-"""The process that leads, and does the errands of the others."""
+"""The leader's side: it does what followers request; the protocol stands in :mod:`.protocol`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import selectors
 import socket
@@ -10,98 +11,120 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask_executor.backends.process.after_fork import close_in_child
 from flask_executor.backends.process.channel import FrameStream
 from flask_executor.backends.process.protocol import ProgressReport
-from flask_executor.exceptions import ExecutorShutdown, JobStopped, QueueFull
+from flask_executor.exceptions import ExecutorShutdown, JobStopped
 from flask_executor.helpers.log import logger
 from flask_executor.helpers.pickling import pickle_parts
-from flask_executor.jobs.call import Call
+from flask_executor.jobs.call import Call, PlainCall
 from flask_executor.jobs.model import JobState
 from flask_executor.jobs.packing import pack_error, pickle_or_explain
-from flask_executor.services.protocol import WELCOME, Errand, Leader, RelayFrame, StopCall, Talk, Workforce
+from flask_executor.services.follower import StopService
+from flask_executor.services.protocol import FrameSender, Reply, Request
+from flask_executor.services.worker import handle_call
 
-_GOODBYE = 2.0  # seconds in which others may still be given back what they have sent
-_CARE = 3600.0  # seconds after which one sees to it that the files are not taken for forgotten
+if TYPE_CHECKING:
+    from flask_executor.services.pool import ServicePool
+    from flask_executor.services.registry import ServiceRegistry
+
+_CLOSE_TIMEOUT = 2.0  # seconds that followers have to read what is left for them
+_TOUCH_INTERVAL = 3600.0  # seconds after which the files are touched, so that nobody deletes them as stale
+_ACCEPT_RETRY_DELAY = 0.1  # seconds after a connection could not be accepted, most likely for too many open files
 
 
-class Visitor(Talk):
-    """Another process, seen from the leader."""
+class FollowerConnection(FrameSender):
+    """A follower, as the leader sees it. The leader's thread changes it; supervisor threads send."""
 
-    def __init__(self, wire: FrameStream, wake: Callable[[], object]) -> None:
-        super().__init__(wire, wake)
-        #: What it has asked for and waits for, by number.
-        self.calls: dict[int, tuple[Workforce, Call]] = {}
-        #: Services for which something was given back: so is what comes behind it, until the visitor asks again.
-        self.refused: set[str] = set()
+    def __init__(self, stream: FrameStream, wake: Callable[[], object]) -> None:
+        super().__init__(stream, wake)
+        #: The calls that it has requested and that have not ended, by number, with their pools.
+        self.calls: dict[int, tuple[ServicePool, Call]] = {}
+        #: The number of the last request that was accepted.
+        self.last_accepted = 0
+        #: Whether no more are accepted.
+        self.going_away = False
+        #: By service: grants credits for so many messages.
+        self.grants: dict[str, Callable[[int], object]] = {}
 
-    def give_back(self, number: int, errand: Errand) -> None:
-        """This is not done, and nothing that comes behind it for the same service."""
-        self.refused.add(errand.service)
-        self.send(RelayFrame.MESSAGE, pickle_parts(errand), number)
+    def grant(self, service: str) -> Callable[[int], object]:
+        """What grants credits for messages to this service."""
+        if service not in self.grants:
+            self.grants[service] = functools.partial(self.send, Reply.CREDIT, [service.encode()])
+        return self.grants[service]
+
+    def go_away(self) -> None:
+        """Accept no more requests."""
+        if not self.going_away:
+            self.going_away = True
+            self.send(Reply.GOAWAY, [], self.last_accepted)
 
     def reply(self, number: int, future: Future[Any]) -> None:
         """A call has ended."""
         self.calls.pop(number, None)
-        if future.cancelled():  # as the other process wanted, which waits for it no more
+        if future.cancelled():  # as the follower wanted, which waits for it no more
             return
         error = future.exception()
         if isinstance(error, JobStopped):
-            self.send(RelayFrame.STOPPED, [], number)
+            self.send(Reply.STOPPED, [], number)
         elif error is not None:
-            self.send(RelayFrame.ERROR, [pack_error(error)], number)
+            self.send(Reply.ERROR, [pack_error(error)], number)
         else:
             try:
-                self.send(RelayFrame.RESULT, pickle_or_explain(future.result(), "The result"), number)
+                self.send(Reply.RESULT, pickle_or_explain(future.result(), "The result"), number)
             except Exception as refused:
-                self.send(RelayFrame.ERROR, [pack_error(refused)], number)
+                self.send(Reply.ERROR, [pack_error(refused)], number)
 
 
-class Teller:
-    """Tells a visitor of one of its calls."""
+class ForwardedCall(PlainCall):
+    """A call that a follower waits for, and is told of."""
 
-    def __init__(self, visitor: Visitor, number: int) -> None:
-        self._visitor = visitor
+    def __init__(self, connection: FollowerConnection, number: int, request: Request) -> None:
+        super().__init__(handle_call, (request.service, request.type, request.data), {})
+        self.job = JobState(f"{request.service}.{request.type}", id=request.job)
+        self._connection = connection
         self._number = number
 
-    def given(self) -> None:
-        """A worker gets it now."""
-        self._visitor.send(RelayFrame.GIVEN, [], self._number)
+    def assigned(self) -> None:
+        """A worker gets it now, and may begin at any time."""
+        self._connection.send(Reply.ASSIGNED, [], self._number)
 
-    def begun(self) -> None:
-        """A worker begins with it."""
-        self._visitor.send(RelayFrame.BEGUN, [], self._number)
+    def begin(self) -> bool:
+        first, claimed = self._claimed is None, super().begin()
+        if first and claimed:
+            self._connection.send(Reply.STARTED, [], self._number)
+        return claimed
 
-    def progressed(self, job: JobState) -> None:
-        """It has something new to report."""
-        if not self._visitor.wire.pending:  # or it reads slowly: later, with what is new then
-            with contextlib.suppress(Exception):  # what cannot be pickled again
+    def progressed(self) -> None:
+        if not self._connection.pending:  # or the follower reads slowly: later, with what is new then
+            job = self.job
+            with contextlib.suppress(Exception):  # of what cannot be pickled again
                 meta = None if job.meta is None else b"".join(pickle_parts(job.meta))
-                message = ProgressReport(job.id, job.progress, job.message, meta)
-                self._visitor.send(RelayFrame.MESSAGE, pickle_parts(message), self._number)
+                report = ProgressReport(job.id, job.progress, job.message, meta)
+                self._connection.send(Reply.PROGRESS, pickle_parts(report), self._number)
 
 
-class Desk:
-    """Does the errands of other processes, in a thread of its own.
+class LeaderServer:
+    """Does what followers request, in a thread of its own.
 
-    Only that thread knows the visitors; their calls end in threads of the workers' supervisors, which send the replies.
-
-    :param leader: gives the services of this process; None when the app is gone.
-    :param care: called every hour.
+    :param registry: gives the services of this process; None when the app is gone.
+    :param touch_files: called every hour.
     """
 
+    # Only that thread knows the connections. Calls end in supervisor threads of pools, which send the replies.
+
     def __init__(
-        self, listener: socket.socket, leader: Callable[[], Leader | None], care: Callable[[], object]
+        self, listener: socket.socket, registry: Callable[[], ServiceRegistry | None], touch_files: Callable[[], object]
     ) -> None:
         self._listener = listener
-        self._leader = leader
-        self._care = care
+        self._get_registry = registry
+        self._touch_files = touch_files
         self._wakes, self._wake_up = map(close_in_child, socket.socketpair())
         self._wake_up.setblocking(False)
         self._closing = False
-        self._visitors: set[Visitor] = set()
+        self._connections: set[FollowerConnection] = set()
         self._thread = threading.Thread(target=self._run, name="flask-executor-leader", daemon=True)
         self._thread.start()
 
@@ -111,63 +134,63 @@ class Desk:
             self._wake_up.send(b"w")
 
     def close(self) -> None:
-        """Give back what is not done, send what is left, and end."""
+        """Accept no more requests, send what is left, and end."""
         self._closing = True
         self.wake()
         if self._thread is not threading.current_thread():
-            self._thread.join(2 * _GOODBYE)
+            self._thread.join(2 * _CLOSE_TIMEOUT)
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._wakes, selectors.EVENT_READ)
             while not self._closing:
-                self._serve(selector, _CARE)
-                self._care()
+                self._serve(selector, _TOUCH_INTERVAL)
+                self._touch_files()
             selector.unregister(self._listener)
-            for visitor in self._visitors:
-                visitor.send(RelayFrame.MESSAGE, pickle_parts(Errand("close", "")), 0)
-            deadline = time.monotonic() + _GOODBYE
-            while self._visitors and time.monotonic() < deadline:  # until all have got back what they still sent
-                self._serve(selector, 0.1)
-        for visitor in self._visitors:
-            visitor.wire.close()
+            for connection in self._connections:
+                connection.go_away()
+            deadline = time.monotonic() + _CLOSE_TIMEOUT
+            while any(connection.pending for connection in self._connections) and time.monotonic() < deadline:
+                self._serve(selector, max(0.0, deadline - time.monotonic()))
+        for connection in self._connections:
+            connection.stream.close()
         for line in (self._listener, self._wakes, self._wake_up):
             line.close()
 
-    def _serve(self, selector: selectors.BaseSelector, patience: float) -> None:
-        for visitor in self._visitors:
-            selector.modify(visitor.wire, visitor.events(), visitor)
-        for key, events in selector.select(patience):
+    def _serve(self, selector: selectors.BaseSelector, timeout: float) -> None:
+        for connection in self._connections:
+            selector.modify(connection.stream, connection.events, connection)
+        for key, events in selector.select(timeout):
             if key.fileobj is self._wakes:
                 self._wakes.recv(4096)
             elif key.data is None:
-                self._welcome(selector)
-            elif not self._attend(key.data, events):
+                self._accept_connection(selector)
+            elif not self._read(key.data, events):
                 selector.unregister(key.fileobj)
-                self._visitors.discard(key.data)
-                key.data.wire.close()
+                self._connections.discard(key.data)
+                key.data.stream.close()
 
-    def _welcome(self, selector: selectors.BaseSelector) -> None:
+    def _accept_connection(self, selector: selectors.BaseSelector) -> None:
         try:
             end = self._listener.accept()[0]
         except OSError as error:
             logger.error("Another process of the app could not be let in: %s", error)
-            time.sleep(0.1)  # most likely there are too many open files, and it is asked again at once
+            time.sleep(_ACCEPT_RETRY_DELAY)
             return
-        visitor = Visitor(FrameStream(close_in_child(end)), self.wake)
-        self._visitors.add(visitor)
-        selector.register(visitor.wire, selectors.EVENT_READ, visitor)
-        visitor.send(RelayFrame.BEGUN, [], WELCOME)
+        connection = FollowerConnection(FrameStream(close_in_child(end)), self.wake)
+        self._connections.add(connection)
+        selector.register(connection.stream, selectors.EVENT_READ, connection)
+        connection.send(Reply.WELCOME, [], 0)
 
-    def _attend(self, visitor: Visitor, events: int) -> bool:
-        """Hear what a visitor wants; False when it has gone."""
+    def _read(self, connection: FollowerConnection, events: int) -> bool:
+        """Do what a follower requests; False when it has gone."""
         if events & selectors.EVENT_WRITE:
-            visitor.flush()
+            connection.flush()
         if events & selectors.EVENT_READ:
             try:
-                for _, number, body in visitor.wire.receive():
-                    self._do(visitor, number, pickle.loads(body))
+                for _, number, body in connection.stream.receive():
+                    self._handle(connection, number, pickle.loads(body))
             except BlockingIOError:
                 pass
             except Exception as error:
@@ -176,52 +199,79 @@ class Desk:
                 return False
         return True
 
-    def _do(self, visitor: Visitor, number: int, errand: Errand) -> None:
-        try:
-            if errand.verb in ("ready", "again"):
-                visitor.refused.discard(errand.service)
-                visitor.send(RelayFrame.RESULT, pickle_parts(None), number)
-            elif errand.verb in ("tell", "leave", "kill"):
-                self._do_for_call(visitor.calls.get(number), errand)
-            elif errand.verb == "status":
-                visitor.send(RelayFrame.RESULT, pickle_parts(self._services().local_status(errand.service)), number)
-            elif errand.service in visitor.refused:
-                visitor.give_back(number, errand)
-            elif errand.verb == "stop":
-                stop = StopCall(errand.service, pickle.loads(errand.data))
-                stop.future.add_done_callback(lambda future: visitor.reply(number, future))
-                stop.do(self._services())
+    def _handle(self, connection: FollowerConnection, number: int, request: Request) -> None:
+        if request.operation in ("deliver", "request_stop", "kill"):
+            self._control_call(connection.calls.get(number), request)
+        elif request.operation == "status":
+            self._reply_status(connection, number, request.service)
+        elif not connection.going_away:
+            try:
+                self._accept(connection, number, request)
+            except ExecutorShutdown:
+                connection.go_away()
             else:
-                self._do_with(self._services().crew(errand.service), visitor, number, errand)
-        except Exception as error:
-            full = isinstance(error, QueueFull) and errand.verb == "send"
-            if full or (isinstance(error, ExecutorShutdown) and errand.verb in ("call", "send", "broadcast", "stop")):
-                visitor.give_back(number, errand)  # for the next leader, or when there is room
-            elif errand.verb in ("call", "status"):
-                visitor.send(RelayFrame.ERROR, [pack_error(error)], number)
-            else:
-                logger.error("A message for service %r from another process is lost: %s", errand.service, error)
+                connection.last_accepted = number
 
-    def _services(self) -> Leader:
-        leader = self._leader()
-        if leader is None:
+    def _registry(self) -> ServiceRegistry:
+        registry = self._get_registry()
+        if registry is None:
             raise ExecutorShutdown("the app is gone")
-        return leader
+        return registry
 
-    def _do_for_call(self, there: tuple[Workforce, Call] | None, errand: Errand) -> None:
-        if there is not None:  # or it has ended
-            workforce, call = there
-            if errand.verb == "tell":
-                workforce.tell(call, errand.data)
+    def _reply_status(self, connection: FollowerConnection, number: int, service: str) -> None:
+        try:
+            connection.send(Reply.RESULT, pickle_parts(self._registry().local_status(service)), number)
+        except ExecutorShutdown as error:
+            connection.send(Reply.ERROR, [pack_error(error)], number)
+
+    def _control_call(self, accepted: tuple[ServicePool, Call] | None, request: Request) -> None:
+        if accepted is not None:  # or it has ended
+            pool, call = accepted
+            if request.operation == "deliver":
+                pool.deliver(call, request.data)
             else:
-                workforce.leave(call, forced=errand.verb == "kill")
+                pool.stop_call(call, forced=request.operation == "kill")
 
-    def _do_with(self, workforce: Workforce, visitor: Visitor, number: int, errand: Errand) -> None:
-        if errand.verb == "call":
-            call = workforce.start_call(errand.type, errand.data, errand.job, Teller(visitor, number))
-            visitor.calls[number] = workforce, call
-            call.future.add_done_callback(lambda future: visitor.reply(number, future))
-        elif errand.verb == "send":
-            workforce.send(errand.type, errand.data)
-        elif errand.verb == "broadcast":
-            workforce.broadcast(errand.type, errand.data)
+    def _accept(self, connection: FollowerConnection, number: int, request: Request) -> None:
+        """Do what is requested.
+
+        :raises ExecutorShutdown: when this process is shutting down, and does not do it.
+        """
+        registry, operation = self._registry(), request.operation
+        try:
+            if operation == "confirm":
+                connection.send(Reply.RESULT, pickle_parts(None), number)
+            elif operation == "stop":
+                self._stop_service(registry, connection, number, request)
+            else:
+                registry.use_pool(request.service, lambda pool: _hand_over(pool, connection, number, request))
+        except ExecutorShutdown:
+            raise
+        except Exception as error:
+            if operation == "call":
+                connection.send(Reply.ERROR, [pack_error(error)], number)
+            else:
+                logger.error("A message for service %r from another process is lost: %s", request.service, error)
+                connection.grant(request.service)(1)
+
+    def _stop_service(
+        self, registry: ServiceRegistry, connection: FollowerConnection, number: int, request: Request
+    ) -> None:
+        stop = StopService(request.service, pickle.loads(request.data))
+        stop.future.add_done_callback(lambda future: connection.reply(number, future))
+        stop.do(registry)
+
+
+def _hand_over(pool: ServicePool, connection: FollowerConnection, number: int, request: Request) -> None:
+    grant = connection.grant(request.service)
+    if request.operation == "send":
+        pool.send(request.type, request.data, on_handled=grant, bounded=False)
+    elif request.operation == "broadcast":
+        pool.broadcast(request.type, request.data)
+        grant(1)
+    else:
+        call = ForwardedCall(connection, number, request)
+        pool.check_room()
+        pool.take_over(call, call.assigned)
+        connection.calls[number] = pool, call
+        call.future.add_done_callback(lambda future: connection.reply(number, future))

@@ -1,4 +1,4 @@
-"""The workers of one service: those of this process, or of another one."""
+"""A service as one process of the app uses it: by the pool of its workers, or by the process that leads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flask_executor.abc import Backend, BackendOptions, ServiceStatus, WorkerState
+from flask_executor.abc import BackendOptions, ServiceStatus, WorkerState
 from flask_executor.backends.process.backend import ProcessBackend
 from flask_executor.backends.process.protocol import ServiceMessage
 from flask_executor.backends.process.worker_main import WorkerPlugin
@@ -17,48 +17,48 @@ from flask_executor.exceptions import QueueFull, WorkerLost
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers import describe_error
 from flask_executor.helpers.log import logger
-from flask_executor.jobs.call import Call, PlainCall
-from flask_executor.jobs.model import JobOptions, JobState, JobStatus
+from flask_executor.jobs.call import Call, CallControl
+from flask_executor.jobs.model import JobOptions, JobStatus
 from flask_executor.jobs.packing import pickle_or_explain
-from flask_executor.services.batches import Mailbox
-from flask_executor.services.definition import ServiceDefinition, check_handler
-from flask_executor.services.follower import Relay
-from flask_executor.services.protocol import Errand, Watcher
-from flask_executor.services.worker import ServiceResident, answer
+from flask_executor.services.batches import MessageBatcher, QueuedMessage
+from flask_executor.services.definition import ServiceDefinition
+from flask_executor.services.follower import LeaderClient, StopService
+from flask_executor.services.protocol import Request
+from flask_executor.services.worker import ServiceWorker, handle_call
 
 if TYPE_CHECKING:
     from flask import Flask
 
 
-class Owner(Protocol):
-    """What a crew needs of the binding it belongs to."""
+class ServiceHost(Protocol):
+    """What services need of the executor that they belong to."""
 
     @property
     def app(self) -> Flask | None:
-        """The app, None when it is gone."""
+        """The app; None when it is gone."""
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What tells the app, and this executor of it, from others on this machine."""
+        """What distinguishes the app, and this executor of it, from others on this machine."""
 
     def register_for_shutdown(self) -> None:
-        """See to it that services end before the process does."""
+        """Have services end before the process does."""
 
     def call(
-        self, backend: Backend, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...]
+        self, control: CallControl, options: JobOptions, fn: Callable[..., Any], args: tuple[Any, ...]
     ) -> FutureProxy[Any]:
-        """Start a job of a service on the backend of that."""
+        """Start a job of a service, without contexts, and have ``control`` run it."""
 
 
-class Tenant:
-    """A service, for the supervisor of its workers; who must not refer to the crew, or it would never be collected.
+class PoolEvents:
+    """What the supervisor of a pool tells; it must not refer to the pool, which would never be collected.
 
     :param route: takes the messages that the service sends, with its name.
     """
 
     def __init__(self, definition: ServiceDefinition, route: Callable[[str, ServiceMessage], None]) -> None:
         self.make_plugin: Callable[[], WorkerPlugin] = functools.partial(
-            ServiceResident, definition.name, definition.cls, definition.args
+            ServiceWorker, definition.name, definition.cls, definition.args
         )
         self.failures = 0
         self.last_error: str | None = None
@@ -83,33 +83,7 @@ class Tenant:
         self._route(self._name, message)
 
 
-class RelayedCall(PlainCall):
-    """A call that another process waits for.
-
-    :param job: as it is called there.
-    """
-
-    def __init__(
-        self,
-        args: tuple[Any, ...],
-        job: JobState,
-        watcher: Watcher,
-    ) -> None:
-        super().__init__(answer, args, {})
-        self.job = job
-        self._watcher = watcher
-
-    def begin(self) -> bool:
-        first, claimed = self._claimed is None, super().begin()
-        if first and claimed:
-            self._watcher.begun()
-        return claimed
-
-    def progressed(self) -> None:
-        self._watcher.progressed(self.job)
-
-
-class Crew:
+class ServicePool:
     """The workers of one service in this process.
 
     :param route: takes the messages that the service sends.
@@ -119,18 +93,18 @@ class Crew:
     def __init__(
         self,
         definition: ServiceDefinition,
-        owner: Owner,
+        host: ServiceHost,
         options: BackendOptions,
         route: Callable[[str, ServiceMessage], None],
     ) -> None:
         self.definition = definition
-        self._owner = owner
-        self._tenant = Tenant(definition, route)
+        self._host = host
+        self._events = PoolEvents(definition, route)
         if multiprocessing.get_context(options.start_method).get_start_method() != "fork":
-            pickle_or_explain(self._tenant.make_plugin, f"Service {definition.name!r} with its arguments")
+            pickle_or_explain(self._events.make_plugin, f"Service {definition.name!r} with its arguments")
         options = replace(options, max_workers=definition.workers, max_tasks_per_child=None)
-        self._backend = ProcessBackend(options, self._tenant)
-        self._mailbox = Mailbox(
+        self._backend = ProcessBackend(options, self._events)
+        self._batcher = MessageBatcher(
             definition.name,
             self._backend.submit,
             lambda: self._backend.broadcasts,
@@ -142,56 +116,67 @@ class Crew:
         """Start the workers, if they were not."""
         self._backend.start()
 
-    def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
-        """Have a worker handle a message; what it says."""
-        self._check_room()
-        args = self._next_call(type, message)
-        return self._owner.call(self._backend, options_of(self.definition, type, timeout), answer, args)
+    # ---- messages ----
 
-    def _next_call(self, type: str, message: bytes) -> tuple[int, bytes]:
-        """What a worker needs to know of a call that comes behind all there is."""
-        check_handler(self.definition.cls, self.definition.name, type)
-        self._mailbox.flush()
+    def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
+        """Have a worker handle a message; the handle of what it returns."""
+        self.check_room()
+        args = self._arguments_of_call(type, message)
+        return self._host.call(self._backend, _options_of_call(self.definition, type, timeout), handle_call, args)
+
+    def take_over(self, call: Call, assigned: Callable[[], object] | None = None) -> None:
+        """Have a worker handle a call of a follower: of another process, or of this one before it led.
+
+        :param assigned: called just before a worker gets it.
+        """
+        _, type, message = call.args
+        call.args = self._arguments_of_call(type, message)
+        call.backend = self._backend
+        if assigned is None:
+            self._backend.enqueue(call)
+        else:
+            self._backend.enqueue_relayed(call, assigned)
+
+    def _arguments_of_call(self, type: str, message: bytes) -> tuple[int, bytes]:
+        """The arguments of :func:`handle_call` for a call that comes behind everything that was sent."""
+        self.definition.check_handler(type)
+        self._batcher.flush()
         return self._backend.broadcasts, message
 
-    def send(self, type: str, message: bytes, *, anyway: bool = False) -> None:
+    def send(
+        self,
+        type: str,
+        message: bytes,
+        *,
+        on_handled: Callable[[int], object] | None = None,
+        bounded: bool = True,
+    ) -> None:
         """Have a worker handle a message: its type and body, pickled.
 
-        :param anyway: also if too many wait.
+        :param on_handled: called when messages with the same one have been handled or dropped: how many.
+        :param bounded: If false, accept the message even if ``max_pending`` others wait.
         """
-        check_handler(self.definition.cls, self.definition.name, type)
-        if not anyway:
-            self._check_room()
-        self._mailbox.put(type, message)
+        self.definition.check_handler(type)
+        if bounded:
+            self.check_room()
+        self._batcher.put(QueuedMessage(message, type, on_handled))
 
     def broadcast(self, type: str, message: bytes) -> None:
-        """Have every worker handle a message, before those that come from now on."""
-        check_handler(self.definition.cls, self.definition.name, type)
+        """Have every worker handle a message, before those that are sent from now on."""
+        self.definition.check_handler(type)
         self._backend.broadcast(message)
 
-    # ---- for other processes ----
+    # ---- calls that were taken over ----
 
-    def start_call(self, type: str, message: bytes, id: str, watcher: Watcher) -> Call:
-        """Have a worker handle a message for another process, which is told how it goes on."""
-        self._check_room()
-        job = JobState(name_of(self.definition, type), id=id)
-        call = RelayedCall(self._next_call(type, message), job, watcher)
-        self._backend.enqueue_relayed(call, watcher.given)
-        return call
-
-    def tell(self, call: Call, data: bytes) -> None:
+    def deliver(self, call: Call, data: bytes) -> None:
         """Send a message to the job that a call is: a JobMessage, pickled."""
         self._backend.deliver_packed(call, data)
 
-    def adopt(self, call: Call) -> None:
-        """Take over a call that was to be sent to another process."""
-        _, type, message = call.args
-        call.args = self._next_call(type, message)
-        call.backend = self._backend
-        self._backend.enqueue(call)
+    def stop_call(self, call: Call, *, forced: bool) -> None:
+        """Cancel a call, or if it has begun ask it to stop.
 
-    def leave(self, call: Call, *, forced: bool) -> None:
-        """Have a call leave, or end it by force."""
+        :param forced: If true, end it by force.
+        """
         if self._backend.withdraw(call):
             call.future.cancel()
         elif forced:
@@ -199,15 +184,19 @@ class Crew:
         else:
             self._backend.request_stop(call, call.job.attempt, JobStatus.STOPPED)
 
-    # ---- the work ----
+    # ---- the pool ----
 
-    def _check_room(self) -> None:
+    def check_room(self) -> None:
+        """Raise if there is no room for one more message.
+
+        :raises QueueFull: when ``max_pending`` wait.
+        """
         if self._waiting() >= self.definition.max_pending:
             raise QueueFull(f"max_pending of service {self.definition.name!r}", self.definition.max_pending)
 
     def _waiting(self) -> int:
         """Messages that wait, more or less: those of a batch that is being handled count until it has been."""
-        return len(self._mailbox) + max(0, self._backend.waiting - self._mailbox.batches)
+        return len(self._batcher) + max(0, self._backend.waiting - self._batcher.batches)
 
     def status(self) -> ServiceStatus:
         """How it is doing."""
@@ -219,12 +208,12 @@ class Crew:
             ready=sum(worker.ready for worker in workers),
             busy=sum(worker.busy for worker in workers),
             waiting=self._waiting(),
-            failures=self._tenant.failures,
-            last_error=self._tenant.last_error,
+            failures=self._events.failures,
+            last_error=self._events.last_error,
             supervisor=os.getpid(),
         )
 
-    def crew(self) -> list[WorkerState]:
+    def worker_states(self) -> list[WorkerState]:
         """The workers."""
         return [replace(worker, service=self.definition.name) for worker in self._backend.worker_states()]
 
@@ -233,15 +222,14 @@ class Crew:
         """Whether there are messages to be handled."""
         return self._waiting() > 0 or any(worker.busy for worker in self._backend.worker_states())
 
-    @property
-    def ended(self) -> bool:
-        """Whether all has ended; after :meth:`close`."""
-        return self._backend.ended
-
     def close(self, *, wait: bool) -> None:
         """Accept no more messages, and end the workers after what was accepted."""
-        self._mailbox.close()
+        self._batcher.close()
         self._backend.shutdown(wait=wait)
+
+    def join(self, timeout: float | None) -> None:
+        """After :meth:`close`: wait until all has ended; at most so many seconds."""
+        self._backend.join(timeout)
 
     def stop(self, timeout: float | None) -> None:
         """End the workers, after what was accepted; by force, if that takes longer than so many seconds."""
@@ -250,46 +238,39 @@ class Crew:
             self._backend.terminate(timeout)
 
 
-class Remote:
-    """A service whose workers are in the care of another process."""
+class RemoteService:
+    """A service whose workers another process has: the one that leads."""
 
-    def __init__(self, definition: ServiceDefinition, owner: Owner, relay: Relay) -> None:
+    def __init__(self, definition: ServiceDefinition, host: ServiceHost, client: LeaderClient) -> None:
         self._definition = definition
-        self._owner = owner
-        self._relay = relay
+        self._host = host
+        self._client = client
+        client.open_window(definition.name, definition.max_pending)
 
     def call(self, type: str, message: bytes, timeout: float | None) -> FutureProxy[Any]:
-        """Have a worker handle a message; what it says."""
-        check_handler(self._definition.cls, self._definition.name, type)
+        """Have a worker handle a message; the handle of what it returns."""
+        self._definition.check_handler(type)
         args = (self._definition.name, type, message)
-        return self._owner.call(self._relay, options_of(self._definition, type, timeout), answer, args)
+        return self._host.call(self._client, _options_of_call(self._definition, type, timeout), handle_call, args)
 
     def send(self, type: str, message: bytes) -> None:
         """Have a worker handle a message."""
-        self._post("send", type, message)
+        self._definition.check_handler(type)
+        self._client.send(Request("send", self._definition.name, type, message))
 
     def broadcast(self, type: str, message: bytes) -> None:
         """Have every worker handle a message."""
-        self._post("broadcast", type, message)
+        self._definition.check_handler(type)
+        self._client.send(Request("broadcast", self._definition.name, type, message))
 
-    def _post(self, verb: str, type: str, message: bytes) -> None:
-        check_handler(self._definition.cls, self._definition.name, type)
-        self._relay.post(Errand(verb, self._definition.name, type, message))
-
-
-def options_of(definition: ServiceDefinition, type: str, timeout: float | None) -> JobOptions:
-    """Those of the job that a call is."""
-    return JobOptions(name=name_of(definition, type), timeout=timeout)
-
-
-def name_of(definition: ServiceDefinition, type: str) -> str:
-    """What the job is called that a call is."""
-    return f"{definition.name}.{type}"
+    def stop(self, timeout: float | None) -> None:
+        """Stop the workers, behind what was sent; returns when they have ended."""
+        stop = StopService(self._definition.name, timeout)
+        self._client.enqueue(stop)
+        error = stop.future.exception()
+        if error is not None and not isinstance(error, WorkerLost):  # or the leader has ended, and so has the service
+            raise error
 
 
-def packed(type: str, body: object) -> bytes:
-    """A message as bytes.
-
-    :raises NotPicklable: for a body that cannot be sent.
-    """
-    return b"".join(pickle_or_explain((type, body), f"The body of message {type!r}", "be sent to a worker process"))
+def _options_of_call(definition: ServiceDefinition, type: str, timeout: float | None) -> JobOptions:
+    return JobOptions(name=f"{definition.name}.{type}", timeout=timeout)

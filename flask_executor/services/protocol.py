@@ -1,171 +1,148 @@
-"""What processes of an app ask the one that leads to do for them."""
+"""What a follower and the leader say to each other, over a Unix socket.
+
+One process of an app on a machine leads: it has the workers of the services. The others follow, and send it requests.
+
+.. code-block:: text
+
+    follower                                               leader
+       │ ─── connect ──────────────────────────────────────> │
+       │ <── WELCOME ─────────────────────────────────────── │  it has accepted the connection
+       │                                                     │
+       │  send: takes a credit from the service's window     │
+       │ ─── 1 send ───────────────────────────────────────> │  queued for a worker
+       │ ─── 2 send ───────────────────────────────────────> │  queued for a worker
+       │  no credit left: what comes now waits in the follower, in its order
+       │ <── CREDIT 2 ────────────────────────────────────── │  a worker has handled two messages
+       │ ─── 3 send ───────────────────────────────────────> │
+       │                                                     │
+       │  call: needs no credit, but waits behind messages for the same service
+       │ ─── 4 call ───────────────────────────────────────> │  queued for a worker (or ERROR 4: no room)
+       │ <── ASSIGNED 4 ──────────────────────────────────── │  a worker gets it, and may begin at any time
+       │ <── STARTED 4 ───────────────────────────────────── │  a worker has begun
+       │ <── PROGRESS 4 ──────────────────────────────────── │
+       │ <── RESULT 4, ERROR 4 or STOPPED 4 ──────────────── │
+       │                                                     │
+       │ ─── 5 send ───────────────────────────────────────> │  the leader is shutting down, and does not accept it
+       │ <── GOAWAY 4 ────────────────────────────────────── │  4 was the last that it accepted
+       │  takes 5 back, and sends no more                    │
+       │ <── what is still to be answered ────────────────── │  the leader finishes what it accepted
+       │ <── end of the stream ───────────────────────────── │
+       │                                                     │
+       │  resumed: the follower leads now, and its own workers get what waits; or it connects to the new leader,
+       │  and sends that with full windows
+
+**A leader that is killed** sends no GOAWAY. Messages that it has read are lost. Requests that were not written in full,
+and calls that were not ASSIGNED, wait for the next leader. Other calls fail with :exc:`~flask_executor.WorkerLost`, as
+nobody knows what has become of them.
+
+**Flow control.** A follower has a window of :data:`~flask_executor.services.send_window.WINDOW_SIZE` messages for each
+service, or ``max_pending`` if that is less: so many may be with the leader and not handled. No message is ever refused
+for want of room, and none overtakes another.
+
+**State and threads.** Requests are numbered as they are sent; a reply has the number of its request.
+
+=============================== ================================== ===================================================
+state                           owner                              threads
+=============================== ================================== ===================================================
+windows, calls that have not    ``LeaderClient._lock``             any thread queues and sends;
+ended                                                              ``flask-executor-follower`` reads, and settles calls
+connections, calls of each, the ``flask-executor-leader``          that thread accepts, reads, and queues for workers
+last number accepted
+what a connection has to send   ``FrameSender._lock``              in the leader the supervisor threads of the services
+                                                                   send replies and credits
+who leads, files, the server    ``LeaderElection._lock``           any thread; ``flask-executor-follower`` takes over
+=============================== ================================== ===================================================
+"""
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import pickle
 import selectors
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
-from flask_executor.abc import ServiceStatus
 from flask_executor.backends.process.channel import FrameStream
-from flask_executor.helpers.pickling import CompactPickle
-from flask_executor.jobs.call import Call, PlainCall
-from flask_executor.jobs.model import JobState
+from flask_executor.helpers.pickling import CompactPickle, pickle_parts
 from flask_executor.jobs.packing import Outcome
 
-#: The number of the frame by which a leader says that it listens: what is sent from then on arrives.
-WELCOME = 1 << 63
-#: Why nothing is taken in any more.
-SHUT = "this executor was shut down in this process, and takes no more messages"
+#: Why no more messages are accepted.
+CLOSED = "this executor was shut down in this process, and takes no more messages"
 
 
-class RelayFrame(enum.IntEnum):
-    """What the body of a frame between follower and leader is. The first three end a call."""
+class Reply(enum.IntEnum):
+    """The kind of a frame from the leader; its number is that of the request, unless something else is said."""
 
     RESULT = Outcome.RESULT
     ERROR = Outcome.ERROR
     STOPPED = Outcome.STOPPED
-    MESSAGE = 3  # a message, pickled
-    BEGUN = 4  # nothing: a call that was relayed to a worker has begun
-    GIVEN = 5  # nothing: it is given to a worker, and may begin at any time
+    PROGRESS = 3  # a ProgressReport, pickled
+    ASSIGNED = 4  # nothing: a worker gets the call, and may begin at any time
+    STARTED = 5  # nothing: a worker has begun with the call
+    WELCOME = 6  # nothing: the leader reads what is sent from now on
+    CREDIT = 7  # the name of a service, of which so many messages as the number says may be sent
+    GOAWAY = 8  # nothing: the leader accepts no request after the one with this number
+
+
+#: What the leader is to do. The first four are accepted in their order, or not at all after GOAWAY; the next three are
+#: about a call that was; ``confirm`` is answered when everything before it is accepted.
+Operation = Literal["send", "broadcast", "call", "stop", "deliver", "request_stop", "kill", "confirm", "status"]
 
 
 @dataclass(slots=True)
-class Errand(CompactPickle):
-    """Something that the leader is to do for another process; and word from it that it ends.
+class Request(CompactPickle):
+    """What a follower wants of the leader."""
 
-    What the leader does not do now it gives back.
-    """
-
-    #: ``call``, ``send``, ``broadcast``, ``stop``; of a call ``tell``, ``leave``, ``kill``; ``again``, ``status``,
-    #: ``ready``, ``close``.
-    verb: str
+    operation: Operation
+    #: The name of the service.
     service: str
     #: Of the message.
     type: str = ""
-    #: The message, packed.
+    #: The message, packed: of the service, or (``deliver``) of the job.
     data: bytes = b""
     #: Of a call: the id of its job.
     job: str = ""
 
 
-class Watcher(Protocol):
-    """Tells another process of its call."""
+class FrameSender:
+    """One end of a connection, that several threads send on and one reads from.
 
-    def given(self) -> None:
-        """A worker gets it now."""
-
-    def begun(self) -> None:
-        """A worker begins with it."""
-
-    def progressed(self, job: JobState) -> None:
-        """It has something new to report."""
-
-
-class Workforce(Protocol):
-    """What the leader has: the workers of a service."""
-
-    def start_call(self, type: str, message: bytes, id: str, watcher: Watcher) -> Call:
-        """Have a worker handle a message.
-
-        :param id: of the job that this is where it comes from.
-        :param watcher: is told how it goes on.
-        """
-
-    def tell(self, call: Call, data: bytes) -> None:
-        """Send a message to the job that a call is: a JobMessage, pickled."""
-
-    def adopt(self, call: Call) -> None:
-        """Take over a call of a :class:`~flask_executor.services.follower.Relay`."""
-
-    def send(self, type: str, message: bytes, *, anyway: bool = False) -> None:
-        """Have a worker handle a message.
-
-        :param anyway: also if too many wait.
-        """
-
-    def broadcast(self, type: str, message: bytes) -> None:
-        """Have all workers handle a message."""
-
-    def leave(self, call: Call, *, forced: bool) -> None:
-        """Have a call leave, or end it by force."""
-
-
-class Leader(Protocol):
-    """The services of the process that leads."""
-
-    def crew(self, name: str) -> Workforce:
-        """The workers of a service in this process, started now if they were not.
-
-        :raises KeyError: for a service that there is not.
-        :raises ExecutorShutdown: when it is ending.
-        """
-
-    def local_status(self, name: str) -> ServiceStatus:
-        """How a service is doing in this process."""
-
-    def stop_here(self, name: str, timeout: float | None) -> None:
-        """Stop a service, if it runs in this process; return when it has ended.
-
-        :param timeout: seconds after which force is used; None for never.
-        """
-
-    def lead(self) -> None:
-        """This process leads from now on."""
-
-
-class StopCall(PlainCall):
-    """Has the leader stop a service."""
-
-    def __init__(self, service: str, timeout: float | None) -> None:
-        super().__init__(Leader.stop_here, (service, "", pickle.dumps(timeout)), {})
-
-    def do(self, leader: Leader) -> None:
-        """Stop it, in a thread, as it may take long."""
-        threading.Thread(target=self._do, args=(leader,), name="flask-executor-stopping", daemon=True).start()
-
-    def _do(self, leader: Leader) -> None:
-        service, _, timeout = self.args
-        if self.begin():
-            try:
-                leader.stop_here(service, pickle.loads(timeout))
-                self.succeed(None)
-            except Exception as error:
-                self.fail(error)
-
-
-class Talk:
-    """A wire that several threads send on, and one reads from.
-
-    :param wake: has that one look whether something is left to be sent.
+    :param wake: has that one call :meth:`flush` when the other end takes more.
     """
 
-    def __init__(self, wire: FrameStream, wake: Callable[[], object]) -> None:
-        self.wire = wire
+    def __init__(self, stream: FrameStream, wake: Callable[[], object]) -> None:
+        self.stream = stream
         self._wake = wake
         self._lock = threading.Lock()
 
-    def send(self, kind: RelayFrame, body: list[bytes], number: int) -> int:
-        """Send a frame; what does not go out at once follows. Never waits, and does nothing when the other is gone.
+    def send(self, kind: int, body: list[bytes], number: int) -> int:
+        """Send a frame; what does not go out at once follows. Never waits, and does nothing when the other end is gone.
 
-        :return: what ``wire.sent`` is when all of it is out.
+        :return: what ``stream.sent`` is when all of it is out.
         """
         with self._lock:
             with contextlib.suppress(OSError):
-                if not self.wire.send(kind, body, number):
+                if not self.stream.send(kind, body, number):
                     self._wake()
-            return self.wire.sent + self.wire.pending
+            return self.stream.sent + self.stream.pending
+
+    def request(self, request: Request, number: int) -> int:
+        """As :meth:`send`, of a request."""
+        return self.send(0, pickle_parts(request), number)
+
+    @property
+    def pending(self) -> bool:
+        """Whether something is left to be sent."""
+        return self.stream.pending > 0
 
     def flush(self) -> None:
-        """Send what is left."""
+        """Send what is left, as much as the other end takes."""
         with self._lock, contextlib.suppress(OSError):
-            self.wire.flush()
+            self.stream.flush()
 
+    @property
     def events(self) -> int:
         """What to wait for."""
-        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self.wire.pending else 0)
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self.pending else 0)

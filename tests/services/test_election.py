@@ -33,7 +33,7 @@ from flask_executor import (
     WorkerLost,
     current_job,
 )
-from flask_executor.services.election import meeting_place
+from flask_executor.services.election import runtime_dir
 from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, wait_until
 
 Pair = tuple[Executor, Any]
@@ -200,20 +200,17 @@ def test_too_many_messages_for_the_leader(join: Callable[..., Pair], tmp_path: P
     assert second.call("seen").result(10) == [0, 1, 2, 3, 4]
 
 
-def test_the_folder_is_for_this_user_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("t")))
-    folder = meeting_place("shop")
-    assert folder == meeting_place("shop") != meeting_place("another")
+def test_the_folder_is_for_this_user_alone(tmp_path: Path) -> None:
+    folder = runtime_dir("shop", parent=tmp_path)
+    assert folder == runtime_dir("shop", parent=tmp_path) != runtime_dir("another", parent=tmp_path)
     assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o700}
     folder.chmod(0o755)
     with pytest.raises(PermissionError, match="must be a folder that belongs to user"):
-        meeting_place("shop")
+        runtime_dir("shop", parent=tmp_path)
     folder.rmdir()
     folder.symlink_to(folder.parent)
     with pytest.raises((PermissionError, FileExistsError)):
-        meeting_place("shop")
+        runtime_dir("shop", parent=tmp_path)
 
 
 def test_who_stays_away_from_the_services_is_told_how_they_are(join: Callable[..., Pair]) -> None:
@@ -221,7 +218,7 @@ def test_who_stays_away_from_the_services_is_told_how_they_are(join: Callable[..
     assert (second.status().pids, second.status().supervisor) == ((), None)
     pid = first.call("pid").result(10)
     assert second.status().pids == (pid,)
-    assert not second._services()._seat.leading
+    assert not second._services()._election.leading
 
 
 # ---- what a reviewer has found ----
@@ -438,7 +435,9 @@ def test_two_that_follow_in_one_process_and_one_of_them_goes(join: Callable[...,
     leader.shutdown()
     pid = second.call("pid").result(10)
     assert third.call("pid").result(10) == pid
-    follower, its_service = (third_executor, third) if second._services()._seat.leading else (second_executor, second)
+    follower, its_service = (
+        (third_executor, third) if second._services()._election.leading else (second_executor, second)
+    )
     other = second if its_service is third else third
     follower.shutdown()
     _, fourth = join()
@@ -449,7 +448,7 @@ def test_somebody_tidies_up(join: Callable[..., Pair]) -> None:
     (leader, first), (_, second) = join(), join()
     first.start()
     second.call("pid").result(10)
-    shutil.rmtree(second._services()._seat._place())
+    shutil.rmtree(second._services()._election._folder())
     assert second.call("add", 1).result(10) == 2, "who is connected is not concerned"
     leader.shutdown()
     assert second.call("add", 2).result(10) == 3
@@ -465,7 +464,7 @@ def test_a_place_that_is_not_safe(
     def refuse(*what: object) -> Path:
         raise PermissionError("it belongs to somebody else")
 
-    monkeypatch.setattr("flask_executor.services.registry.meeting_place", refuse)
+    monkeypatch.setattr("flask_executor.services.registry.runtime_dir", refuse)
     service = make_executor().service(Counter)
     assert app.test_client().get("/").status_code == 404, "the request is not to blame"
     assert "The services cannot be started." in caplog.text
@@ -474,12 +473,12 @@ def test_a_place_that_is_not_safe(
 
 
 def test_a_leader_that_hangs_is_waited_for_once(join: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_executor.services.registry.PATIENCE", 0.5)
+    monkeypatch.setattr("flask_executor.services.registry._STATUS_TIMEOUT", 0.5)
     executor, service = join()
     for name in ("second", "third", "fourth"):
         executor.service(Counter, name=name)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(service._services()._seat_here()._place() / "socket"))
+        listener.bind(str(service._services()._get_election()._folder() / "socket"))
         listener.listen()
         begin = time.monotonic()
         assert [status.pids for status in executor.health().services] == [()] * 4
@@ -548,7 +547,7 @@ def test_a_call_whose_worker_died_before_it_began_is_stopped(join: Callable[...,
     freeze(pid)
     future = second.call("add", 1)
     assert wait_until(future.running), "it was given to the worker, which has not read it"
-    supervisor = first._services().crew("Counter")._backend._supervisor
+    supervisor = first._services().pool("Counter")._backend._supervisor
     supervisor._crashes = 9  # the next worker comes in half a minute
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: first.status().failures == 1)
@@ -623,7 +622,7 @@ def test_tests_and_other_deployments_are_apart(app: Flask, make_executor: MakeEx
 def test_who_ends_leaves_the_socket_of_another_leader(join: Callable[..., Pair]) -> None:
     (leader, first), (_, second) = join(), join()
     first.start()
-    place = first._services()._seat._place()
+    place = first._services()._election._folder()
     shutil.rmtree(place)
     second.start()
     second.call("pid").result(10)

@@ -32,7 +32,7 @@ from flask_executor import (
     every,
     on,
 )
-from flask_executor.services.batches import Mailbox
+from flask_executor.services.batches import MessageBatcher, QueuedMessage
 from flask_executor.services.worker import begun_and_ended, mark_of
 from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, wait_until
 
@@ -405,7 +405,7 @@ def test_a_slow_handler_of_the_app_does_not_hold_up_services(forked: Executor) -
 def test_more_messages_than_the_app_handles(
     forked: Executor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("flask_executor.services.inbox._MOST", 10)
+    monkeypatch.setattr("flask_executor.services.inbox._MAX_QUEUED", 10)
     counter = make(forked)
     go_on = threading.Event()
     told: list[int] = []
@@ -609,7 +609,7 @@ def test_an_app_that_is_thrown_away_takes_them_along(tmp_path: Path) -> None:
 
 
 def supervisor_of(service: Any) -> Any:
-    return service._services().crew(service.name)._backend._supervisor
+    return service._services().pool(service.name)._backend._supervisor
 
 
 @pytest.mark.parametrize("dies", [False, True])
@@ -811,14 +811,17 @@ def test_slow_messages_are_shared(forked: Executor, tmp_path: Path) -> None:
     assert busy > max(map(float, ends)) - min(map(float, begins)), "both at the same time"
 
 
-class Post:
-    """A mailbox whose batches are handled by the test."""
+class BatchWorker:
+    """A batcher whose batches are handled by the test."""
 
-    def __init__(self, most_batches: int = 1) -> None:
+    def __init__(self, max_batches: int = 1) -> None:
         self.sent: list[tuple[Future[int], int, list[bytes]]] = []
-        self.mailbox = Mailbox("Counter", self.submit, lambda: 0, most_batches, in_order=False)
+        self.batcher = MessageBatcher("Counter", self.submit, lambda: 0, max_batches, in_order=False)
 
-    def submit(self, deliver: Callable[..., int], broadcasts: int, batch: int, messages: list[bytes], _: float) -> Any:
+    def put(self, data: bytes, on_handled: Callable[[int], object] | None = None) -> None:
+        self.batcher.put(QueuedMessage(data, "note", on_handled))
+
+    def submit(self, handle: Callable[..., int], broadcasts: int, batch: int, messages: list[bytes], _: float) -> Any:
         future: Future[int] = Future()
         self.sent.append((future, batch, messages))
         return future
@@ -843,41 +846,41 @@ def test_the_mark_of_a_message() -> None:
 
 
 def test_messages_with_the_same_content_are_not_the_same() -> None:
-    post = Post(most_batches=3)
+    worker = BatchWorker(max_batches=3)
     for _ in range(3):
-        post.mailbox.put("note", b"same")
+        worker.put(b"same")
     for _ in range(3):
-        post.die(1, 0)
+        worker.die(1, 0)
     for _ in range(3):
-        post.die(1, 0)
-    assert len(post.mailbox) == 3, "two workers have died of each"
-    post.die(1, 0)
-    assert len(post.mailbox) == 2
+        worker.die(1, 0)
+    assert len(worker.batcher) == 3, "two workers have died of each"
+    worker.die(1, 0)
+    assert len(worker.batcher) == 2
 
 
 def test_a_message_that_was_handled_to_its_end_is_not_sent_again() -> None:
-    post = Post()
+    worker = BatchWorker()
     for message in (b"0", b"1", b"2", b"3"):
-        post.mailbox.put("note", message)
-    post.die(1, 1)
-    assert post.next() == [b"1", b"2", b"3"]
-    post.die(2, 1)
-    assert post.next() == [b"2", b"3"], "it was in the middle of the second"
-    post.die(2, 2)
-    assert not post.sent
-    assert len(post.mailbox) == 0
+        worker.put(message)
+    worker.die(1, 1)
+    assert worker.next() == [b"1", b"2", b"3"]
+    worker.die(2, 1)
+    assert worker.next() == [b"2", b"3"], "it was in the middle of the second"
+    worker.die(2, 2)
+    assert not worker.sent
+    assert len(worker.batcher) == 0
 
 
 def test_batches_are_as_long_as_a_worker_has_time_for() -> None:
-    post = Post()
+    worker = BatchWorker()
     for number in range(100):
-        post.mailbox.put("note", b"%d" % number)
-    post.handle(1)
-    assert post.next() == [b"%d" % number for number in range(1, 9)]
-    post.handle(2)
-    assert post.next() == [b"3", b"4"]
-    post.handle(2)
-    assert len(post.next()) == 4
-    assert len(post.mailbox) == 95
-    post.mailbox.flush()
-    assert [len(messages) for _, _, messages in post.sent] == [4, 91]
+        worker.put(b"%d" % number)
+    worker.handle(1)
+    assert worker.next() == [b"%d" % number for number in range(1, 9)]
+    worker.handle(2)
+    assert worker.next() == [b"3", b"4"]
+    worker.handle(2)
+    assert len(worker.next()) == 4
+    assert len(worker.batcher) == 95
+    worker.batcher.flush()
+    assert [len(messages) for _, _, messages in worker.sent] == [4, 91]

@@ -119,10 +119,9 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def terminate(self, grace: float) -> None:
         self._supervisor.terminate(grace)
 
-    @property
-    def ended(self) -> bool:
-        """Whether all has ended; after :meth:`shutdown`."""
-        return self._supervisor.ended
+    def join(self, timeout: float | None) -> None:
+        """After :meth:`shutdown`: wait until all has ended; at most so many seconds."""
+        self._supervisor.join(timeout)
 
     def worker_states(self) -> Sequence[WorkerState]:
         return self._supervisor.dispatcher.worker_states()

@@ -45,8 +45,8 @@ class ServiceMessage(CompactPickle):
     #: The name of the service; None for the app.
     to: str | None
     type: str
-    #: The body, pickled.
-    body: bytes
+    #: The type and the body, pickled: as the service that it is for gets it.
+    data: bytes
 
 
 @dataclass(slots=True)

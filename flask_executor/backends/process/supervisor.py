@@ -171,10 +171,10 @@ class Supervisor:
                 thread.join()
             self.callbacks.close(wait=True)
 
-    @property
-    def ended(self) -> bool:
-        """If true, the supervisor thread has ended, or was never started."""
-        return self._thread is None or not self._thread.is_alive()
+    def join(self, timeout: float | None) -> None:
+        """After :meth:`shutdown`: wait until the thread has ended; at most so many seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout)
 
     def terminate(self, grace: float) -> None:
         """Shut down, and kill the workers that have not ended after ``grace`` seconds."""
