@@ -168,8 +168,8 @@ class FutureProxy(Future[T]):
         :return: whether it is queued again. A job that was out of time is, after an attempt.
         """
         with self._condition:
-            leave = self._job.stop_reason
-            if leave is JobStatus.STOPPED or (leave is not None and error is None):
+            reason = self._job.stop_reason
+            if reason is JobStatus.STOPPED or (reason is not None and error is None):
                 return False
             if error is None:
                 self._job.requeue()
@@ -181,14 +181,13 @@ class FutureProxy(Future[T]):
     def request_stop(self, reason: JobStatus, attempt: int) -> bool:
         """For backends: note that this attempt has to leave; False when it does not run any more.
 
-        :param reason: STOPPED, or TIMED_OUT, which does not take the place of the other.
+        :param reason: STOPPED or TIMED_OUT.
         """
         with self._condition:
             job = self._job
             if job.status is not JobStatus.RUNNING or job.attempt != attempt:
                 return False
-            if job.stop_reason is not JobStatus.STOPPED:
-                job.stop_reason = reason
+            job.request_stop(reason)
             return True
 
     def set_exception(self, exception: BaseException | None) -> None:

@@ -1,6 +1,6 @@
-"""What a process does that has its jobs run by an engine: it packs and signs calls, and keeps their handles.
+"""The sending end of an engine: packs and signs calls, sends them, and keeps their handles.
 
-The job is the engine's from then on, and its handle looks into the store. The other end is
+From then on the job belongs to the engine, and its handle reads the store. The receiving end is
 :mod:`flask_executor.executor.consumer`.
 """
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
     from flask_executor.executor.app_executor import AppExecutor
 
-_PAUSE = 0.8  # seconds for which an engine that was away is not asked again; less than until they are tried again
+_ENGINE_RETRY_DELAY = 0.8  # seconds for which an engine that was away is not asked again by the next commit
 
 
 class Producer:
-    """Makes the calls that an engine is to have, and knows their handles."""
+    """Makes and sends the calls for an engine, and knows their handles. May be called from any thread."""
 
     def __init__(self, app_executor: AppExecutor, tracker: SharedJobTracker, handover: EngineHandover) -> None:
         self._app_executor = app_executor
@@ -46,8 +46,8 @@ class Producer:
     def after_fork(self) -> None:
         """In the child of a fork: the jobs are the parent's."""
         self._sent: weakref.WeakSet[Any] = weakref.WeakSet()  # handles of jobs that the engine has, or is to have
-        self._away = 0.0  # until when the engine is taken to be away (monotonic)
-        self._trouble: EngineUnavailable | None = None
+        self._away = 0.0  # until when the engine is not asked again (monotonic)
+        self._outage: EngineUnavailable | None = None
 
     def prepare(
         self,
@@ -58,7 +58,7 @@ class Producer:
         context: Any,
         options: JobOptions,
     ) -> Call:
-        """A call for the engine, packed; its handle looks into the store.
+        """A call for the engine, packed; its handle reads the store.
 
         :raises QueueFull: if too many jobs wait.
         :raises NotPicklable: for what cannot be sent.
@@ -85,11 +85,11 @@ class Producer:
     def send_kept(self, call: Call) -> None:
         """Have the engine take a call that was kept, unless it was cancelled.
 
-        :raises EngineUnavailable: also without a look, for a while: a commit must not wait again and again.
+        :raises EngineUnavailable: for a while after an outage without asking the engine: not each commit shall wait.
         """
         if not self._handover.is_held(call.job.id):
             return
-        was = self._trouble
+        was = self._outage
         if was is not None and time.monotonic() < self._away:
             raise EngineUnavailable(was.what, was.url, was.key, was.why)
         self._sent.add(call.future)
@@ -97,7 +97,7 @@ class Producer:
             self.send(call)
         except EngineUnavailable as error:
             self._sent.discard(call.future)
-            self._trouble, self._away = error.with_traceback(None), time.monotonic() + _PAUSE
+            self._outage, self._away = error.with_traceback(None), time.monotonic() + _ENGINE_RETRY_DELAY
             raise
 
     def send(self, call: Call) -> None:
@@ -107,7 +107,7 @@ class Producer:
             self._app_executor.backend.enqueue(call)
 
     def owns(self, future: FutureProxy[Any]) -> bool:
-        """Whether the engine has the call of this handle, or is to have it."""
+        """Whether this is the handle of a call for the engine."""
         return future in self._sent
 
     def discard_refused(self, future: FutureProxy[Any]) -> bool:
@@ -132,7 +132,11 @@ class Producer:
         return sorted(left, key=lambda future: future.last_seen.queued_at)
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until all jobs have ended and callbacks have run, at most so many seconds; whether that is so."""
+        """Wait until all jobs have ended and their callbacks have run.
+
+        :param timeout: most seconds to wait; None for as long as it takes.
+        :return: whether that is so.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         sent = list(self._sent)
         if wait(sent, timeout).not_done:
@@ -144,7 +148,7 @@ class Producer:
         return True
 
     def check_workers(self) -> None:
-        """Say so if there are jobs to wait for, and nobody who would run them."""
+        """Log a warning if there are jobs to wait for, and no worker that would run them."""
         if all(_has_ended(future) for future in list(self._sent)):
             return
         try:

@@ -1,16 +1,14 @@
 """Capture Flask's contexts where a job is submitted, restore them where it runs.
 
-The only module that touches Flask's context internals. What it does instead of Flask's own
-``copy_current_request_context``, and why:
+What it does instead of Flask's own ``copy_current_request_context``, and why (the private names of Flask that it sets
+are in :mod:`flask_executor.jobs.flask_internals`):
 
 - Each call runs in a :class:`contextvars.Context` of its own, in which nothing has to be undone in order. Flask's
   tokens are tied to the thread that pushed, which breaks as soon as two threads share one wrapper.
 - ``g``, ``request`` and ``session`` are copied one level deep. The live objects belong to the view, which changes
   and closes them when the request ends.
-- What costs is put off or left out. At submit only dicts are copied; the request and the session are made of
+- What costs time is put off or left out. At submit only dicts are copied; the request and the session are made from
   them when a job first looks at them; and the request is not matched to its route a second time.
-
-Flask up to 3.1 has two context variables, one for the app and one for the request; Flask 3.2 merges them into one.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ def _run_coroutine(coroutine: CoroutineType[Any, Any, Any]) -> Any:
 
 
 class CapturedContext:
-    """The contexts of whoever made it, copied; each :meth:`run` gets a fresh copy of the copy.
+    """The contexts that are active where this is made, copied; each :meth:`run` gets a fresh copy of the copy.
 
     :param app: the app to use where no app context is active.
     :param push_app_context: whether calls see a copy of ``g``. When it is False there is an app context,
@@ -103,8 +101,8 @@ class CapturedContext:
         outer = _cv_app.get(None)
         context = cv_request.get(None)
         self.app_context: Any = app.app_context() if outer is None else outer
-        self.sent: ContextSnapshot | None = None  # the same as values, once somebody has asked
-        self.globals: Any = None  # most often there are none, and then nothing is kept
+        self.sent: ContextSnapshot | None = None  # the same as values, made when a worker process is to have them
+        self.globals: Any = None  # None where g is empty, as it mostly is
         if outer is not None and push_app_context:
             state = getattr(outer.g, "__dict__", None)
             if state:
@@ -204,10 +202,10 @@ NO_CONTEXT = _NoContext()
 
 
 class _CallerContext(_NoContext):
-    """Stands for captured contexts where a call is run in those of its caller."""
+    """Stands for captured contexts where a call runs in the contexts of its caller."""
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
-        # ``g``, the request and the session are the same in the copy; only that it is a job must not stay known.
+        # ``g``, the request and the session are the same objects in the copy, which is there for current_job only.
         return contextvars.copy_context().run(fn, *args)
 
 
@@ -239,7 +237,7 @@ class _LazyRequestContext:
         state = self.__dict__
         captured = state.get("_captured")
         if captured is not None:
-            # Threads that a job started may all be here: the contents that come first are everybody's.
+            # Threads that a job has started may all be here: the first one's contents are everybody's.
             contents: dict[str, Any] = state.setdefault("_contents", captured.contents())
             for key, value in contents.items():
                 state.setdefault(key, value)
@@ -263,7 +261,7 @@ def _variables_without_flask() -> contextvars.Context:
 def _run_in(app_context: Any, request_context: Any, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
     """Call ``fn`` with these contexts pushed, in a :class:`contextvars.Context` that is used for nothing else.
 
-    What Flask's own push and pop do, less the match of the route and the signals that nobody receives.
+    It does what Flask's own push and pop do, without matching the route and without signals that have no receivers.
     """
     app = app_context.app
     if MERGED:
@@ -318,5 +316,5 @@ def _tear_down(app_context: Any, request_context: Any, error: BaseException | No
                 if REQUEST in request_context.__dict__:
                     last_first.callback(request_context.request.close)
                 last_first.callback(functools.partial(request_context.app.do_teardown_request, *passed, error))
-    except BaseException:  # also SystemExit: nobody is above this thread to whom it could mean anything
+    except BaseException:  # SystemExit too: in a worker thread it would have no effect but to end the job
         app.logger.exception("A teardown function failed after a job; the job's result stands.")

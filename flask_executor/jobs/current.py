@@ -29,7 +29,7 @@ from flask_executor.jobs.model import RESERVED_PREFIX, JobMessage, JobState, Job
 
 T = TypeVar("T")
 
-_INTERVAL = 0.05  # seconds between two reports of track()
+_TRACK_INTERVAL = 0.05  # seconds between two reports of track()
 
 _running: contextvars.ContextVar[RunningJob] = contextvars.ContextVar("flask_executor_job")
 
@@ -38,12 +38,12 @@ class RunningJob:
     """The job as it sees itself; ``current_job``.
 
     :param job: its record in the making.
-    :param report: is told when there is something new in it.
-    :param is_remote: whether this is a worker process, and the job's record is elsewhere.
+    :param report: called, in the job's thread, when there is something new in the record.
+    :param is_remote: If true, this is a worker process, and the job's record is kept in another one.
     """
 
-    # Who writes what: the job itself its progress, message and meta; whoever stops it `leave` of the record, once.
-    # For _thread and _interrupted see interrupt().
+    # Who writes what: the job's own thread its progress, message and meta; the thread that stops it the record's
+    # stop_reason, once. For _thread and _interrupted see interrupt().
 
     __slots__ = (
         "_arrived",
@@ -63,10 +63,10 @@ class RunningJob:
         self._job = job
         self._report = report
         self._is_remote = is_remote
-        #: Whether those who are told know already that there is something new; they set it back when they have read it.
+        #: If true, the reader of reports was told that there is something new, and has not read it; it sets this back.
         self.report_pending = False
         self._woken: threading.Event | None = None
-        self._arrived: threading.Event | None = None  # a message, or the wish that it leaves
+        self._arrived: threading.Event | None = None  # set for a message, and for a request to stop
         self._inbox: deque[JobMessage] | None = None
         self._thread: int | None = None
         self._interrupted = False
@@ -139,9 +139,9 @@ class RunningJob:
 
         :raises JobExit: if so; a :exc:`BaseException`.
         """
-        leave = self._job.stop_reason
-        if leave is not None:
-            raise JobExit("the job is out of time" if leave is JobStatus.TIMED_OUT else "the job was asked to stop")
+        reason = self._job.stop_reason
+        if reason is not None:
+            raise JobExit("the job is out of time" if reason is JobStatus.TIMED_OUT else "the job was asked to stop")
 
     def sleep(self, seconds: float) -> None:
         """Sleep, and leave the job at once when it is asked to stop or runs out of time.
@@ -151,7 +151,7 @@ class RunningJob:
         woken = self._woken
         if woken is None:
             woken = self._woken = threading.Event()
-        self.checkpoint()  # whoever wakes it has set before what is looked at here
+        self.checkpoint()  # the thread that wakes it has set the reason before
         woken.wait(seconds)
         self.checkpoint()
 
@@ -173,21 +173,21 @@ class RunningJob:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             self.checkpoint()
-            with _mail:
+            with _inbox_lock:
                 inbox = self._inbox
                 if inbox:
                     return inbox.popleft()
                 if deadline is not None and time.monotonic() >= deadline:
                     return None
                 arrived = self._arrived = threading.Event()
-            self.checkpoint()  # whoever wakes it has set before what is looked at here
+            self.checkpoint()  # the thread that wakes it has set the reason before
             arrived.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
-    # ---- for those who run it ----
+    # ---- for the worker that runs it ----
 
     def deliver(self, message: JobMessage) -> None:
         """Put a message where :meth:`receive` finds it."""
-        with _mail:
+        with _inbox_lock:
             if self._inbox is None:
                 self._inbox = deque()
             self._inbox.append(message)
@@ -201,20 +201,19 @@ class RunningJob:
         return self._job
 
     def logged(self, record: logging.LogRecord) -> None:
-        """A log record was made in this job."""
-        if not self._is_remote:  # or it is kept where the job's record is
+        """The job has made a log record; called in the thread that made it."""
+        if not self._is_remote:  # a worker process sends it to the process that has the job's record
             self._job.add_log(to_log_line(record))
             if self._report is not None and not self.report_pending:
                 self._tell(self._report)
 
     def request_stop(self, reason: JobStatus) -> None:
-        """Ask the job to leave: STOPPED, or TIMED_OUT, which does not take the place of the other."""
-        if self._job.stop_reason is not JobStatus.STOPPED:
-            self._job.stop_reason = reason
+        """Ask the job to leave, STOPPED or TIMED_OUT, and wake it; called in any thread."""
+        self._job.request_stop(reason)
         self.wake()
 
     def wake(self) -> None:
-        """End its sleep, to look whether it has to leave."""
+        """End its sleep, so that it finds out whether it has to leave."""
         for event in (self._woken, self._arrived):
             if event is not None:
                 event.set()
@@ -227,11 +226,11 @@ class RunningJob:
         _running.set(self)
         self._thread = threading.get_ident()
         try:
-            self.checkpoint()  # who has wanted to interrupt it before there was a thread had asked it to leave first
+            self.checkpoint()  # an interrupt() before there was a thread came after a request to stop
             return fn(*args)
         finally:
-            # The exception of interrupt() may strike here as well. It strikes once, so it is over when
-            # uninterruptible() is called again by whoever catches it.
+            # The exception of interrupt() may be raised here as well. It is raised once, so the caller that catches it
+            # calls uninterruptible() again, undisturbed.
             self.uninterruptible()
 
     def run_nested(self, fn: Callable[..., T], *args: Any) -> T:
@@ -247,10 +246,10 @@ class RunningJob:
     def interrupt(self) -> bool:
         """Raise :exc:`~flask_executor.JobExit` in the thread of the job, once, as soon as it runs Python code.
 
-        :return: whether there was somebody to interrupt.
+        :return: False when the job does not run, or was interrupted before.
         """
-        # Must not strike when the thread has gone on to something else. Here _interrupted is set before _thread is
-        # read, there (in uninterruptible()) _thread is cleared before _interrupted is read: one of them sees the other.
+        # It must not be raised when the thread has gone on to something else. Here _interrupted is set before _thread
+        # is read; in uninterruptible() _thread is cleared before _interrupted is read: one of them sees the other.
         with _interrupting:
             if self._interrupted:
                 return False
@@ -266,11 +265,11 @@ class RunningJob:
         thread, self._thread = self._thread, None
         if self._interrupted and thread is not None:
             with _interrupting:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)  # if it has not struck yet
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)  # if it was not raised yet
 
 
 _interrupting = threading.Lock()
-_mail = threading.Lock()  # guards the inboxes of all jobs, as few have one
+_inbox_lock = threading.Lock()  # guards the inboxes of all jobs, as few have one
 
 
 class CurrentJob(RunningJob):
@@ -287,7 +286,7 @@ class CurrentJob(RunningJob):
             return getattr(_running.get(), name)
         except LookupError:
             if name.startswith("__"):
-                return object.__getattribute__(self, name)  # for those who look at modules: doctest, inspect
+                return object.__getattribute__(self, name)  # doctest and inspect look at modules
             raise RuntimeError(
                 "current_job is only there inside a job that an executor runs, and this code was called outside of "
                 "one. In functions that are to work in both use track() and checkpoint(), which do nothing outside."
@@ -342,7 +341,7 @@ def track(iterable: Iterable[T], message: str | None = None, total: int | None =
 
     done = 0
     report()
-    due = clock() + _INTERVAL
+    due = clock() + _TRACK_INTERVAL
     for item in iterable:
         if live.stop_reason is not None:
             report()
@@ -351,5 +350,5 @@ def track(iterable: Iterable[T], message: str | None = None, total: int | None =
         done += 1  # noqa: SIM113  # report() reads it
         if clock() >= due:
             report()
-            due = clock() + _INTERVAL
+            due = clock() + _TRACK_INTERVAL
     report()

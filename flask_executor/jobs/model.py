@@ -15,7 +15,7 @@ from flask_executor.helpers import describe_error
 from flask_executor.helpers.fork_hooks import after_fork_in_child
 from flask_executor.jobs.retry import Retry
 
-#: What the first element of a key begins with, or a name in ``meta``, that this package has made and not the user.
+#: How the first element of a key, and a name in ``meta``, begins that this package has made, not the user.
 RESERVED_PREFIX = "flask_executor."
 
 #: Most lines of its log that are kept with a job; the oldest leave first.
@@ -79,7 +79,7 @@ class JobOptions:
     owner: str | None = None
     #: Seconds that it may run.
     timeout: float | None = None
-    #: Seconds between a request to leave and force.
+    #: Seconds between a request to stop and force.
     grace: float | None = None
     #: Whether and when it is run again after an error.
     retry: Retry | None = None
@@ -91,7 +91,7 @@ class JobOptions:
     meta: Mapping[str, Any] | None = None
     #: If true, its handle does not count for ``EXECUTOR_FUTURES_MAX_LENGTH``, and is held as long as its record.
     pinned: bool = False
-    #: Whether ``submit_once`` starts anew what has failed.
+    #: If true, ``submit_once`` starts a job anew that has failed.
     again: bool = False
 
 
@@ -156,8 +156,8 @@ class Job:
 class JobState:
     """A job as the process that runs it sees it; :meth:`record` gives the frozen :class:`Job` of the moment.
 
-    A frozen record replaced at every step would cost more than many a job does, so the steps are
-    written here and records are made for those who ask.
+    To replace a frozen record at every step would cost more than many a job does: the steps are written here, and a
+    record is made when one is asked for.
 
     Who writes: the handle, under its lock, the step out of ``queued``; after that only the worker that
     holds the job. It never refers to the result, so that a history of jobs does not keep results alive.
@@ -170,9 +170,9 @@ class JobState:
     attempt = 1
     progress: float | None = None
     message: str | None = None
-    #: Only whoever runs the job changes it; None for nothing.
+    #: Only the worker that runs the job changes it; None for nothing.
     meta: dict[str, Any] | None = None
-    #: Why the job has to leave: STOPPED or TIMED_OUT, None when it need not. Set once an attempt.
+    #: Why the job has to leave: STOPPED or TIMED_OUT; None when it need not. See :meth:`request_stop`.
     stop_reason: JobStatus | None = None
     log: deque[LogLine] | None = None
 
@@ -189,7 +189,7 @@ class JobState:
         """Go from ``queued`` to ``running``."""
         self._check(JobStatus.RUNNING)
         self.started_at = time.time()
-        self.status = JobStatus.RUNNING  # last: whoever sees the status finds the rest
+        self.status = JobStatus.RUNNING  # last: a thread that sees the status finds the rest
 
     def end(self, status: JobStatus, error: BaseException | None = None) -> None:
         """Go to a final status, with the error that led there."""
@@ -197,6 +197,11 @@ class JobState:
         self.error = None if error is None else describe_error(error)
         self.ended_at = time.time()
         self.status = status
+
+    def request_stop(self, reason: JobStatus) -> None:
+        """Note why the job has to leave: STOPPED or TIMED_OUT. A person's stop stays a stop when the time is up too."""
+        if self.stop_reason is not JobStatus.STOPPED:
+            self.stop_reason = reason
 
     def requeue(self) -> None:
         """Go from ``running`` back to ``queued``, as if it had not started."""

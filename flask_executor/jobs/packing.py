@@ -1,4 +1,10 @@
-"""Run one call: what every backend ships to its workers."""
+"""A call, its result and its errors as bytes, and running a packed call in a worker process.
+
+.. code-block:: text
+
+    pack_call(call) ── CallMessage, pickled ──> run_packed() in the worker process
+    settle_from_bytes(call) <── Outcome, bytes ──┘   RESULT: the result; ERROR: from pack_error(); STOPPED: nothing
+"""
 
 from __future__ import annotations
 
