@@ -56,7 +56,7 @@ class Contender:
         self._number = 0
 
     def shared(self) -> JobStore | None:
-        store: JobStore | None = getattr(self.executor._binding()[1].tracker, "store", None)
+        store: JobStore | None = getattr(self.executor._app_executor()[1].tracker, "store", None)
         return store
 
     def key(self) -> str:
