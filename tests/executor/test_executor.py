@@ -217,27 +217,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match="chunksize is 0"):
             executor.map(add, [1], chunksize=0)
 
-    def test_a_full_queue(self, make_executor: MakeExecutor) -> None:
-        executor = make_executor(max_workers=2, max_pending=3)
-        go = threading.Event()
-        futures = [executor.submit(go.wait, 10) for _ in range(5)]
-        calls: list[Callable[[], object]] = [
-            lambda: executor.submit(fail),
-            lambda: executor.submit_stored("k", fail),
-            lambda: executor.submit_once("k", fail),
-        ]
-        for call in calls:
-            with pytest.raises(QueueFull, match=r"As many jobs wait as EXECUTOR_MAX_PENDING allows \(3\)"):
-                call()
-        assert "k" not in executor.futures
-        assert len(executor.jobs.list()) == 5
-        futures[4].cancel()
-        last = executor.submit(add, 1)
-        go.set()
-        assert last.result() == 1
-        drain(executor)
-        assert executor.submit(add, 2).result() == 2
-
     def test_the_bound_holds_when_many_submit_at_once(self, make_executor: MakeExecutor) -> None:
         executor = make_executor(max_workers=1, max_pending=5)
         go = threading.Event()
@@ -320,23 +299,6 @@ class TestMap:
 
 
 class TestOnce:
-    def test_runs_once_however_often(self, executor: Executor) -> None:
-        ran: list[int] = []
-        futures: list[Any] = []
-        together = threading.Barrier(8, timeout=10)
-
-        def ask() -> None:
-            together.wait()
-            futures.append(executor.submit_once("k", ran.append, 1))
-
-        run_in_threads(8, ask)
-        drain(executor)
-        assert ran == [1]
-        assert len(set(futures)) == 1
-        assert futures[0] is executor.futures.pop("k")
-        executor.submit_once("k", ran.append, 2).result()
-        assert ran == [1, 2]
-
     def test_a_job_that_is_there_is_found_when_the_queue_is_full(self, make_executor: MakeExecutor) -> None:
         executor = make_executor(max_workers=1, max_pending=1)
         go = threading.Event()

@@ -9,7 +9,7 @@ import pytest
 from flask import Flask, current_app, request
 from tasks import add, fail
 
-from flask_executor import Executor, FutureProxy, Job, JobStatus, job_failed, job_finished, job_queued, job_started
+from flask_executor import Executor, Job, JobStatus, job_failed, job_finished, job_queued, job_started
 from flask_executor.jobs.model import JobState, new_id
 from flask_executor.testing import drain
 from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, wait_until
@@ -80,29 +80,6 @@ def test_the_record_of_a_job_is_frozen_and_complete(executor: Executor) -> None:
     assert before <= record.queued_at <= record.started_at <= record.ended_at <= time.time()
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.status = JobStatus.LOST  # type: ignore[misc]
-
-
-def test_looking_for_records(make_executor: MakeExecutor) -> None:
-    executor = make_executor(max_workers=1)
-    futures: list[FutureProxy[int]] = [
-        executor.submit(add, 1),
-        executor.options(owner="ada").submit(add, 1),
-        executor.submit(fail),
-    ]
-    drain(executor)
-    newest_first = [future.job_id for future in reversed(futures)]
-    jobs = executor.jobs
-    assert [job.id for job in jobs.list()] == newest_first
-    assert [job.id for job in jobs.list(limit=2)] == newest_first[:2]
-    assert [job.id for job in jobs.list(name="add")] == newest_first[1:]
-    assert [job.id for job in jobs.list(status="failed")] == newest_first[:1]
-    assert [job.id for job in jobs.list(status=JobStatus.SUCCEEDED, owner="ada")] == [futures[1].job_id]
-    assert jobs.get("unknown") is None
-    assert jobs.find("unknown") is None
-    with pytest.raises(ValueError, match="'done' is not a valid JobStatus"):
-        jobs.list(status="done")
-    with pytest.raises(ValueError, match="limit is -1"):
-        jobs.list(limit=-1)
 
 
 def test_records_are_bounded_and_hold_no_results(make_executor: MakeExecutor) -> None:

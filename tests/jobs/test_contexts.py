@@ -201,13 +201,6 @@ def test_push_app_context_off_without_a_request(app: Flask, make_executor: MakeE
     assert executor.submit(has_app_context).result() is False
 
 
-def test_the_workers_of_one_app_do_not_remember_the_last_request(app: Flask, make_executor: MakeExecutor) -> None:
-    executor = make_executor(max_workers=1)
-    with app.test_request_context("/secret"):
-        assert executor.submit(lambda: request.path).result() == "/secret"
-    assert executor.submit(has_request_context).result() is False
-
-
 def test_two_apps_with_one_executor(executor: Executor, app: Flask) -> None:
     other = Flask("other")
     executor.init_app(other)

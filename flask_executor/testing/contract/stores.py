@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -146,15 +147,24 @@ class StoreContract(ExecutorFixtures):
         drain(executor)
         assert runs == [1]
         assert len(set(ids)) == 1
+        assert executor.futures.pop("report") is not None
+        executor.submit_once("report", run).result(10)
+        assert runs == [1, 1]
 
     def test_what_is_refused_leaves_nothing(self, make_stored: MakeStored, gate: threading.Event) -> None:
         executor = make_stored(max_workers=1, max_pending=1)
         executor.submit(gate.wait, 10)
         executor.submit_stored("second", gate.wait, 10)
-        with pytest.raises(QueueFull):
-            executor.submit_stored("third", add, 1, 2)
+        for submit in (
+            executor.submit,
+            partial(executor.submit_stored, "third"),
+            partial(executor.submit_once, "third"),
+        ):
+            with pytest.raises(QueueFull):
+                submit(add, 1, 2)
         assert executor.futures.keys() == ["second"]
         assert executor.jobs.find("third") is None
+        assert len(executor.jobs.list()) == 2
         gate.set()
         drain(executor)
         assert executor.submit_stored("third", add, 1, 2).result(10) == 3
@@ -174,7 +184,7 @@ class StoreContract(ExecutorFixtures):
         assert list(executor.jobs.list(limit=0)) == []
         with pytest.raises(ValueError, match="limit is -1; it must be 0 or more"):
             executor.jobs.list(limit=-1)
-        with pytest.raises(ValueError, match="asleep"):
+        with pytest.raises(ValueError, match="'asleep' is not a valid JobStatus"):
             executor.jobs.list(status="asleep")
 
     def test_progress_log_and_meta(self, executor: Executor, gate: threading.Event, app: Flask) -> None:
