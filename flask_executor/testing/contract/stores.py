@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -155,13 +154,11 @@ class StoreContract(ExecutorFixtures):
         executor = make_stored(max_workers=1, max_pending=1)
         executor.submit(gate.wait, 10)
         executor.submit_stored("second", gate.wait, 10)
-        for submit in (
-            executor.submit,
-            partial(executor.submit_stored, "third"),
-            partial(executor.submit_once, "third"),
-        ):
+        with pytest.raises(QueueFull):
+            executor.submit(add, 1, 2)
+        for submit in (executor.submit_stored, executor.submit_once):
             with pytest.raises(QueueFull):
-                submit(add, 1, 2)
+                submit("third", add, 1, 2)
         assert executor.futures.keys() == ["second"]
         assert executor.jobs.find("third") is None
         assert len(executor.jobs.list()) == 2
