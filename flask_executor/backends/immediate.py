@@ -1,4 +1,4 @@
-"""Jobs run inside ``submit``: for tests, and to step through a job with a debugger."""
+"""Jobs run inside ``submit()``: for tests, and to step through a job with a debugger."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ImmediateBackend(Backend):
         call.run()
         error = future.exception()
         if error is not None and not isinstance(error, Exception):
-            raise error  # Ctrl-C, and what test frameworks end a test with, are meant for this thread
+            raise error  # Ctrl-C, and what ends a test in test frameworks, are meant for this thread
 
     def pack(self, call: PreparedCall) -> None:
         if self._pickle:

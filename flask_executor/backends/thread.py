@@ -1,7 +1,8 @@
-"""Jobs on threads of this process: the default.
+"""Jobs in threads of this process: the default.
 
-Calls of the usual priority go straight through the queue of the standard pool. Once one has another priority all that
-wait are put in order instead, and what goes through the queue are tickets: whoever gets one runs the first in order.
+Calls of priority 0 go through the queue of the standard pool. When one has another priority, all that wait move to a
+priority queue, and a slot stands for each of them in the pool's queue: the thread that gets a slot runs the call which
+is first in the priority queue then.
 """
 
 from __future__ import annotations
@@ -18,40 +19,40 @@ from flask_executor.helpers.priority_queue import PriorityQueue
 
 
 class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
-    """A :class:`~concurrent.futures.ThreadPoolExecutor` that takes prepared calls.
+    """A :class:`~concurrent.futures.ThreadPoolExecutor` that runs calls.
 
-    Its threads are daemons, as one that is stuck in a job must not keep the process from ending. Those that are not
-    stuck are waited for all the same, by the executor.
+    Its threads are daemons: one that is stuck in a job must not keep the process from ending. The executor waits for
+    the others at its shutdown.
     """
 
     chunks = True
 
     def __init__(self, options: BackendOptions) -> None:
         super().__init__(max_workers=options.max_workers, thread_name_prefix="flask-executor")
-        self._ordered: PriorityQueue[PreparedCall] = PriorityQueue()  # under _shutdown_lock
-        self._ticket = _Ticket(self)
+        self._by_priority: PriorityQueue[PreparedCall] = PriorityQueue()  # under _shutdown_lock
+        self._slot = _QueueSlot(self)
 
     def enqueue(self, call: PreparedCall) -> None:
         with self._shutdown_lock:
             if self._shutdown:
                 raise ExecutorShutdown("cannot schedule new futures after shutdown")
-            if call.priority or self._ordered:
-                self._put_in_order(call)
+            if call.priority or self._by_priority:
+                self._push_by_priority(call)
             else:
                 self._work_queue.put(call)  # type: ignore[arg-type]  # the workers only call run()
-            if len(self._threads) < self._max_workers:  # or it would count idle threads for nothing
+            if len(self._threads) < self._max_workers:  # else there is no need to count idle threads
                 self._adjust_thread_count()
 
     def withdraw(self, call: PreparedCall) -> bool:
-        if self._ordered:
+        if self._by_priority:
             with self._shutdown_lock:
-                self._ordered.remove(call, call.priority)  # its ticket is one too many, which does no harm
+                self._by_priority.remove(call, call.priority)  # a slot that finds no call does no harm
         return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         with self._shutdown_lock:
             self._shutdown = True
-            waiting = self._take_waiting() if cancel_futures else []
+            waiting = self._pop_all() if cancel_futures else []
             self._work_queue.put(None)  # type: ignore[arg-type]  # each thread passes it on to the next
         for item in waiting:
             item.future.cancel()
@@ -68,29 +69,29 @@ class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
     def capacity(self) -> int:
         return self._max_workers
 
-    def _put_in_order(self, call: PreparedCall) -> None:
-        if not self._ordered:
-            for waiting in self._take_waiting():
-                self._ordered.push(waiting, getattr(waiting, "priority", 0))
-                self._work_queue.put(self._ticket)  # type: ignore[arg-type]
-        self._ordered.push(call, call.priority)
-        self._work_queue.put(self._ticket)  # type: ignore[arg-type]
+    def _push_by_priority(self, call: PreparedCall) -> None:
+        if not self._by_priority:
+            for waiting in self._pop_all():
+                self._by_priority.push(waiting, getattr(waiting, "priority", 0))
+                self._work_queue.put(self._slot)  # type: ignore[arg-type]
+        self._by_priority.push(call, call.priority)
+        self._work_queue.put(self._slot)  # type: ignore[arg-type]
 
-    def _take_waiting(self) -> list[Any]:
-        waiting = self._ordered.clear()
+    def _pop_all(self) -> list[Any]:
+        waiting = self._by_priority.clear()
         while True:
             try:
                 item: Any = self._work_queue.get_nowait()
             except queue.Empty:
                 return waiting
-            if item is not None and item is not self._ticket:
+            if item is not None and item is not self._slot:
                 waiting.append(item)
 
     def _adjust_thread_count(self) -> None:
         if self._idle_semaphore.acquire(blocking=False):
             return
         if len(self._threads) < self._max_workers:
-            # A backend that nobody refers to any more lets its threads end.
+            # When the backend is collected its threads end.
             work: Any = self._work_queue
             pool = weakref.ref(self, lambda _: work.put(None))
             name = f"{self._thread_name_prefix}_{len(self._threads)}"
@@ -99,8 +100,8 @@ class ThreadBackend(concurrent.futures.ThreadPoolExecutor, Backend):
             self._threads.add(thread)  # type: ignore[attr-defined]
 
 
-class _Ticket:
-    """Stands in the queue for whichever call is the first in order then."""
+class _QueueSlot:
+    """In the pool's queue: runs the call that is first in the priority queue by then."""
 
     def __init__(self, pool: ThreadBackend) -> None:
         self._pool = weakref.ref(pool)
@@ -110,7 +111,7 @@ class _Ticket:
         if pool is None:
             return
         with pool._shutdown_lock:
-            call = pool._ordered.pop() if pool._ordered else None
+            call = pool._by_priority.pop() if pool._by_priority else None
         del pool
         if call is not None:
             call.run()

@@ -1,4 +1,4 @@
-"""Small things that know nothing of jobs."""
+"""Small tools that know nothing of jobs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from flask import Flask, has_request_context, request
 
 P = ParamSpec("P")
 
-_LONGEST = 5000  # characters of the description of an error
+_MAX_DESCRIPTION = 5000  # characters of the description of an error
 
 
 def describe_error(error: BaseException) -> str:
     """An error as one line, ``ValueError: no such page``; never raises, whatever its ``__str__`` does."""
-    return traceback.format_exception_only(type(error), error)[-1].strip()[:_LONGEST]
+    return traceback.format_exception_only(type(error), error)[-1].strip()[:_MAX_DESCRIPTION]
 
 
 def safe_repr(value: object) -> str:
-    """``repr(value)``; its type, where that raises."""
+    """``repr(value)``, or the name of its type if that raises."""
     try:
         return repr(value)
-    except Exception:  # whatever a foreign __repr__ raises
+    except Exception:  # whatever a __repr__ of the user's raises
         return f"<{type(value).__name__}>"
 
 
@@ -36,12 +36,12 @@ def signing_keys(app: Flask | None) -> list[bytes]:
 
 
 def is_multiprocess_request() -> bool:
-    """Whether the request that is handled here is handled by one of several processes, as the server says."""
+    """If true, the server says that the present request is handled by one of several processes."""
     return has_request_context() and bool(request.environ.get("wsgi.multiprocess"))
 
 
 def callable_name(fn: Any) -> str:
-    """What to call a job that runs ``fn``: its name, with its class's, also for partials and callable objects."""
+    """The name of a job that runs ``fn``: its qualified name, also for partials and callable objects."""
     while True:
         try:
             return str(fn.__qualname__).rpartition("<locals>.")[2]
@@ -53,13 +53,13 @@ def callable_name(fn: Any) -> str:
 
 
 def redact_url(value: object) -> object:
-    """A url as it may be shown and logged; anything else as it is."""
+    """A url without its user, password and query, to be shown and logged; anything else as it is."""
     if not isinstance(value, str) or "://" not in value:
         return value
     scheme, _, rest = value.partition("://")
-    place, question, _ = rest.partition("?")
+    place, query, _ = rest.partition("?")
     host = f"***@{place.rpartition('@')[2]}" if "@" in place else place
-    return f"{scheme}://{host}{question and '?...'}"
+    return f"{scheme}://{host}{query and '?...'}"
 
 
 class InstanceProxy:
@@ -96,7 +96,7 @@ class InstanceProxy:
 
 
 def weak_callback(method: Callable[P, None]) -> Callable[P, None]:
-    """A method, without keeping its object alive."""
+    """A callback that calls ``method`` as long as its object is alive, and does not keep it alive."""
     reference = weakref.WeakMethod(method)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> None:

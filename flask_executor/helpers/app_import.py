@@ -12,9 +12,9 @@ from flask_executor.exceptions import ConfigError
 
 
 def find_import_string(app: Flask) -> str | None:
-    """Where another process can import ``app`` from, ``"shop:app"``; None when it cannot be told.
+    """The import string with which another process gets ``app``, as ``"shop:app"``; None if there is none.
 
-    An app that stands in a module is found there; for one that a function makes, ``FLASK_APP`` may say it.
+    An app that is a global of a module is found there; for one that a factory makes ``FLASK_APP`` may have it.
     """
     for module in (app.import_name, *list(sys.modules)):
         names = getattr(sys.modules.get(module), "__dict__", {})
@@ -25,12 +25,12 @@ def find_import_string(app: Flask) -> str | None:
 
 
 def import_string_of(app: Flask | None, app_import: str | None, config_key: str, who: str) -> str:
-    """Where workers import the app from.
+    """The import string with which workers get the app.
 
     :param app_import: what the app's config says.
     :param config_key: what the app's config calls this setting.
-    :param who: these workers, for a message.
-    :raises ConfigError: when it cannot be told.
+    :param who: the workers, for the message of the error.
+    :raises ConfigError: when there is none.
     """
     found = app_import or (None if app is None else find_import_string(app))
     if found is None:

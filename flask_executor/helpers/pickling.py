@@ -1,4 +1,4 @@
-"""Pickling in parts, without copying large bytes, and small dataclasses that pickle fast."""
+"""Pickling in parts, without copying large bytes; and dataclasses that pickle fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class CompactPickle:
-    """Something with fields that travels; pickled as its class and its fields, half the work of a plain dataclass."""
+    """Base of dataclasses with slots that are sent often: pickled as class and fields, at half the cost."""
 
     __slots__: tuple[str, ...] = ()
 
@@ -29,8 +29,8 @@ def _no_fields(_: CompactPickle) -> tuple[()]:
     return ()
 
 
-#: Bytes of a call or a result that count as small: copied when that saves a system call, sent in one packet.
-_SMALL = 8 * 1024
+#: Bytes up to which a pickle is small: copied to save a system call, and sent in one packet.
+SMALL = 8 * 1024
 
 
 class _Parts(list[bytes]):
@@ -38,16 +38,17 @@ class _Parts(list[bytes]):
 
 
 def pickle_parts(value: object) -> list[bytes]:
-    """``value`` pickled, in parts that belong together.
+    """``value`` pickled, in parts to be joined.
 
-    Large bytes in it are a part as they are. :func:`pickle.dumps` would copy them, some times over.
+    Large bytes in it are a part of their own, which is not copied. :func:`pickle.dumps` would copy them several times.
     """
     parts = _Parts()
     pickle.Pickler(parts, pickle.HIGHEST_PROTOCOL).dump(value)
-    if len(parts) > 1 and _size(parts) <= _SMALL:
+    if len(parts) > 1 and total_size(parts) <= SMALL:
         return [b"".join(parts)]
     return parts
 
 
-def _size(parts: list[bytes]) -> int:
+def total_size(parts: list[bytes]) -> int:
+    """Number of bytes in all parts."""
     return sum(map(len, parts))

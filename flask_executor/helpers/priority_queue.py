@@ -12,12 +12,12 @@ T = TypeVar("T")
 class PriorityQueue(Generic[T]):
     """Hashable items, those of the highest priority first, first in first out among equals.
 
-    Unlike a heap it can remove any item, and take one back to the place it came from. Not safe for threads by itself.
+    Unlike a heap it can remove any item, and put one back to the place it came from. Callers need a lock.
     """
 
     def __init__(self) -> None:
-        self._lines: dict[int, OrderedDict[T, None]] = {}
-        self._priorities: list[int] = []  # of the lines that are not empty, negated, ascending
+        self._queues: dict[int, OrderedDict[T, None]] = {}
+        self._priorities: list[int] = []  # of the queues that are not empty, negated, ascending
         self._length = 0
 
     def __len__(self) -> int:
@@ -32,28 +32,28 @@ class PriorityQueue(Generic[T]):
         return -self._priorities[0]
 
     def push(self, item: T, priority: int = 0) -> None:
-        """Put an item behind all others of its priority."""
-        line = self._lines.get(priority)
-        if line is None:
-            line = self._lines[priority] = OrderedDict()
+        """Add an item behind all others of its priority."""
+        queue = self._queues.get(priority)
+        if queue is None:
+            queue = self._queues[priority] = OrderedDict()
             bisect.insort(self._priorities, -priority)
-        line[item] = None
+        queue[item] = None
         self._length += 1
 
     def push_first(self, item: T, priority: int = 0) -> None:
-        """Put an item before all others of its priority."""
+        """Add an item before all others of its priority."""
         self.push(item, priority)
-        self._lines[priority].move_to_end(item, last=False)
+        self._queues[priority].move_to_end(item, last=False)
 
     def pop(self) -> T:
-        """Take out the first item.
+        """Remove and return the first item.
 
         :raises IndexError: when there is none.
         """
         priority = self.priority
-        line = self._lines[priority]
-        item, _ = line.popitem(last=False)
-        self._shrink(line, priority)
+        queue = self._queues[priority]
+        item, _ = queue.popitem(last=False)
+        self._shrink(queue, priority)
         return item
 
     def first(self) -> T:
@@ -61,23 +61,23 @@ class PriorityQueue(Generic[T]):
 
         :raises IndexError: when there is none.
         """
-        return next(iter(self._lines[self.priority]))
+        return next(iter(self._queues[self.priority]))
 
     def remove(self, item: T, priority: int = 0) -> bool:
-        """Take out an item; False when it is not there."""
-        line = self._lines.get(priority)
-        if line is None or item not in line:
+        """Remove an item; False if it is not there."""
+        queue = self._queues.get(priority)
+        if queue is None or item not in queue:
             return False
-        del line[item]
-        self._shrink(line, priority)
+        del queue[item]
+        self._shrink(queue, priority)
         return True
 
     def clear(self) -> list[T]:
-        """Take out all items; they come in order."""
+        """Remove and return all items, in order."""
         return [self.pop() for _ in range(self._length)]
 
-    def _shrink(self, line: OrderedDict[T, None], priority: int) -> None:
+    def _shrink(self, queue: OrderedDict[T, None], priority: int) -> None:
         self._length -= 1
-        if not line:
-            del self._lines[priority]
+        if not queue:
+            del self._queues[priority]
             self._priorities.remove(-priority)

@@ -1,4 +1,4 @@
-"""A thread that runs what it is given, one after the other."""
+"""A thread that runs functions one after the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flask_executor.helpers.log import logger
 
 
 class SerialThread:
-    """Runs functions in the order in which they come, in a thread that starts with the first.
+    """Runs functions in the order in which they were given, in a thread that starts with the first one.
 
     :param name: the name of the thread.
     """
@@ -18,13 +18,13 @@ class SerialThread:
     def __init__(self, name: str) -> None:
         self._name = name
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # a finalizer may come here in the middle
+        self._lock = threading.RLock()  # a finalizer may call in the middle of a method
         self._thread: threading.Thread | None = None
         self._closed = False
         self._pending = 0
 
     def run(self, fn: Callable[[], object]) -> None:
-        """Have ``fn`` called; here and now after :meth:`close`. An exception that it raises is logged."""
+        """Call ``fn`` in the thread; after :meth:`close`, call it here and now. An exception is logged."""
         with self._lock:
             if not self._closed and (self._thread is not None or self._start()):
                 self._pending += 1
@@ -36,13 +36,13 @@ class SerialThread:
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # Python 3.12 refuses when the interpreter ends
+        except RuntimeError:  # from Python 3.12, when the interpreter ends
             return False
         self._thread = thread
         return True
 
     def __len__(self) -> int:
-        """How many have not run to their end."""
+        """Number of functions that have not returned."""
         return self._pending
 
     def flush(self, timeout: float | None = None) -> None:
@@ -57,9 +57,9 @@ class SerialThread:
             done.wait(timeout)
 
     def close(self, *, wait: bool) -> None:
-        """End the thread after what it was given until now.
+        """End the thread after the functions that it was given until now.
 
-        :param wait: whether to wait for that; not if this is called by what it runs.
+        :param wait: if true, wait for that, unless this is called in the thread itself.
         """
         with self._lock:
             if not self._closed:
@@ -77,17 +77,17 @@ class SerialThread:
                 self._pending -= 1
 
 
-_here = threading.local()
+_of_thread = threading.local()
 
 
 def set_thread_callbacks(callbacks: SerialThread) -> None:
-    """Have ``callbacks`` run what must not hold up the thread that calls this."""
-    _here.callbacks = callbacks
+    """Let ``callbacks`` run user code for the calling thread, which must not be held up."""
+    _of_thread.callbacks = callbacks
 
 
 def get_thread_callbacks() -> SerialThread | None:
-    """What runs code of the user's for this thread; None where it may run it itself."""
-    callbacks: SerialThread | None = getattr(_here, "callbacks", None)
+    """What runs user code for the calling thread; None if that may run it itself."""
+    callbacks: SerialThread | None = getattr(_of_thread, "callbacks", None)
     return callbacks
 
 

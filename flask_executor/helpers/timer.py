@@ -1,4 +1,4 @@
-"""Calls at a later time: one thread for all of a process, there only while something is to come."""
+"""Calls at a later time, all in one thread, which runs only while there are calls to come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flask_executor.helpers.log import logger
 
 
 class TimerHandle:
-    """One call to come; :meth:`cancel` calls it off."""
+    """One call to come."""
 
     __slots__ = ("_timer", "fn")
 
@@ -23,52 +23,52 @@ class TimerHandle:
         self.fn: Callable[[], object] | None = fn
 
     def cancel(self) -> None:
-        """Call it off. It may be in the middle of being called."""
+        """Do not make the call, unless it has begun already."""
         self._timer.cancel(self)
 
 
 class Timer:
     """Calls functions in its thread, each not before its time.
 
-    The functions must be quick, as those to come wait. One that raises is logged.
+    The functions must be quick, as the next ones wait for them. An exception is logged.
     """
 
     # Invariants: everything below is changed under _changed. _live counts the entries of the heap that were not
-    # called off; the thread ends when there is none, and the next appointment starts another.
+    # cancelled; the thread ends when there are none, and the next call_later() starts another.
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # a finalizer may come here in the middle
+        self._changed = threading.Condition()  # reentrant: a finalizer may call in the middle of a method
         self._heap: list[tuple[float, int, TimerHandle]] = []
         self._numbers = itertools.count()
         self._live = 0
         self._thread: threading.Thread | None = None
 
     def call_later(self, seconds: float, fn: Callable[[], object]) -> TimerHandle:
-        """Call ``fn`` in so many seconds."""
-        appointment = TimerHandle(self, fn)
+        """Call ``fn`` in ``seconds``, in the timer's thread."""
+        handle = TimerHandle(self, fn)
         due = time.monotonic() + max(0.0, seconds)
         with self._changed:
-            heapq.heappush(self._heap, (due, next(self._numbers), appointment))
+            heapq.heappush(self._heap, (due, next(self._numbers), handle))
             self._live += 1
             if self._thread is None:
                 self._start()
-            elif self._heap[0][2] is appointment:
+            elif self._heap[0][2] is handle:
                 self._changed.notify()
-        return appointment
+        return handle
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="flask-executor-timer", daemon=True)
-        # Python 3.12 refuses when the interpreter ends; whoever ends it does not count on later calls.
+        # From Python 3.12 no thread can be started when the interpreter ends; the calls are not made then.
         with contextlib.suppress(RuntimeError):
             thread.start()
             self._thread = thread
 
-    def cancel(self, appointment: TimerHandle) -> None:
-        """Call an appointment off."""
+    def cancel(self, handle: TimerHandle) -> None:
+        """Do not make a call, unless it has begun already."""
         with self._changed:
-            if appointment.fn is None:
+            if handle.fn is None:
                 return
-            appointment.fn = None
+            handle.fn = None
             self._live -= 1
             if not self._live:
                 self._heap.clear()
@@ -83,25 +83,25 @@ class Timer:
                 if not self._heap:
                     self._thread = None
                     return
-                due, _, appointment = self._heap[0]
+                due, _, handle = self._heap[0]
                 wait = due - time.monotonic()
-                if wait > 0 and appointment.fn is not None:
+                if wait > 0 and handle.fn is not None:
                     self._changed.wait(min(wait, threading.TIMEOUT_MAX))
                     continue
                 heapq.heappop(self._heap)
-                fn, appointment.fn = appointment.fn, None
+                fn, handle.fn = handle.fn, None
                 if fn is None:
                     continue
                 self._live -= 1
             try:
                 fn()
             except BaseException:  # also SystemExit: it is not meant for this thread
-                logger.exception("An appointment of the timer failed.")
-            del fn, appointment  # they refer to jobs, and the next wait may be long
+                logger.exception("A call of the timer failed.")
+            del fn, handle  # they refer to jobs, which the next wait must not keep alive
 
 
 #: The timer of this process.
 timer = Timer()
 
-# The thread is not in the child, and the appointments are the parent's.
+# A child has no such thread, and the calls are the parent's.
 after_fork_in_child(timer.__init__)  # type: ignore[misc]

@@ -1,7 +1,10 @@
-"""What a forked worker must let go of.
+"""What a forked worker process has to undo, and what ends it with its parent.
 
-A fork copies the memory and the descriptors of its parent, but only one of its threads. What the others were in the
-middle of stays as it was for ever, and a connection that both processes use mixes their bytes up.
+A fork copies the memory and the descriptors of the parent, but only one of its threads. What the other threads were
+doing is never finished in the child: locks stay locked, modules half imported. And if both processes use a connection,
+their bytes get mixed up.
+
+The thread that forks runs all of this in the child, before there is a second thread.
 """
 
 from __future__ import annotations
@@ -29,32 +32,38 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-#: In a thread that forks a worker process: ``forking.worker`` is the line that the worker dies with; None afterwards.
+#: While a thread forks a worker process, ``forking.worker`` is the worker's end of the socket ``life``; else None.
 forking = threading.local()
 
-#: Signals that a worker leaves to its parent, which tells it when to end.
+#: Signals that a worker ignores, as its parent tells it when to end.
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_origin: int | None = None  # in a worker process: the id of the process that has begun it all
-_lines: weakref.WeakSet[Any] = weakref.WeakSet()
+_root_pid: int | None = None  # in a worker process: the pid of the process whose worker it is, directly or not
+_close_in_child: weakref.WeakSet[Any] = weakref.WeakSet()
 _processes: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def close_in_child(line: L) -> L:
-    """Have ``line`` closed in every child that this process forks: its end tells the other end that we are gone."""
-    _lines.add(line)
-    return line
+def close_in_child(end: L) -> L:
+    """Close this end of a socket in each child that this process forks.
+
+    A copy in a child would keep it open when this process ends, and the other end would not learn of that.
+
+    :return: the same end.
+    """
+    _close_in_child.add(end)
+    return end
 
 
 def forget_in_child(process: Any) -> None:
-    """Have multiprocessing forget ``process`` in every child that this one forks: it would try to wait for it there."""
+    """Let multiprocessing forget a child of this process in each other child, which would try to wait for it."""
     _processes.add(process)
 
 
-def _disown() -> None:
-    for line in list(_lines):
-        line.close()
-    _lines.clear()
+def _in_child() -> None:
+    """Run in each child that this process forks, worker or not."""
+    for end in list(_close_in_child):
+        end.close()
+    _close_in_child.clear()
     children: set[Any] = getattr(multiprocessing.process, "_children", set())
     children.difference_update(_processes)
     life: socket.socket | None = getattr(forking, "worker", None)
@@ -63,13 +72,13 @@ def _disown() -> None:
 
 
 def _begin_worker(life: socket.socket) -> None:
-    """In a forked worker, before all else: whatever it hangs in from now on, it ends with its parent."""
+    """In a forked worker, before all else: from here on it ends with its parent, whatever it hangs in."""
     global _inherited_stdin
     own_process_group()
     die_with_parent(life)
     if sys.stdin is not None:
-        # multiprocessing closes it, which waits for ever for a thread that was reading it in the parent. It is kept:
-        # to be thrown away is to be closed.
+        # multiprocessing would close it, and wait for ever for a thread that was reading it in the parent. It is kept,
+        # as it would be closed as well when it is collected.
         _inherited_stdin = sys.stdin
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
 
@@ -77,37 +86,40 @@ def _begin_worker(life: socket.socket) -> None:
 _inherited_stdin: object = None
 
 
-after_fork_in_child(_disown)
+after_fork_in_child(_in_child)
 
 
 def mark_as_worker(root_pid: int) -> None:
-    """This is a worker process, of workers of this one perhaps."""
-    global _origin
-    _origin = root_pid
+    """Mark this process as a worker.
+
+    :param root_pid: the parent's :func:`root_pid`.
+    """
+    global _root_pid
+    _root_pid = root_pid
 
 
 def is_worker() -> bool:
-    """Whether this is a worker process, or was forked by one."""
-    return _origin is not None
+    """If true, this is a worker process, or was forked by one."""
+    return _root_pid is not None
 
 
 def root_pid() -> int:
-    """The id of the process that has this worker process, directly or not; of this one if it is none."""
-    return os.getpid() if _origin is None else _origin
+    """The pid of the process whose worker this process is, directly or not; its own pid if it is no worker."""
+    return os.getpid() if _root_pid is None else _root_pid
 
 
 def detach_from_parent() -> None:
-    """In a forked worker: part with what belongs to the parent."""
-    _signals()
-    _half_imported_modules()
-    _standard_streams()
-    _connections()
+    """In a forked worker: give up what belongs to the parent."""
+    _reset_signals()
+    _drop_half_imported_modules()
+    _reopen_standard_streams()
+    _detach_connections()
 
 
 def dispose_engines(app: Flask) -> None:
-    """In a forked worker: have the engines of Flask-SQLAlchemy open connections of their own.
+    """In a forked worker: let the engines of Flask-SQLAlchemy open connections of their own.
 
-    Those they hold are the parent's, which goes on using them.
+    The parent goes on using those that they hold.
     """
     extension = app.extensions.get("sqlalchemy")
     if extension is not None:
@@ -117,11 +129,11 @@ def dispose_engines(app: Flask) -> None:
 
 
 def die_with_parent(life: socket.socket) -> None:
-    """Have the system kill this process, and what it has started, when the other end of ``life`` is closed.
+    """Let the system kill this process, and what it has started, when the parent's end of ``life`` is closed.
 
-    A thread that waits for that would not get to run in a process that is inside a C call which holds the interpreter's
-    lock. The signal that tells of a change is SIGKILL here, to the process group; nothing is ever sent on this line.
-    See F_SETOWN and F_SETSIG in fcntl(2); Linux only.
+    A thread that waits for that would not run while C code holds the interpreter's lock. So the signal that tells of a
+    change on this socket, on which nothing is ever sent, is set to SIGKILL, and its receiver to the process group. See
+    F_SETOWN and F_SETSIG in fcntl(2); Linux only.
     """
     if hasattr(fcntl, "F_SETSIG") and os.getpgid(0) == os.getpid():
         descriptor = life.fileno()
@@ -131,14 +143,14 @@ def die_with_parent(life: socket.socket) -> None:
 
 
 def own_process_group() -> None:
-    """Begin a process group, so that what a job starts can be ended with it and Ctrl-C is for the parent alone."""
+    """Begin a process group: what a job starts can be killed with the worker, and Ctrl-C reaches only the parent."""
     if hasattr(os, "setpgid"):
-        with contextlib.suppress(PermissionError):  # a session leader is one already
+        with contextlib.suppress(PermissionError):  # a session leader leads one already
             os.setpgid(0, 0)
 
 
-def _signals() -> None:
-    """The handlers are the server's, which must not hear of our signals (and asyncio's not through its descriptor)."""
+def _reset_signals() -> None:
+    """The handlers are the web server's; it must not learn of this process' signals, nor asyncio by its descriptor."""
     signal.set_wakeup_fd(-1)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -147,11 +159,11 @@ def _signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _half_imported_modules() -> None:
-    """What another thread was importing would stay half a module here, and its lock locked."""
+def _drop_half_imported_modules() -> None:
+    """A module that another thread was importing would stay incomplete in this process, and its lock locked."""
     from importlib import _bootstrap
 
-    # There is a lock only for what is being imported. (To look at all modules would copy their memory.)
+    # Only modules that are being imported have a lock. To look at all modules would copy their memory.
     locks: dict[str, object] = getattr(_bootstrap, "_module_locks", {})
     for name in list(locks):
         spec = getattr(sys.modules.get(name), "__spec__", None)
@@ -160,8 +172,8 @@ def _half_imported_modules() -> None:
     locks.clear()
 
 
-def _standard_streams() -> None:
-    """Another thread may have held their locks."""
+def _reopen_standard_streams() -> None:
+    """Another thread may have held the locks of these."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or stream is not getattr(sys, f"__{name}__"):
@@ -174,12 +186,12 @@ def _standard_streams() -> None:
             setattr(sys, f"__{name}__", fresh)
 
 
-def _connections() -> None:
-    """Point connections and listening sockets at nothing.
+def _detach_connections() -> None:
+    """Replace connections and listening sockets by ``os.devnull``.
 
-    A client would wait for the end of a response for as long as this process holds the other end of its connection. The
-    descriptors are not closed, or the next file would get their numbers and the sockets that still have them close it.
-    Pairs of sockets without a name are left alone: they are not to the outside.
+    A client would wait for the end of a response as long as this process had the connection open. The descriptors are
+    not closed, or the next file would get their numbers, and socket objects that still have these would close it.
+    Unnamed socket pairs stay: they do not lead to the outside.
     """
     folder = Path("/proc/self/fd")
     if not folder.exists():
@@ -198,7 +210,7 @@ def _is_connection(descriptor: int) -> bool:
     try:
         if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             return False
-    except OSError:  # that of the folder, closed meanwhile
+    except OSError:  # the folder's own descriptor, closed meanwhile
         return False
     with socket.socket(fileno=os.dup(descriptor)) as duplicate:
         if duplicate.type != socket.SOCK_STREAM:
@@ -212,7 +224,7 @@ def _is_connection(descriptor: int) -> bool:
 
 
 def exit_with_descendants() -> NoReturn:
-    """The parent is gone: nobody waits for this process, nor for what its job has started."""
+    """End this process and what its job has started, at once: the parent is gone."""
     if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Jobs on worker processes; how it is done stands at the top of :mod:`flask_executor.supervisor`."""
+"""Jobs in worker processes; the top of :mod:`~flask_executor.backends.process.supervisor` shows how it works."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 
 class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
-    """A :class:`~concurrent.futures.ProcessPoolExecutor` by type, with the processes of a :class:`Supervisor`."""
+    """A :class:`~concurrent.futures.ProcessPoolExecutor` by type, with the processes of a :class:`Supervisor`.
+
+    :param observer: makes this the pool of a service: a fixed number of workers, each of which hosts a plugin.
+    """
 
     remote = True
     chunks = True
@@ -32,13 +35,13 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def __init__(self, options: BackendOptions, observer: PoolObserver | None = None) -> None:
         if sys.platform == "win32":  # where a thread cannot wait for sockets and processes at once
             raise ConfigError(options.config_key("EXECUTOR_TYPE"), "process", "'thread' on Windows")
-        # The standard pool's own constructor would make queues that nobody uses.
+        # Not the standard pool's constructor, which makes queues.
         self._mp_context = multiprocessing.get_context(options.start_method)
         self._max_workers = options.max_workers or os.cpu_count() or 1
         self._supervisor = Supervisor(options, self._mp_context, self._max_workers, observer)
         self._dispatcher = self._supervisor.dispatcher
         self._fixed_size = observer is not None
-        # An app that is thrown away takes its workers along.
+        # The workers end when the app is collected.
         finalizer = weakref.finalize(self, self._supervisor.shutdown, wait=False)
         finalizer.atexit = False
 
@@ -51,34 +54,37 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def enqueue_relayed(self, call: Call, given: Callable[[], object]) -> None:
         """As :meth:`enqueue`.
 
-        :param given: called before a worker gets the call, and may begin with it before that is known here.
+        :param given: see ``on_assigned`` of :class:`Task`.
         """
         self._enqueue(call, given=given)
 
     def _enqueue(self, call: Call, *, fire_and_forget: bool = False, given: Callable[[], object] | None = None) -> None:
         parts = call.packed or pack_call(call)
-        # The next attempt is the same call, whatever becomes of its arguments meanwhile.
+        # The next attempt sends the same bytes, even if the arguments have changed meanwhile.
         call.packed = parts if call.retried else None
         task = Task(call, parts, fire_and_forget=fire_and_forget, on_assigned=given)
         self._supervisor.start()
         self._dispatcher.add(task)
 
     def start(self) -> None:
-        """Start the workers that are to stand; others start when they are needed."""
+        """Start the workers of a pool of fixed size. Those of others start when they are needed."""
         self._supervisor.start()
 
     def broadcast(self, data: bytes) -> int:
-        """Send something to the residents of all workers; to how many."""
+        """Send the plugins of all workers a message.
+
+        :return: the number of workers.
+        """
         return self._dispatcher.broadcast(data)
 
     @property
     def broadcasts(self) -> int:
-        """How many there were."""
+        """Number of broadcasts that were sent."""
         return self._dispatcher.broadcasts
 
     @property
     def waiting(self) -> int:
-        """How many calls no worker has got."""
+        """Number of calls that were sent to no worker."""
         return self._dispatcher.waiting()
 
     def withdraw(self, call: Call) -> bool:
@@ -94,7 +100,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         self.deliver_packed(call, b"".join(pickle_or_explain(message, f"The message for job {call.job.name}")))
 
     def deliver_packed(self, call: Call, data: bytes) -> None:
-        """As :meth:`deliver`, of a message that is pickled."""
+        """As :meth:`deliver`, of a JobMessage that is pickled."""
         self._dispatcher.deliver(call, data)
 
     def run_user_code(self, fn: Callable[[], object]) -> None:
@@ -107,7 +113,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
         """Run a plain function in a worker process, outside of all contexts, as any executor does.
 
-        Where workers stand it is something that nobody waits for: messages of a service.
+        In the pool of a service that is fire-and-forget: it handles a batch of messages.
         """
         call = PlainCall(fn, args, kwargs)
         self._enqueue(call, fire_and_forget=self._fixed_size)
@@ -120,7 +126,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         self._supervisor.terminate(grace)
 
     def join(self, timeout: float | None) -> None:
-        """After :meth:`shutdown`: wait until all has ended; at most so many seconds."""
+        """After :meth:`shutdown`: wait until all calls and workers have ended, at most ``timeout`` seconds."""
         self._supervisor.join(timeout)
 
     def worker_states(self) -> Sequence[WorkerState]:

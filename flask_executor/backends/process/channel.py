@@ -1,6 +1,7 @@
-"""The lines between a pool and a worker process: all there is of sockets and framing.
+"""The sockets between a pool and a worker process, and what is written on them, byte by byte.
 
-Nothing that comes from outside is ever on these lines, which are socket pairs between a process and its children.
+The sockets are pairs between a process and its children: nothing from outside is ever read from them. What is sent on
+which is described in :mod:`~flask_executor.backends.process.protocol`.
 """
 
 from __future__ import annotations
@@ -11,64 +12,72 @@ import struct
 from collections import deque
 
 from flask_executor.backends.process.protocol import FrameKind
-from flask_executor.helpers.pickling import _SMALL, CompactPickle, _size, pickle_parts
+from flask_executor.helpers.pickling import SMALL, CompactPickle, pickle_parts, total_size
 
 _DONT_WAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
-_HEAD = struct.Struct("!QIQ")  # of a call: its number, its attempt, its length
-_KEEP = 4 * 1024 * 1024  # bytes of a buffer that is kept for the next; making one anew costs more than filling it
+_CALL_HEAD = struct.Struct("!QIQ")  # number, attempt, size
+_MAX_KEPT_BUFFER = 4 * 1024 * 1024  # bytes of a buffer that is used again: to make one costs more than to fill it
 
 
 def is_small(parts: list[bytes]) -> bool:
-    """Whether a call goes into one packet."""
-    return len(parts) == 1 and len(parts[0]) <= _SMALL
+    """If true, a call fits into one packet."""
+    return len(parts) == 1 and len(parts[0]) <= SMALL
 
 
 class FrameStream:
-    """One end of a stream of frames: the length of the body (8 bytes), its kind (1), a number (8), the body.
+    """One end of a stream of frames.
 
-    Never waits unless it is told to. Sending and receiving may be done by two threads, but only one of each at a time.
+    No method waits for the other end, unless it is told to. One thread may send while another one receives; two that
+    send need a lock.
+
+    :param end: a connected stream socket.
     """
 
-    _PREFIX = struct.Struct("!QBQ")
-    _CHUNK = 64 * 1024  # bytes read at a time, or more when more is known to come
+    _HEAD = struct.Struct("!QBQ")  # size of the body, kind, number
+    _CHUNK = 64 * 1024  # bytes read at a time; more when a larger frame has begun
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
         self._outgoing: deque[memoryview] = deque()
-        #: How many frames, or parts of them, were sent in full.
+        #: Number of parts (of frames) that were sent in full.
         self.sent = 0
         self._buffer = bytearray(self._CHUNK)
-        self._filled = 0  # bytes of the buffer that have arrived and were not given out
+        self._filled = 0  # bytes of the buffer that are the beginning of a frame
 
     def fileno(self) -> int:
-        """The descriptor, to be selected on."""
+        """The descriptor, for selectors."""
         return self.socket.fileno()
 
     def send_message(self, message: CompactPickle) -> bool:
-        """Send a message, or as much of it as goes out without waiting; whether all is out."""
+        """As :meth:`send`, of a message."""
         return self.send(FrameKind.MESSAGE, pickle_parts(message))
 
     def send(self, kind: int, body: list[bytes], number: int = 0) -> bool:
-        """Send a frame, or as much of it as goes out without waiting; whether all is out.
+        """Send a frame, or as much of it as the socket has room for.
 
-        :param number: of the call that this is about.
-        :raises OSError: when the other end is gone.
+        :param number: the number of the call that it is about.
+        :return: False if :meth:`flush` has to be called to send the rest.
+        :raises OSError: when the other end is closed.
         """
-        size = _size(body)
-        return self.send_parts([self._PREFIX.pack(size, kind, number), *body], size)
+        size = total_size(body)
+        return self.send_parts([self._HEAD.pack(size, kind, number), *body], size)
 
     def send_parts(self, parts: list[bytes], size: int = 0) -> bool:
-        """Send bytes, of about this size; the other end knows what they are."""
-        if size <= _SMALL:
+        """As :meth:`send`, of bytes that are no frame; the other end knows what to read when.
+
+        :param size: of them all, without a few.
+        """
+        if size <= SMALL:
             parts = [b"".join(parts)]
         self._outgoing.extend(map(memoryview, parts))
         return self.flush()
 
     def flush(self, *, wait: bool = False) -> bool:
-        """Send what is left over; whether all of it is out.
+        """Send what there was no room for before.
 
-        :param wait: whether to wait for the other end to take it.
-        :raises OSError: when the other end is gone.
+        :param wait: if true, wait until there is room for all of it.
+        :return: False if something is left over.
+        :raises OSError: when the other end is closed.
         """
         outgoing, flags = self._outgoing, 0 if wait else _DONT_WAIT
         while outgoing:
@@ -86,14 +95,14 @@ class FrameStream:
 
     @property
     def pending(self) -> int:
-        """How many frames, or parts of them, could not be sent yet."""
+        """Number of parts (of frames) that are not sent yet."""
         return len(self._outgoing)
 
     def receive(self) -> list[tuple[int, int, bytes]]:
-        """The frames that have arrived, without waiting: their kinds, numbers and bodies.
+        """The frames that have arrived: kind, number and body of each.
 
-        :raises EOFError: when the other end is gone, and nothing is left to be read.
-        :raises BlockingIOError: when there is nothing.
+        :raises EOFError: when the other end is closed and everything was read.
+        :raises BlockingIOError: when nothing has arrived.
         """
         try:
             count = self.socket.recv_into(memoryview(self._buffer)[self._filled :], 0, _DONT_WAIT)
@@ -106,10 +115,10 @@ class FrameStream:
 
     def _frames(self) -> list[tuple[int, int, bytes]]:
         frames: list[tuple[int, int, bytes]] = []
-        begin, filled, buffer, size = 0, self._filled, self._buffer, self._PREFIX.size
+        begin, filled, buffer, size = 0, self._filled, self._buffer, self._HEAD.size
         wanted = size
         while filled - begin >= size:
-            length, kind, number = self._PREFIX.unpack_from(buffer, begin)
+            length, kind, number = self._HEAD.unpack_from(buffer, begin)
             wanted = size + length
             end = begin + wanted
             if end > filled:
@@ -122,7 +131,7 @@ class FrameStream:
             self._buffer[:rest] = memoryview(buffer)[begin:filled]
         elif rest and begin:
             buffer[:rest] = buffer[begin:filled]
-        elif not rest and len(buffer) > _KEEP:
+        elif not rest and len(buffer) > _MAX_KEPT_BUFFER:
             self._buffer = bytearray(self._CHUNK)
         self._filled = rest
         return frames
@@ -133,7 +142,7 @@ class FrameStream:
 
 
 def packet_pair() -> tuple[socket.socket, socket.socket] | None:
-    """Both ends of a line for packets; None where the system has none, as macOS."""
+    """A pair of packet sockets; None where the system has none, as macOS."""
     try:
         return socket.socketpair(type=socket.SOCK_SEQPACKET)
     except OSError:
@@ -141,86 +150,93 @@ def packet_pair() -> tuple[socket.socket, socket.socket] | None:
 
 
 class CallSender:
-    """Takes calls to a worker: the end in the parent.
+    """Sends calls to a worker, and recalls them.
 
-    Calls are packets, and the system gives each packet to one reader only. So a call that the parent can read back
-    was not begun, and will not be; and one that it cannot was taken by the worker. There is nothing between.
+    The parent has both ends of the packet sockets, and the system gives each packet to one reader only. So a call that
+    the parent reads back was not begun, and will not be; and one that it cannot read back was read by the worker. There
+    is nothing between.
 
-    What is too large for a packet goes over the wire, and its packet only says so. Where there are no packets all goes
-    over the wire and nothing can be taken back.
+    The bytes of a large call follow on the stream. Without packet sockets everything goes over the stream, and no call
+    can be recalled.
 
     :param stream: the stream to this worker.
-    :param packets: both ends of the line for packets, None where there is none; they are closed with this.
+    :param packets: a pair of packet sockets, ours and the worker's, if there are any. :meth:`close` closes both.
     """
 
     def __init__(self, stream: FrameStream, packets: tuple[socket.socket, socket.socket] | None) -> None:
         self._stream = stream
-        self._here: socket.socket | None = None
-        self._there: socket.socket | None = None
+        self._ours: socket.socket | None = None
+        self._workers: socket.socket | None = None
         if packets is not None:
-            self._here, self._there = packets
+            self._ours, self._workers = packets
 
     def can_recall(self, parts: list[bytes]) -> bool:
-        """Whether a call like this can be taken back: it fits into a packet."""
-        return self._here is not None and is_small(parts)
+        """If true, a call of these parts can be recalled."""
+        return self._ours is not None and is_small(parts)
 
     def send(self, number: int, attempt: int, parts: list[bytes]) -> None:
-        """Send a call, or as much of it as goes out without waiting.
+        """Send a call, or as much of it as the sockets have room for.
 
-        :param number: tells the calls of one line apart.
-        :param attempt: which attempt of its job this is.
+        :param number: tells the calls of one worker apart; each is higher than the one before.
+        :param attempt: the number of the attempt of its job.
         :param parts: from :func:`pickle_parts`.
-        :raises OSError: when the worker is gone, or does not read (and was given more than it is ever to be given).
+        :raises BlockingIOError: when there is no room for a packet: more calls were sent than ever should be.
+        :raises OSError: when the worker is gone.
         """
-        size = _size(parts)
-        head = _HEAD.pack(number, attempt, size)
-        if self._here is None:
+        size = total_size(parts)
+        head = _CALL_HEAD.pack(number, attempt, size)
+        if self._ours is None:
             self._stream.send_parts([head, *parts], size)
         elif is_small(parts):
-            self._here.send(head + parts[0], _DONT_WAIT)
+            self._ours.send(head + parts[0], _DONT_WAIT)
         else:
-            self._here.send(head, _DONT_WAIT)
+            self._ours.send(head, _DONT_WAIT)
             self._stream.send_parts(parts, size)
 
     def recall(self) -> set[int]:
-        """Read back the calls that the worker has not begun; their numbers.
+        """Read back the calls that the worker has not read.
 
-        They need not be the last that it was given: it may take one while others are taken back. The bytes of a large
-        one stay on the wire; only a worker that is dead may be treated so.
+        The bytes of a large call stay on the stream, so only if the worker is dead one may be among them.
+
+        :return: their numbers. They need not be the last ones: the worker may read one while others are recalled.
         """
         numbers = set()
-        if self._there is not None:
+        if self._workers is not None:
             with contextlib.suppress(BlockingIOError):
-                while packet := self._there.recv(_HEAD.size, _DONT_WAIT):
-                    numbers.add(_HEAD.unpack(packet)[0])
+                while packet := self._workers.recv(_CALL_HEAD.size, _DONT_WAIT):
+                    numbers.add(_CALL_HEAD.unpack(packet)[0])
         return numbers
 
     def was_read(self, number: int) -> bool:
-        """Whether the worker has begun with a call that it was given, so that it cannot be taken back."""
-        if self._there is None:
+        """If true, the worker has read this call, and it can never be recalled."""
+        if self._workers is None:
             return True
         try:
-            packet = self._there.recv(_HEAD.size, _DONT_WAIT | socket.MSG_PEEK)
-        except BlockingIOError:  # there is none that it has not
+            packet = self._workers.recv(_CALL_HEAD.size, _DONT_WAIT | socket.MSG_PEEK)
+        except BlockingIOError:  # it has read all
             return True
-        return bool(packet) and bool(_HEAD.unpack(packet)[0] > number)
+        return bool(packet) and bool(_CALL_HEAD.unpack(packet)[0] > number)
 
     def end(self) -> None:
-        """There will be no more calls.
+        """Tell the worker that there will be no more calls.
 
         :raises OSError: when the worker is gone.
         """
-        (self._here or self._stream.socket).shutdown(socket.SHUT_WR)
+        (self._ours or self._stream.socket).shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close both ends of the line for packets."""
-        if self._here is not None and self._there is not None:
-            self._here.close()
-            self._there.close()
+        """Close both packet sockets."""
+        if self._ours is not None and self._workers is not None:
+            self._ours.close()
+            self._workers.close()
 
 
 class CallReceiver:
-    """The end of :class:`CallSender` in the worker."""
+    """Reads the calls of a :class:`CallSender`, in the worker's main thread.
+
+    :param stream: the worker's end of the stream.
+    :param packets: the worker's packet socket, if there is one.
+    """
 
     def __init__(self, stream: socket.socket, packets: socket.socket | None) -> None:
         self._stream = stream
@@ -228,29 +244,28 @@ class CallReceiver:
         self._buffer = bytearray()
 
     def next(self) -> tuple[int, int, bytes | memoryview]:
-        """Wait for a call, which from then on has begun: its number, its attempt, and the call.
+        """Wait for a call; once this has read one it has begun, and cannot be recalled.
 
-        What it gives is good until the next one is waited for.
-
+        :return: its number, its attempt, and the call, which is valid until the next call of this method.
         :raises EOFError: when there will be no more.
         """
         if self._packets is None:
-            number, attempt, size = _HEAD.unpack(self._read(_HEAD.size))
+            number, attempt, size = _CALL_HEAD.unpack(self._read(_CALL_HEAD.size))
             return number, attempt, self._read(size)
-        packet = self._packets.recv(_HEAD.size + _SMALL)
+        packet = self._packets.recv(_CALL_HEAD.size + SMALL)
         if not packet:
             raise EOFError
-        number, attempt, size = _HEAD.unpack_from(packet)
-        if len(packet) == _HEAD.size and size:
+        number, attempt, size = _CALL_HEAD.unpack_from(packet)
+        if len(packet) == _CALL_HEAD.size and size:
             return number, attempt, self._read(size)
-        return number, attempt, memoryview(packet)[_HEAD.size :]
+        return number, attempt, memoryview(packet)[_CALL_HEAD.size :]
 
     def fileno(self) -> int:
-        """What is readable when there is a call, or there will be no more."""
+        """The descriptor that is readable when there is a call, or there will be no more."""
         return (self._packets or self._stream).fileno()
 
     def _read(self, length: int) -> memoryview:
-        if len(self._buffer) > max(length, _KEEP) or len(self._buffer) < length:
+        if len(self._buffer) > max(length, _MAX_KEPT_BUFFER) or len(self._buffer) < length:
             self._buffer = bytearray(length)
         view, filled = memoryview(self._buffer)[:length], 0
         while filled < length:

@@ -1,4 +1,4 @@
-"""What a worker process sends to its parent: outcomes, progress, log records."""
+"""What a worker process sends to its parent: outcomes, messages, progress, log records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flask_executor.backends.process.after_fork import IGNORED_SIGNALS, exit_with_descendants
 from flask_executor.backends.process.channel import FrameStream
@@ -29,33 +29,32 @@ from flask_executor.jobs.current import RunningJob, running_job
 from flask_executor.jobs.log_records import install_record_factory
 from flask_executor.jobs.packing import Outcome
 
-if TYPE_CHECKING:
-    pass
-
-REPORT_INTERVAL = 0.05  # seconds between two reports of progress
-_MAX_PENDING_FRAMES = 1000  # frames that wait to be sent before log records are dropped
+REPORT_INTERVAL = 0.05  # seconds between two reports of progress to the parent
+_MAX_PENDING_FRAMES = 1000  # that wait for room in the socket before log records are dropped
 
 
 class Reporter:
-    """Sends to the parent, without ever holding up the job that reports.
+    """Writes the stream to the parent. Never makes the job that reports wait for the parent to read.
 
-    Outcomes are sent for certain; progress is the last there is; log records are dropped, and counted, when they
-    come faster than the parent reads for long.
+    Outcomes and messages always arrive. Of progress only the latest state is sent. Log records are dropped, and
+    counted, if for long they come faster than the parent reads.
+
+    Any thread of the worker may call it; its lock guards the stream.
     """
 
     def __init__(self, stream: FrameStream) -> None:
         self._stream = stream
-        self._lock = threading.RLock()  # a finalizer may log in the middle of it
-        self._unsent_report: RunningJob | None = None
+        self._lock = threading.RLock()  # a finalizer may log in the middle of a method
+        self._unsent_report: RunningJob | None = None  # the job that has progress to be sent
         self._next_report = 0.0
         self._dropped = 0
         self._muted = False
-        #: Readable when the listener should look whether something is late.
+        #: Readable when the listener thread is to call :meth:`send_pending` in a while.
         self.wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_sender.setblocking(False)
 
     def send(self, kind: int, body: list[bytes], number: int = 0) -> None:
-        """Send what must arrive, after everything that was reported before it."""
+        """Send a frame, after everything that was reported before it; wait until all of it is sent."""
         with self._lock:
             self._send_report()
             self._send(kind, body, number)
@@ -63,11 +62,11 @@ class Reporter:
                 self._flush(wait=True)
 
     def send_message(self, message: CompactPickle) -> None:
-        """Send a message that must arrive."""
+        """As :meth:`send`, of a message."""
         self.send(FrameKind.MESSAGE, pickle_parts(message))
 
     def mute(self) -> None:
-        """In a process that a job has forked: the lines are its parent's, say nothing."""
+        """In a process that a job has forked: the stream is its parent's, so nothing is sent from now on."""
         self._muted = True
         self._lock = threading.RLock()
         logging.getLogger().handlers = []
@@ -77,7 +76,10 @@ class Reporter:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
 
     def exit_if_forked_child(self, kind: Outcome) -> None:
-        """In a process that a job has forked, and in which it has come to its end: this process ends too."""
+        """End this process if a job has forked it, as what was to run in it has ended.
+
+        :param kind: how that has ended; makes the exit code.
+        """
         if self._muted:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):  # closed, or nowhere
@@ -85,7 +87,10 @@ class Reporter:
             os._exit(0 if kind is Outcome.RESULT else 1)
 
     def report(self, running: RunningJob) -> None:
-        """The job has something new to tell. Until that is read it does not tell of more."""
+        """Send the progress of the running job: now, or when ``REPORT_INTERVAL`` has passed since the last report.
+
+        The job does not call this again before that, whatever it reports meanwhile.
+        """
         if self._muted:
             return
         self._unsent_report = running
@@ -98,7 +103,7 @@ class Reporter:
             self._wake_listener()
 
     def log(self, record: logging.LogRecord) -> None:
-        """A log record was made."""
+        """Send a log record, or drop it if too many wait to be sent."""
         if self._muted:
             return
         job = running_job()
@@ -115,7 +120,7 @@ class Reporter:
             self._wake_listener()
 
     def send_pending(self) -> bool:
-        """Send what is late, as far as the parent takes it; whether there is nothing left."""
+        """Send what there is room for; True if nothing is left. The listener thread calls this."""
         with self._lock:
             self._send_report()
             self._flush()
@@ -123,10 +128,10 @@ class Reporter:
 
     def _send_report(self) -> None:
         running = self._unsent_report
-        if running is None or not self._flush():  # the parent is slow: later, with what is new then
+        if running is None or not self._flush():  # the parent reads slowly: later, with what is new by then
             return
         self._unsent_report = None
-        running.report_pending = False  # before it is read: what comes from now on is told of again
+        running.report_pending = False  # before the progress is read: what is new after that is reported again
         self._next_report = time.monotonic() + REPORT_INTERVAL
         job = running.record
         meta = None if job.meta is None else _pickled_meta(job.meta.copy())
@@ -157,7 +162,7 @@ class Reporter:
 def _pickled_meta(meta: Mapping[str, Any]) -> bytes:
     try:
         return pickle.dumps(meta, pickle.HIGHEST_PROTOCOL)
-    except Exception:  # whatever a foreign __reduce__ raises: what it looks like is better than nothing
+    except Exception:  # whatever a __reduce__ of the user's raises: its repr is better than nothing
         return pickle.dumps({name: safe_repr(value) for name, value in meta.items()}, pickle.HIGHEST_PROTOCOL)
 
 
@@ -174,10 +179,10 @@ class _ForwardHandler(logging.Handler):
 
 
 def forward_logs(reporter: Reporter) -> None:
-    """Send log records to the parent, whose handlers they are meant for.
+    """Send log records to the parent instead of to the handlers in this process.
 
-    The handlers here are copies: two processes would write into one file, and a thread of the parent may have held
-    their locks when this one was forked.
+    Those are copies of the parent's: two processes would write to one file, and a thread of the parent may have held
+    a handler's lock when this process was forked.
     """
     install_record_factory(running_job)
     forward = _ForwardHandler(reporter)
@@ -185,12 +190,12 @@ def forward_logs(reporter: Reporter) -> None:
     root.handlers = [forward]
     for each in list(logging.root.manager.loggerDict.values()):
         if isinstance(each, logging.Logger) and each.handlers:
-            # Where it does not propagate to the root it has to be forwarded here.
+            # A logger that does not propagate to the root needs a handler of its own.
             each.handlers = [] if each.propagate else [forward]
 
 
 def _log_report(id: str | None, record: logging.LogRecord) -> LogReport:
-    """A record in a form that another process can rebuild; as the standard library's QueueHandler does."""
+    """A record in a form that another process can rebuild, as logging.handlers.QueueHandler makes it."""
     fields = copy.copy(record).__dict__
     text = fields["message"] = fields["msg"] = record.getMessage()
     fields["args"] = None
@@ -200,7 +205,7 @@ def _log_report(id: str | None, record: logging.LogRecord) -> LogReport:
     fields.pop("_job", None)
     try:
         data = pickle.dumps(fields, pickle.HIGHEST_PROTOCOL)
-    except Exception:  # what the app put on the record
+    except Exception:  # what the app has put on the record
         simple = (str, int, float, type(None))
         plain = {name: value if isinstance(value, simple) else safe_repr(value) for name, value in fields.items()}
         data = pickle.dumps(plain, pickle.HIGHEST_PROTOCOL)
@@ -208,7 +213,7 @@ def _log_report(id: str | None, record: logging.LogRecord) -> LogReport:
 
 
 def log_levels() -> dict[str, int]:
-    """The levels that were set in this process, by logger, for a worker that does not inherit them."""
+    """The levels that were set in this process, by the loggers' names, for a worker that does not inherit them."""
     loggers = {"": logging.getLogger(), **logging.root.manager.loggerDict}
     return {
         name: logger.level

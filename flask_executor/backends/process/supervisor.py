@@ -8,8 +8,8 @@
  │     │                    │                │                     │ sends its outcome                  │
  │     └────> assign <──────┘                │                     │                                    │
  │              │  ^                         │                     │                                    │
- │              v  │   (Dispatcher)          │   control ───────>  │ listener thread: gives stop requests
- │ supervisor thread: waits for all workers  │                     │ and messages to the job; ends the  │
+ │              v  │   (Dispatcher)          │   control ───────>  │ listener thread: gives the job stop│
+ │ supervisor thread: waits for all workers  │                     │ requests and messages; ends the    │
  │   at once, settles futures, starts and    │  <──────── stream   │ process when the parent is gone    │
  │   reaps workers                           │  outcomes, progress,│                                    │
  │ callback thread: runs the user's code     │  log records        │                                    │
@@ -172,7 +172,7 @@ class Supervisor:
             self.callbacks.close(wait=True)
 
     def join(self, timeout: float | None) -> None:
-        """After :meth:`shutdown`: wait until the thread has ended; at most so many seconds."""
+        """After :meth:`shutdown`: wait until the thread has ended, at most ``timeout`` seconds."""
         if self._thread is not None:
             self._thread.join(timeout)
 

@@ -1,13 +1,13 @@
-"""A worker process, seen from inside.
+"""What runs in a worker process.
 
 .. code-block:: text
 
-    main thread:     takes a call, runs it, sends what came of it; again
-    listener thread: reads what comes for the running job (leave); sends what the job reported while a report was
-                     too recent; ends the process when the parent is gone
+    main thread:     reads a call, runs it, sends its outcome; again
+    listener thread: reads control messages, and gives them to the running job; sends the progress that came too soon
+                     after the last report; ends the process when the parent is gone
 
-Who owns what: the main thread reads the calls; the listener reads ``control``; whoever sends holds the lock of the
-:class:`Reporter`. The running job is set by the main thread and read by the listener, under the worker's lock.
+The main thread reads the calls, the listener thread ``control``; any thread sends, under the lock of the
+:class:`Reporter`. The main thread sets the running job, and the listener thread reads it, under the worker's lock.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ from flask_executor.jobs.packing import Outcome, pack_error, run_packed
 if TYPE_CHECKING:
     from flask import Flask
 
-_MAX_UNKNOWN_JOBS = 16  # jobs that are not here yet, and have messages
+_MAX_EARLY_JOBS = 16  # whose messages are kept before their calls are read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSettings:
     """What a worker process is started with; inherited or pickled."""
 
-    #: The app, where it is inherited.
+    #: The app, if it is inherited.
     app: Flask | None
-    #: The app's import string, where it is not, and what the app's config calls that setting.
+    #: The app's import string, if it is not inherited; and the config key of that setting, for error messages.
     app_import: str
     app_config_key: str
-    #: Called before the first job, in an app context.
+    #: Called before the first call, in an app context.
     initializers: Sequence[Callable[[], object]]
-    #: Levels by logger, where they are not inherited.
+    #: Log levels by the loggers' names, if they are not inherited.
     log_levels: Mapping[str, int]
-    #: Makes what lives in the process, if anything does.
+    #: Makes the plugin that the process hosts; None for none.
     make_plugin: Callable[[], WorkerPlugin] | None = None
-    #: See :func:`flask_executor.inherited.root_pid`.
+    #: See :func:`~flask_executor.backends.process.after_fork.root_pid`.
     root_pid: int = field(default_factory=root_pid)
 
 
@@ -120,15 +120,19 @@ def main(
     packets: socket.socket | None,
     progress_mark: Any = None,
 ) -> None:
-    """The life of a worker process."""
+    """Run a worker process from its start to its end.
+
+    :param stream: the worker's end of each socket; ``packets`` is None where there are no packet sockets.
+    :param progress_mark: the plugin's shared memory.
+    """
     inherited = [*logging._handlerList]  # type: ignore[attr-defined]
     own_process_group()
     die_with_parent(life)
     mark_as_worker(settings.root_pid)
     reporter = Reporter(FrameStream(stream))
     if hasattr(os, "register_at_fork"):
-        # What a job forks is an ordinary process: it says nothing here, and ends when it is told to. Signals wait
-        # meanwhile, or one that comes at once would meet our handler there.
+        # A process that a job forks is an ordinary one: it sends nothing to the parent, and signals end it. They are
+        # blocked during the fork, or one that comes at once would be handled as in the worker.
         os.register_at_fork(
             before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS),
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS),
@@ -145,8 +149,8 @@ def main(
             target=worker.listen, args=(FrameStream(control),), name="flask-executor-listener", daemon=True
         )
         listener.start()
-        # The parent says when to end, also when a signal is sent to all processes of a service. Handlers and not
-        # SIG_IGN, which the programs that a job starts would inherit.
+        # The parent tells its workers when to end, even if all processes of a service get the signal. A handler and
+        # not SIG_IGN, which the programs that a job starts would inherit.
         for number in IGNORED_SIGNALS:
             signal.signal(number, lambda *_: None)
         app = worker.prepare(settings)
@@ -154,16 +158,20 @@ def main(
         reporter.send_message(StartFailed(pack_error(error)))
         return
     reporter.send_message(WorkerReady())
-    with contextlib.suppress(EOFError):  # the parent wants no more of this worker
+    with contextlib.suppress(EOFError):  # the parent sends no more calls
         worker.work(app)
     if plugin is not None:
         plugin.teardown()
-    # Not the parent's: it writes them itself, and a thread of it may have held their locks when this one was forked.
+    # Not the inherited handlers: the parent flushes them, and a thread of it may have held their locks at the fork.
     logging.shutdown([handler for handler in logging._handlerList if handler not in inherited])  # type: ignore[attr-defined]
 
 
 class Worker:
-    """Runs the calls that come."""
+    """Runs calls, and gives control messages to the job that runs.
+
+    :param reporter: sends to the parent.
+    :param calls: reads the calls.
+    """
 
     def __init__(self, reporter: Reporter, calls: CallReceiver, plugin: WorkerPlugin | None = None) -> None:
         self._reporter = reporter
@@ -171,11 +179,11 @@ class Worker:
         self._plugin = plugin
         self._lock = threading.Lock()
         self._running: RunningJob | None = None
-        self._last_stop: StopJob | None = None  # for a job that is not here yet
-        self._undelivered: dict[str, list[DeliverMessage]] = {}  # for jobs that are not here yet
+        self._last_stop: StopJob | None = None  # its call may not be read yet
+        self._undelivered: dict[str, list[DeliverMessage]] = {}  # by job id
 
     def prepare(self, settings: WorkerSettings) -> Flask:
-        """Get the app and run the initializers."""
+        """Get the app, run the initializers, and set up the plugin. The main thread calls this."""
         forward_logs(self._reporter)
         for name, level in settings.log_levels.items():
             logging.getLogger(name).setLevel(level)
@@ -196,7 +204,7 @@ class Worker:
         return app
 
     def work(self, app: Flask) -> None:
-        """Run calls, one after the other.
+        """Run calls, one after the other. The main thread calls this.
 
         :raises EOFError: when there will be no more.
         """
@@ -215,7 +223,7 @@ class Worker:
             del body
 
     def _between_calls(self, plugin: WorkerPlugin) -> Iterator[None]:
-        """Have the plugin do what is due until there is a call; again and again."""
+        """Let the plugin do what is due, and yield each time when there is a call to be read."""
         calls, wakes = self._calls.fileno(), plugin.wake_receiver.fileno()
         poll = select.poll()  # a selector would take longer than some calls
         for number in (calls, wakes):
@@ -234,15 +242,15 @@ class Worker:
         running = RunningJob(job, self._reporter.report, is_remote=True)
         with self._lock:
             self._running = running
-            early = self._last_stop
-            if early is not None and (early.id, early.attempt) == (job.id, job.attempt):
-                running.request_stop(early.reason)
+            stop = self._last_stop
+            if stop is not None and (stop.id, stop.attempt) == (job.id, job.attempt):
+                running.request_stop(stop.reason)
             for message in self._undelivered.pop(job.id, ()):
                 _deliver(running, message)
         return running
 
     def listen(self, control: FrameStream) -> None:
-        """In the listener thread: hand on what the parent says, until it is gone."""
+        """Read control messages, and send late reports, until the parent is gone. The listener thread runs this."""
         wakes = self._reporter.wake_receiver
         due: float | None = None
         with selectors.DefaultSelector() as selector:
@@ -278,7 +286,7 @@ class Worker:
                 _deliver(running, message)
                 return
             self._undelivered.setdefault(message.id, []).append(message)
-            if len(self._undelivered) > _MAX_UNKNOWN_JOBS:  # what came too late, for jobs that had ended
+            if len(self._undelivered) > _MAX_EARLY_JOBS:  # those of jobs that had ended
                 del self._undelivered[next(iter(self._undelivered))]
 
     def _on_stop(self, message: StopJob) -> None:
@@ -292,5 +300,5 @@ class Worker:
 def _deliver(running: RunningJob, message: DeliverMessage) -> None:
     try:
         running.deliver(pickle.loads(message.data))
-    except Exception as error:  # whatever a foreign __reduce__ or an import leads to
+    except Exception as error:  # whatever a __reduce__ of the user's or an import raises
         logger.error("A message for job %s cannot be rebuilt: %s", running.name, describe_error(error))
