@@ -400,7 +400,7 @@ class FutureCollection(Generic[F]):
         with self._lock:
             for futures in self._futures, self._pinned:
                 for key in [key for key, future in futures.items() if has_ended(future, before)]:
-                    self._release(futures.pop(key))
+                    self._let_go(futures.pop(key))
 
     def get(self, future_key: Hashable) -> F | None:
         """The future under this key, None for an unknown key."""
@@ -413,8 +413,16 @@ class FutureCollection(Generic[F]):
             future = self._futures.pop(future_key, None) or self._pinned.pop(future_key, None)
             if future is None:
                 return self._evicted_unfinished.pop(future_key, None)
-            self._release(future)
+            self._let_go(future)
             return future
+
+    def release(self, future_key: Hashable, job_id: str) -> bool:
+        """Free the key if the job with this id has it, and tell whether it had."""
+        with self._lock:
+            if getattr(self._get(future_key), "job_id", None) != job_id:
+                return False
+            self.pop(future_key)
+            return True
 
     def keys(self, within: tuple[Hashable, ...] = ()) -> list[Hashable]:
         """The keys of the futures held, oldest first.
@@ -471,11 +479,11 @@ class FutureCollection(Generic[F]):
             oldest = next(iter(futures))
             key = next((key for key, future in futures.items() if Future.done(future)), oldest)
             future = futures.pop(key)
-            self._release(future)
+            self._let_go(future)
             if not Future.done(future):
                 self._evicted_unfinished[key] = future
 
-    def _release(self, future: F) -> None:
+    def _let_go(self, future: F) -> None:
         self._held[future] -= 1
         if not self._held[future]:
             del self._held[future]

@@ -78,13 +78,7 @@ class AppJobs:
             return None
         if job.key is None or not job.status.retryable:
             return False
-        futures = self._app_executor.tracker.futures
-        with self._app_executor.submission.key_lock:
-            found = futures.get(job.key)
-            if found is None or found.job_id != id:  # the key has another job by now
-                return False
-            futures.pop(job.key)
-        return True
+        return self._app_executor.tracker.futures.release(job.key, id)  # False when another job has the key by now
 
     def worker_states(self) -> Sequence[WorkerState]:
         """The workers of this process: worker processes; for a backend without any, the process itself."""

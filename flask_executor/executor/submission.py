@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,8 @@ class Submission:
 
     def after_fork(self) -> None:
         """In the child of a fork: the calls are the parent's."""
-        #: Held while a key is claimed or released, and so perhaps during one request to the store.
-        self.key_lock = threading.RLock()
+        # Held while a key is claimed, and so perhaps during one request to the store.
+        self._key_lock = threading.RLock()
         for deferred in list(self._deferred):
             deferred.forget()
         self._deferred.clear()
@@ -177,7 +178,7 @@ class Submission:
         """The handle under the key in the options; and the call to start, if the key was free."""
         tracker, in_flight = self._app_executor.tracker, self._app_executor.in_flight
         self._warn_of_memory()
-        with self.key_lock:  # of many threads that ask at once only one takes a place in the queue
+        with self._claiming():
             if not tracker.shared:  # a shared store is asked by the claim itself: to look first costs as much
                 found = tracker.find(options)
                 if found is not None:  # looked up first, so that a full queue does not refuse a job that exists
@@ -192,6 +193,17 @@ class Submission:
                 in_flight.discard(call.future)
                 return found, None
             return call.future, call
+
+    def _claiming(self) -> AbstractContextManager[object]:
+        """What one thread at a time may enter, to claim a key.
+
+        With a bound for the queue only one of many threads that ask at once takes a place in it. Without one a shared
+        store needs no lock: its claim is atomic, and threads with other keys need not wait for each other's.
+        """
+        app_executor = self._app_executor
+        if app_executor.tracker.shared and app_executor.config.max_pending is None:
+            return nullcontext()
+        return self._key_lock
 
     def _prepare(
         self,

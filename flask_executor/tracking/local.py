@@ -1,4 +1,4 @@
-"""What an executor knows of its jobs: their handles by key, and their records, in the memory of one process."""
+"""What an executor knows of its jobs: handles by key, and records, in the memory of one process."""
 
 from __future__ import annotations
 
@@ -54,33 +54,36 @@ class JobTracker:
         self.records: JobRecords = self._memory
         most, ttl = options.max_records, options.result_ttl
         self.futures: FutureCollection[FutureProxy[Any]] = ExpiringFutures(options.futures_max_length, most, ttl)
-        self._next_look = 0.0  # when handles are looked through again for those that have expired
+        self._expire_at = 0.0  # when to look for expired handles again, in seconds since the epoch
 
     def reconfigure(self, options: TrackingOptions) -> None:
-        """Take another configuration. The store, and what it was made with, stays."""
+        """Use another configuration. The store stays, with the options it was made with."""
         self._options = options
         self.futures.max_length = options.futures_max_length
 
     def find(self, options: JobOptions) -> FutureProxy[Any] | None:
-        """The handle of the job that has this key, unless it is free, or is to be used again as the job has failed."""
-        there = self.futures.get(options.key)
-        if there is None or (options.again and has_failed(there)):
+        """The handle of the job that has the key; None when :meth:`take` would start one.
+
+        That is when the key is free, or the job has failed and is to be started again.
+        """
+        existing = self.futures.get(options.key)
+        if existing is None or (options.again and has_failed(existing)):
             return None
         if is_pinned(options):
             self.futures.pin(options.key)
-        return there
+        return existing
 
     def take(self, call: Call) -> FutureProxy[Any] | None:
-        """Give its key to a call; the handle of the job that has the key, when it is taken.
+        """Claim the key of a call; None if that succeeds, else the handle of the job that has the key.
 
-        For one thread at a time.
+        Without a shared store, to be called by one thread at a time.
         """
         futures, key = self.futures, call.job.key
-        there = futures.get(key)
-        if there is not None and call.options.again and has_failed(there):
+        existing = futures.get(key)
+        if existing is not None and call.options.again and has_failed(existing):
             futures.pop(key)
-        there = futures.setdefault(key, call.future, pinned=is_pinned(call.options))
-        return None if there is call.future else there  # somebody may have added it by hand just now
+        existing = futures.setdefault(key, call.future, pinned=is_pinned(call.options))  # one may be added by hand now
+        return None if existing is call.future else existing
 
     def handle(self, job: Job) -> FutureProxy[Any] | None:
         """The handle of a job that has this record, if it is held."""
@@ -88,20 +91,20 @@ class JobTracker:
         return future if getattr(future, "job_id", None) == job.id else None
 
     def add(self, call: Call) -> None:
-        """Take up a job that is about to be queued, and has its key if it is to have one."""
+        """Track a job that is about to be queued; its key, if it has one, is claimed."""
         self._memory.add(call.job)
         self._expire(call.job.queued_at)
 
     def _expire(self, now: float) -> None:
-        """Let go of results that nobody has asked for in time."""
-        if now < self._next_look:
+        """Remove handles, and so results, that are older than the TTL."""
+        if now < self._expire_at:
             return
         ttl = self._options.result_ttl
-        self._next_look = now + ttl / 8  # so seldom that it costs next to nothing per job
+        self._expire_at = now + ttl / 8  # so seldom that it costs next to nothing per job
         self.futures.expire(now - ttl)
 
     def remove(self, future: FutureProxy[Any]) -> None:
-        """The job was not accepted."""
+        """Forget a job that was not accepted."""
         if future.key is not None:
             self.futures.pop(future.key)
         self._memory.remove(future.job_id)
@@ -110,7 +113,7 @@ class JobTracker:
         """The job has started, is queued again, or has something new to report."""
 
     def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
-        """What is to be told when the job has something new to report."""
+        """What a running job calls when it has something new to report; None for nothing."""
         return None
 
     def pack_result(self, job: JobState, result: Any, packed: bytes | None) -> bytes | None:
@@ -122,21 +125,24 @@ class JobTracker:
         self._memory.end(job)
 
     def flush(self, timeout: float | None) -> bool:
-        """Have written what is new; whether that was done within so many seconds."""
+        """Write all that is new to the store.
+
+        :return: whether that was done within ``timeout`` seconds.
+        """
         return True
 
     def in_background(self, fn: Callable[[], object]) -> None:
-        """Have something done that may have to wait for a store or an engine, where it holds up nobody."""
+        """Run ``fn``, which may wait for a store or an engine, in the thread for that, where there is one."""
         fn()
 
     def check(self) -> None:
-        """Raise what is wrong with the store.
+        """Check that the store answers.
 
-        :raises StoreUnavailable: saying it.
+        :raises StoreUnavailable: if it does not.
         """
 
     def after_fork(self) -> None:
-        """In the child of a fork: leave to the parent what is the parent's."""
+        """In the child of a fork: the parent keeps its jobs, threads and connections."""
         self.futures.after_fork()
 
     def abandoned(self, job: JobState) -> None:
@@ -144,10 +150,13 @@ class JobTracker:
         self._memory.end(job)
 
     def give_up(self, timeout: float) -> None:
-        """The process ends; jobs that have not ended are lost."""
+        """The process ends: write that its unfinished jobs are lost, within ``timeout`` seconds."""
 
     def close(self, *, wait: bool) -> None:
-        """There will be no more jobs. Can be used on, to look at those that there are."""
+        """There will be no more jobs. Handles and records can still be read.
+
+        :param wait: If true, wait until what is left is written, a few seconds at most.
+        """
 
 
 class ExpiringFutures(FutureCollection[FutureProxy[Any]]):
@@ -196,5 +205,5 @@ def is_listed(key: Hashable, within: tuple[Hashable, ...]) -> bool:
 
 def has_failed(future: Any) -> bool:
     """Whether this is a handle, and of a job that has ended other than by success."""
-    status = getattr(future, "status", JobStatus.SUCCEEDED)  # it may be none, or a plain future added by hand
+    status = getattr(future, "status", JobStatus.SUCCEEDED)  # a future that was added by hand has none
     return bool(status.retryable)

@@ -1,11 +1,11 @@
-"""What all processes of an app know of its jobs, through a store that they share.
+"""The jobs of all processes of an app, through a store that they share.
 
 .. code-block:: text
 
   the process that has a job                       store              another process
  ┌───────────────────────────────────────────┐   ┌───────┐   ┌─────────────────────────────────────────────┐
- │ submit: claim() ──────────────────────────┼──>│ keys  │<──┼─ futures.get(key): held() ──> StoredFuture, │
- │ worker: changed, report, ended            │   │       │   │    which reads record and outcome when asked│
+ │ submit: claim() ──────────────────────────┼──>│ keys  │<──┼─ futures.get(key): holding_key()            │
+ │ worker: changed, report, ended            │   │       │   │    ──> StoredFuture: get(), outcome()       │
  │   └──> StoreWriter: write(), renew() ─────┼──>│ jobs  │<──┼─ jobs.get(), find(), list()                 │
  │        take_requests() <──────────────────┼───│       │<──┼─ stop(), cancel(), send(): ask_to_stop(),   │
  │   ├──> stop requests (thread): stop()     │   │       │   │    send()                                   │
@@ -14,15 +14,16 @@
                                                              │    └──> callbacks (thread): the user's code │
                                                              └─────────────────────────────────────────────┘
 
-**Who owns what.** A record is written by the process that has the job, but for two changes that any process may make:
-``lost``, when that process is dead, and leaving, when its time has come. A key changes hands in the store only, in one
-step. A handle is settled once, from memory where the job runs, from the store elsewhere. A message belongs to the store
-until the process that has the job has handed it on.
+**Who owns what.** The process that has a job, its holder, writes the record. Any process may make two changes: it marks
+the job as ``lost`` when the holder is dead, and removes the record when it has expired. A key passes from job to job in
+the store only, by compare-and-set. A handle is settled once: from memory in the holder, from the store in other
+processes. A message belongs to the store until the holder has delivered it. How a job passes between processes and an
+engine is in :mod:`flask_executor.tracking.engine_handover`.
 
-**Invariants.** A job does not start before its key is claimed. Its end is written together with what came of it, so
-who sees the one finds the other. No job waits for the store: only the claim does, before it, and its process writes the
-rest as soon as it can, for as long as it lives. Nothing is unpickled that is not signed with a key of ours, or lies
-where only we can write.
+**Invariants.** A job does not start before its key is claimed. Its end is written together with its outcome: a process
+that reads that the job has ended finds the outcome. No job waits for the store: the claim does, before the job starts,
+and the writer thread writes the rest as soon as it can. Nothing is unpickled that is not signed with one of the app's
+keys, unless only this user can write to the store.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ _FLUSH_TIMEOUT = 5.0  # seconds to wait until the writer has written what it has
 class SharedJobTracker(JobTracker):
     """Handles and records of the jobs of all processes of an app.
 
-    This process answers from memory about the jobs that it has itself, and from the store about others.
+    It answers from memory about the jobs of this process, and from the store about others.
     """
 
     shared = True
@@ -86,6 +87,8 @@ class SharedJobTracker(JobTracker):
         self._app = app
         self._channel = weakref.ref(channel)
         self._closed = False
+        # By id, for as long as something refers to them. Also those of jobs that have ended, whose results may not be
+        # written yet; the index of the calls in flight has not.
         self._handles: weakref.WeakValueDictionary[str, FutureProxy[Any]] = weakref.WeakValueDictionary()
         self._signers: dict[str, PayloadSigner] = {}  # by what they sign
         self._parts: list[Any] = []
@@ -116,7 +119,7 @@ class SharedJobTracker(JobTracker):
         if options.store != self._options.store:
             logger.warning("%s has changed, which has no effect: a store stays.", options.config_key("EXECUTOR_STORE"))
         super().reconfigure(options)
-        if self._closed:  # and there are to be jobs again
+        if self._closed:  # it is used again after a shutdown
             self._closed = False
             self._make_serial_threads()
 
@@ -128,37 +131,37 @@ class SharedJobTracker(JobTracker):
     # ---- jobs of this process ----
 
     def take(self, call: Call) -> FutureProxy[Any] | None:
-        self._signer()  # or the result could not be kept
+        self._signer()  # raises now what would keep the result from being stored
         job = call.job
-        here = FutureCollection.get(self.futures, job.key)
-        if here is not None and getattr(here, "key", None) != job.key:  # added by hand
-            return here
-        encode_key(job.key)  # or it could not be stored
-        self._handles[job.id] = call.future  # first: who finds the record may ask for it to be stopped
+        held = FutureCollection.get(self.futures, job.key)
+        if held is not None and getattr(held, "key", None) != job.key:  # added by hand
+            return held
+        encode_key(job.key)  # raises now for a key that cannot be stored
+        self._handles[job.id] = call.future  # first: a process that finds the record may ask for the job to be stopped
         try:
-            there = self._claim(call)
-            if there is None:
+            existing = self._claim(call)
+            if existing is None:
                 if not _is_sent(call):
                     self.writer.add(job, claimed=True)
                 self.futures.hold(job.key, call.future, pinned=is_pinned(call.options))
         except BaseException:  # perhaps the store has taken it all the same, and its answer was lost
             self.writer.remove_when_possible(job.id)
             raise
-        return there
+        return existing
 
     def _claim(self, call: Call) -> FutureProxy[Any] | None:
         again = call.options.again
         entry = Entry(job=call.job.record(), holder=self.holder)
-        there = self.store.claim(entry, again=again)
-        if there is not None and again and has_failed(self._handles.get(there.id)):
-            self.writer.flush(_FLUSH_TIMEOUT)  # one of ours has failed just now, and the store does not know it yet
-            there = self.store.claim(entry, again=again)
-        return None if there is None else self.handle(there)
+        existing = self.store.claim(entry, again=again)
+        if existing is not None and again and has_failed(self._handles.get(existing.id)):
+            self.writer.flush(_FLUSH_TIMEOUT)  # it has failed in this process, and the store does not know it yet
+            existing = self.store.claim(entry, again=again)
+        return None if existing is None else self.handle(existing)
 
     def add(self, call: Call) -> None:
         is_unwritten = call.job.key is None and self._options.track == "all"
-        if self.handover is not None and _is_sent(call):  # its worker writes it, if nobody has to find it before
-            if is_unwritten:
+        if self.handover is not None and _is_sent(call):  # its worker writes the record
+            if is_unwritten:  # but the job is to be found by its id before
                 self.handover.announce(call.job)
             return
         super().add(call)
@@ -185,16 +188,19 @@ class SharedJobTracker(JobTracker):
         self._handles[job.id] = call.future
         self._memory.add(job)
         self.writer.add(job, claimed=True)
-        if job.status.ended:  # it was stopped while the store was asked
+        if job.status.ended:  # it was cancelled during the transfer in the store
             self.writer.ended(job, None)
 
     def stop_tracking(self, id: str) -> list[LogLine]:
-        """Write no more of a job that an engine is to have; the lines of its log that are not written yet."""
+        """Write no more of a job that an engine is to have.
+
+        :return: the lines of its log that are not written yet.
+        """
         self._handles.pop(id, None)
         return self.writer.release(id)
 
     def forget(self, id: str) -> None:
-        """Keep nothing of a job in memory: the store has it all, and a worker lives long."""
+        """Remove a job from memory: the store has it all, and a worker of an engine may live for months."""
         self._memory.remove(id)
 
     def is_recorded(self, key: Hashable | None) -> bool:
@@ -242,7 +248,9 @@ class SharedJobTracker(JobTracker):
         return self._signer().seal(id, PayloadKind.ERROR, packed)
 
     def on_request(self, request: StopRequest | StoredMessage) -> None:
-        """Another process wants one of our jobs to be stopped, or to have a message."""
+        """Another process has asked for a job of this one to be stopped, or has sent it a message. Called by the writer
+        thread, and returns at once.
+        """
         if isinstance(request, StopRequest):
             self._stop_requests.run(lambda: self._on_stop_request(request))
             return
@@ -268,7 +276,7 @@ class SharedJobTracker(JobTracker):
 
     @property
     def channel(self) -> JobChannel:
-        """What handles report to."""
+        """What the handles of jobs of other processes report to."""
         channel = self._channel()
         if channel is None:
             raise RuntimeError("the app of this job is gone")
@@ -277,7 +285,7 @@ class SharedJobTracker(JobTracker):
     def handle(self, job: Job, *, is_written: bool = True) -> FutureProxy[Any]:
         """The handle of a job.
 
-        :param is_written: whether the store has this record of it.
+        :param is_written: If true, the store has this record of it.
         """
         return self._handles.get(job.id) or StoredFuture(job, self, is_written=is_written)
 
@@ -320,9 +328,9 @@ class SharedJobTracker(JobTracker):
         self._background.run(fn)
 
     def _verifying_signer(self, what: str, id: str) -> PayloadSigner:
-        """What checks that it is ours what the store has of a job.
+        """What checks that the bytes in the store are this app's.
 
-        :raises UntrustedResult: when that cannot be told.
+        :raises UntrustedResult: if nothing tells that: there is no key, and others can write to the store.
         """
         signer = self._signer(what)
         if not (signer.signs or self.store.is_private):
@@ -359,7 +367,7 @@ class SharedJobTracker(JobTracker):
         self.store.check()
 
     def after_fork(self) -> None:
-        # What is of this process starts anew; the handles of the parent's jobs are found through the store from now on.
+        # The child starts without jobs of its own, and finds the parent's through the store.
         self.store.after_fork()
         self._memory.clear()
         self._handles = weakref.WeakValueDictionary()
@@ -371,7 +379,7 @@ class SharedJobTracker(JobTracker):
         self.futures.clear()
 
     def abandoned(self, job: JobState) -> None:
-        pass  # the store knows what becomes of it
+        pass  # the parent writes what becomes of it
 
     def give_up(self, timeout: float) -> None:
         self.writer.give_up(timeout)
@@ -385,7 +393,7 @@ class SharedJobTracker(JobTracker):
 
 
 def _is_sent(call: Call) -> bool:
-    """Whether an engine is to have the job, and not this process."""
+    """Whether the call goes to an engine, and does not run in this process."""
     return isinstance(call.future, StoredFuture)
 
 

@@ -23,7 +23,7 @@ _STATES = {JobStatus.QUEUED: PENDING, JobStatus.RUNNING: RUNNING, JobStatus.CANC
 class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
     """``executor.futures`` with a shared store: the handles of the jobs of all processes.
 
-    The base holds those of this process, and what was added by hand, which stays in this process.
+    The base class holds those of this process, and futures that were added by hand, which other processes do not see.
 
     :param handle: makes the handle of a job of which the store has this record.
     """
@@ -36,19 +36,19 @@ class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
         self._handle = handle
 
     def get(self, future_key: Hashable) -> FutureProxy[Any] | None:
-        here = super().get(future_key)
-        if here is not None and _is_by_hand(future_key, here):
-            return here
+        held = super().get(future_key)
+        if held is not None and _is_by_hand(future_key, held):
+            return held
         try:
             job = self._store.holding_key(future_key)
         except StoreUnavailable:
-            if here is None:
+            if held is None:
                 raise
-            return here
-        if here is not None and (job is None or job.id != here.job_id):  # another process has popped it
+            return held
+        if held is not None and (job is None or job.id != held.job_id):  # another process has freed the key
             super().pop(future_key)
-            here = None
-        return self._handle(job) if here is None and job is not None else here
+            held = None
+        return self._handle(job) if held is None and job is not None else held
 
     def hold(self, future_key: Hashable, future: FutureProxy[Any], *, pinned: bool) -> None:
         """Hold the handle of a job of this process, which has the key."""
@@ -77,8 +77,14 @@ class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
         super().pop(future_key)
         return future
 
+    def release(self, future_key: Hashable, job_id: str) -> bool:
+        with self._lock:
+            if getattr(self._get(future_key), "job_id", None) == job_id:
+                super().pop(future_key)
+        return self._store.release(future_key, job_id)
+
     def clear(self) -> None:
-        """Let go of the handles of this process."""
+        """Remove the handles that this process holds; the keys stay taken in the store."""
         with self._lock:
             for key in [*self._futures, *self._pinned]:
                 super().pop(key)
@@ -104,5 +110,5 @@ class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
 
 
 def _is_by_hand(key: Hashable, future: Any) -> bool:
-    """Whether somebody has added this handle under this key, and not the executor."""
+    """Whether the user has added this future under this key, and not the executor."""
     return getattr(future, "key", None) != key or not hasattr(future, "job_id")
