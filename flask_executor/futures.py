@@ -48,16 +48,16 @@ class FutureProxy(Future[T]):
 
     _done_callbacks: list[Callable[[Future[T]], object]]  # the standard library's
 
-    # Invariants: the job leaves ``queued`` only under ``_condition``, by set_running_or_notify_cancel() or by
-    # cancel(), so that exactly one of them wins; and only under it it is asked to leave, or queued again. Whoever
-    # wins is the only one to settle the future.
+    # Invariants: the job leaves ``queued`` only under ``_condition``, by set_running_or_notify_cancel() or by cancel(),
+    # so that exactly one of them wins; the winner alone settles the future. A stop request and a requeue also happen
+    # only under ``_condition``.
 
     def __init__(self, job: JobState, channel: JobChannel) -> None:
         super().__init__()
         self._job = job
         self._channel = channel
         self._retrievers = 0
-        self._unseen: _UnretrievedError | None = None
+        self._unretrieved: _UnretrievedError | None = None
 
     @property
     def job_id(self) -> str:
@@ -96,7 +96,7 @@ class FutureProxy(Future[T]):
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the job was asked to leave; it goes on until it finds out."""
+        """Whether the job was asked to stop; it goes on until its next checkpoint."""
         return self._job.stop_reason is not None
 
     def log(self) -> Sequence[LogLine]:
@@ -104,7 +104,7 @@ class FutureProxy(Future[T]):
         return tuple(self._job.log or ())
 
     def stop(self, grace: float | None = None) -> bool:
-        """Stop the job, and return without waiting for it: a queued one is cancelled, a running one asked to leave.
+        """Stop the job, and return without waiting for it: a queued one is cancelled, a running one asked to stop.
 
         A job leaves at its next :func:`~flask_executor.checkpoint`, and its :meth:`result` is then a
         :exc:`~flask_executor.JobStopped`. If it has not left after ``grace`` seconds force is used: a worker process is
@@ -162,10 +162,10 @@ class FutureProxy(Future[T]):
             return True
 
     def requeue(self, error: BaseException | None = None) -> bool:
-        """For backends: undo the claim, unless the job was asked to leave.
+        """For backends: undo the claim, unless the job was asked to stop.
 
         :param error: how the attempt has ended; None when the job had not begun.
-        :return: whether it is queued again. A job that was out of time is, after an attempt.
+        :return: whether it is queued again. After an attempt also a job that was out of time is.
         """
         with self._condition:
             reason = self._job.stop_reason
@@ -179,7 +179,7 @@ class FutureProxy(Future[T]):
             return True
 
     def request_stop(self, reason: JobStatus, attempt: int) -> bool:
-        """For backends: note that this attempt has to leave; False when it does not run any more.
+        """For backends: note that this attempt has to stop; False when it does not run any more.
 
         :param reason: STOPPED or TIMED_OUT.
         """
@@ -193,10 +193,10 @@ class FutureProxy(Future[T]):
     def set_exception(self, exception: BaseException | None) -> None:
         """For backends: settle the future with an error."""
         if exception is not None and not isinstance(exception, JobStopped):
-            unseen = self._unseen = _UnretrievedError(self._job, self._channel, exception)
+            unretrieved = self._unretrieved = _UnretrievedError(self._job, self._channel, exception)
             if self._job.key is not None and not self._waiters and not self._retrievers:
-                # The collection holds this handle, perhaps for hours: do not wait until it is dropped.
-                unseen.tell()
+                # executor.futures holds this handle, perhaps for hours: report now, not when it is dropped.
+                unretrieved.report()
         super().set_exception(exception)
 
     def result(self, timeout: float | None = None) -> T:
@@ -261,7 +261,7 @@ class FutureProxy(Future[T]):
 
     def abandon(self) -> JobState:
         """In the child of a fork: end with :class:`WorkerLost`, as the job goes on in the parent only."""
-        # The lock may be held by a thread that is not here, and the callbacks run in the parent.
+        # A thread of the parent may hold the lock; the callbacks run in the parent.
         self._condition = threading.Condition()
         self._done_callbacks.clear()
         self._waiters.clear()
@@ -270,14 +270,14 @@ class FutureProxy(Future[T]):
                 f"Job {self._job.name} was submitted before this process was forked; only its parent has it."
             )
             self._retrievers = 1  # the parent will report, not this process
-            if not self._job.status.ended:  # it may have, with the result on its way here
+            if not self._job.status.ended:  # it may have, when the future was about to be settled
                 self._job.end(JobStatus.LOST, error)
             self.set_exception(error)
             self._retrieve(-1)
         return self._job
 
     def _invoke_callbacks(self) -> None:
-        # They are let go of: they hold contexts, so the app and a request, and the future may be held for long.
+        # Without the callbacks, which refer to contexts and so to the app and a request: the future may live for long.
         callbacks, self._done_callbacks = self._done_callbacks, []
         self._channel.settled(self, partial(self._call_back, callbacks) if callbacks else None)
 
@@ -290,7 +290,7 @@ class FutureProxy(Future[T]):
 
     @contextlib.contextmanager
     def retrieving(self) -> Iterator[None]:
-        """Somebody will see the error, if there is one: it need not be reported."""
+        """Within this context the caller retrieves the error, if there is one: it need not be reported."""
         self._retrieve(1)
         try:
             yield
@@ -298,38 +298,38 @@ class FutureProxy(Future[T]):
             self._retrieve(-1)
 
     def report(self) -> None:
-        """Log how the job has failed, if it has, and nobody has seen it yet."""
-        if self._unseen is not None:
-            self._unseen.tell()
+        """Log the job's error, if it has one that was not retrieved yet."""
+        if self._unretrieved is not None:
+            self._unretrieved.report()
 
     def _retrieve(self, change: int) -> None:
         with self._condition:
             self._retrievers += change
-            if change < 0 and self._unseen is not None:
-                self._unseen.seen = True
+            if change < 0 and self._unretrieved is not None:
+                self._unretrieved.is_retrieved = True
 
 
 class _UnretrievedError:
-    """A failure that is reported when it is dropped, unless somebody has seen it."""
+    """An error that is reported when it is dropped, unless it was retrieved with ``result()`` or ``exception()``."""
 
     def __init__(self, job: JobState, channel: JobChannel, error: BaseException) -> None:
         self._job = job
         self._channel = channel
         self._error = error
-        self.seen = False
+        self.is_retrieved = False
 
-    def tell(self) -> None:
-        if not self.seen:
-            self.seen = True
-            self._channel.unseen(self._job, self._error)
+    def report(self) -> None:
+        if not self.is_retrieved:
+            self.is_retrieved = True
+            self._channel.unretrieved(self._job, self._error)
 
     def __del__(self) -> None:
-        self.tell()
+        self.report()
 
 
 def has_ended(future: Future[Any], before: float) -> bool:
-    """Whether this is a handle, and not a plain future that was added by hand, and its job ended before this time."""
-    if not Future.done(future):  # its own state: what another process has must not be asked for
+    """Whether this is a handle (and no plain future that was added by hand) of a job that ended before this time."""
+    if not Future.done(future):  # the state of the handle: asking for the job could mean asking a store
         return False
     record = getattr(future, "record", None)
     ended_at = None if record is None else record().ended_at
@@ -347,8 +347,8 @@ class FutureCollection(Generic[F]):
     ``futures.result("report", timeout=5)``, ``futures.status("report")``. With a key that is not there the answer is
     None; an attribute that futures do not have raises :exc:`AttributeError`.
 
-    :param max_length: most futures to hold, None for no bound. When it is exceeded finished ones leave first,
-        oldest first. An unfinished one that has to leave can still be found by key until it ends.
+    :param max_length: most futures to hold, None for no bound. When it is exceeded finished ones are removed first,
+        oldest first. An unfinished one that was removed can still be found by its key until it ends.
     :param max_pinned: most futures to hold that are pinned, and so do not count for ``max_length``; None for no bound.
     """
 
@@ -357,7 +357,7 @@ class FutureCollection(Generic[F]):
     def __init__(self, max_length: int | None = 50, max_pinned: int | None = None) -> None:
         self.max_length = max_length
         self._max_pinned = max_pinned
-        self._lock = threading.RLock()  # a future's finalizer may run in the middle and look here
+        self._lock = threading.RLock()  # reentrant: the finalizer of a future may run in the middle, and look here
         self._futures: dict[Hashable, F] = {}
         self._pinned: dict[Hashable, F] = {}
         self._held: Counter[F] = Counter()
@@ -388,7 +388,7 @@ class FutureCollection(Generic[F]):
             return existing
 
     def pin(self, future_key: Hashable) -> None:
-        """Exempt the future under this key, if there is one, from ``max_length``: it never leaves to make room."""
+        """Exempt the future under this key, if there is one, from ``max_length``: it is never removed to make room."""
         with self._lock:
             if future_key not in self._pinned:
                 future = FutureCollection.pop(self, future_key)  # held here: a subclass may also free the key elsewhere
@@ -396,7 +396,7 @@ class FutureCollection(Generic[F]):
                     self._put(future_key, future, pinned=True)
 
     def expire(self, before: float) -> None:
-        """Let go of the handles of jobs that ended before this time, in seconds since the epoch."""
+        """Remove the handles of jobs that ended before this time, in seconds since the epoch."""
         with self._lock:
             for futures in self._futures, self._pinned:
                 for key in [key for key, future in futures.items() if has_ended(future, before)]:
@@ -471,7 +471,7 @@ class FutureCollection(Generic[F]):
         return future
 
     def _put(self, future_key: Hashable, future: F, *, pinned: bool = False) -> None:
-        # Whether they are done is for their own state to say: others would have to be asked for.
+        # Future.done is the state of the handle: asking for the job could mean asking a store.
         self._held[future] += 1
         futures, most = (self._pinned, self._max_pinned) if pinned else (self._futures, self.max_length)
         futures[future_key] = future

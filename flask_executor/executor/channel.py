@@ -70,7 +70,7 @@ class AppChannel(JobChannel):
     def out_of_time(self, call: Call, attempt: int) -> None:
         self._app_executor.stopping.time_out(call, attempt)
 
-    def unseen(self, job: JobState, error: BaseException) -> None:
+    def unretrieved(self, job: JobState, error: BaseException) -> None:
         log_failure(self._app_executor.app, job.name, job.id, job.key, error)
 
     # ---- what a future asks ----

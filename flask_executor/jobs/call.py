@@ -114,7 +114,7 @@ class JobChannel(abc.ABC):
         """Give up the call of this future if it has not started; False when it has."""
 
     @abc.abstractmethod
-    def unseen(self, job: JobState, error: BaseException) -> None:
+    def unretrieved(self, job: JobState, error: BaseException) -> None:
         """The job failed and nobody has asked."""
 
     @abc.abstractmethod
