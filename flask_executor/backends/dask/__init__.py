@@ -1,7 +1,7 @@
-"""Jobs run by workers of Dask: on this machine, or on all those that a scheduler of Dask has.
+"""Jobs run by workers of Dask: on this machine, or on all machines that a Dask scheduler has workers on.
 
-A process that submits has a line to its scheduler, and looks after its calls there (:mod:`.calls`). Workers run them
-(:mod:`.worker`).
+A process that submits has a connection to its scheduler (:mod:`.connection`), and keeps the calls that it has submitted
+until they have run (:mod:`.submitted`, with a diagram). Workers run them (:mod:`.worker`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ try:
 except ImportError as error:
     raise MissingExtra("distributed", "dask") from error
 
-from flask_executor.backends.dask.connection import PATIENCE
+from flask_executor.backends.dask.connection import RESPONSE_TIMEOUT
 from flask_executor.backends.dask.submitted import SubmittedCall, SubmittedCalls
 from flask_executor.backends.dask.worker import SCHEDULER, serve
 
@@ -40,13 +40,13 @@ T = TypeVar("T")
 
 
 class DaskBackend(Backend):
-    """Has calls run by workers of Dask.
+    """Submits calls to a Dask scheduler, whose workers run them.
 
-    ``EXECUTOR_URL`` is the address of a scheduler; without, the first job starts a cluster on this machine, which ends
-    with this process. ``EXECUTOR_QUEUE``, unless it is ``default``, is a resource that workers must have.
+    ``EXECUTOR_URL`` is the address of the scheduler. Without one, the first job starts a cluster on this machine, which
+    ends with this process. ``EXECUTOR_QUEUE``, unless it is ``default``, is a resource that workers must have.
 
-    A call that has to wait, for its delay or for its next attempt, waits on a sleeping thread of a worker, in which
-    other calls run meanwhile. When that worker ends, another one waits for a delay, but not for the next attempt.
+    A call with a delay, or one that waits for its next attempt, sleeps in a thread of a worker, which runs other calls
+    meanwhile. If that worker ends, another one sleeps for the rest of a delay, but begins a next attempt at once.
     """
 
     remote = True
@@ -62,7 +62,7 @@ class DaskBackend(Backend):
 
     @classmethod
     def default_store(cls, options: BackendOptions) -> str | None:
-        return None if options.url else "sqlite"  # the workers of a cluster of ours are on this machine
+        return None if options.url else "sqlite"  # the workers of a local cluster are on this machine
 
     @cached_property
     def _address(self) -> Address:
@@ -74,21 +74,21 @@ class DaskBackend(Backend):
 
     @contextmanager
     def _translate_errors(self) -> Iterator[SubmittedCalls]:
-        """The calls of this process, at the scheduler.
+        """The calls of this process, and errors of the connection as :exc:`EngineUnavailable`.
 
         :raises ExecutorShutdown: after :meth:`shutdown`.
-        :raises EngineUnavailable: when what is done with them finds that the scheduler cannot be reached.
+        :raises EngineUnavailable: if the scheduler cannot be reached.
         """
         try:
-            yield self._connection()
-        # For asyncio a deadline is another TimeoutError in Python 3.10, and so is one of a future.
+            yield self._submitted_calls()
+        # In Python 3.10 the TimeoutErrors of asyncio and of futures are classes of their own.
         except (OSError, asyncio.TimeoutError, concurrent.futures.TimeoutError) as error:
             where = self._options.config_key("EXECUTOR_URL")
             url = "this machine" if self._url is None else str(redact_url(self._url))
-            why = str(error) or f"no answer within {PATIENCE:g} s"
+            why = str(error) or f"no answer within {RESPONSE_TIMEOUT:g} s"
             raise EngineUnavailable("Dask's scheduler", url, where, why) from error
 
-    def _connection(self) -> SubmittedCalls:
+    def _submitted_calls(self) -> SubmittedCalls:
         with self._lock:
             if self._shutdown:
                 raise ExecutorShutdown("cannot schedule new futures after shutdown")
@@ -118,7 +118,7 @@ class DaskBackend(Backend):
             raise ConfigError(self._options.config_key("EXECUTOR_URL"), None, allowed)
         if burst:
             raise ExecutorError("Dask's workers cannot end when there are no more jobs: leave out --burst.")
-        # Calls that wait keep what they have taken of a resource: it is the threads that are to limit the others.
+        # A sleeping call keeps its share of a resource. The threads alone are to limit how many calls run.
         resources = self._resources and dict.fromkeys(self._resources, math.inf)
         run_processes(processes, lambda: asyncio.run(serve(url, resources, stop, self._options)))
 
@@ -127,7 +127,7 @@ class DaskBackend(Backend):
         return self._options.start(fn, args, kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more. Jobs go on without this process, unless the cluster is its own: that ends after them."""
+        """Accept no more calls. Jobs go on without this process; a local cluster ends after its jobs."""
         with self._lock:
             self._shutdown = True
             calls = self._calls
@@ -136,38 +136,38 @@ class DaskBackend(Backend):
         if cancel_futures:
             for future in calls.futures():
                 future.cancel()
-        calls.line.end()
+        calls.connection.close()
         if wait:
-            calls.line.join()
+            calls.connection.join()
 
     def terminate(self, grace: float) -> None:
         calls = self._calls
         if calls is None:
             return
-        line = calls.line
-        line.end()
-        line.join(self._options.shutdown_timeout if self._url is None else PATIENCE)
-        if line.is_alive() and self._url is None:
+        connection = calls.connection
+        connection.close()
+        connection.join(self._options.shutdown_timeout if self._url is None else RESPONSE_TIMEOUT)
+        if connection.is_alive() and self._url is None:
             for future in calls.futures():
                 with suppress(ExecutorError):
                     future.stop(grace)
-            line.join(grace + 1)
-        line.end(at_once=True)
-        line.join(PATIENCE)
+            connection.join(grace + 1)
+        connection.close(at_once=True)
+        connection.join(RESPONSE_TIMEOUT)
 
     @property
     def waiting(self) -> int:
-        return self._look()[1]
+        return self._count()[1]
 
     @property
     def workers(self) -> int:
-        return self._look()[0]
+        return self._count()[0]
 
-    def _look(self) -> tuple[int, int]:
+    def _count(self) -> tuple[int, int]:
         if self._shutdown or (self._url is None and self._calls is None):
             return 0, 0
         with self._translate_errors() as calls:
-            return calls.look(self._resources)
+            return calls.count(self._resources)
 
     @property
     def capacity(self) -> None:

@@ -1,47 +1,45 @@
-"""In the child of a fork: what it must not do with the Dask of its parent."""
+"""In a forked child: detach from the Dask clients and clusters of the parent."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing.process
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import distributed
 from distributed.core import Status
 
 from flask_executor.helpers.fork_hooks import after_fork_in_child
 
+if TYPE_CHECKING:
+    from flask_executor.backends.dask.connection import SchedulerConnection
 
-class HasDask(Protocol):
-    """Whoever has a client, perhaps with a cluster; each may be None."""
-
-    client: distributed.Client | None
-    cluster: distributed.LocalCluster | None
+_connections: weakref.WeakSet[SchedulerConnection] = weakref.WeakSet()
 
 
-_those: weakref.WeakSet[Any] = weakref.WeakSet()
+def forget_in_child(connection: SchedulerConnection) -> None:
+    """Have each forked child treat this connection's client and cluster as closed.
 
-
-def forget_in_child(this: HasDask) -> None:
-    """Have every child that this process forks leave alone what this has, when it is collected and at the end."""
-    _those.add(this)
+    Otherwise the child would close them in the parent's name when they are collected, and when it exits.
+    """
+    _connections.add(connection)
 
 
 def _detach() -> None:
-    for this in list(_those):
-        if this.client is not None:
-            this.client.status = "closed"
-        if this.cluster is not None:
-            this.cluster.status = Status.closed
-    _those.clear()
-    _disown()
-    # Its thread is not here, and it does not know: whatever is given to it would be waited for in vain.
+    for connection in list(_connections):
+        if connection.client is not None:
+            connection.client.status = "closed"
+        if connection.cluster is not None:
+            connection.cluster.status = Status.closed
+    _connections.clear()
+    _disown_cluster_processes()
+    # The executor's thread was not forked, and the executor does not know: its futures would never complete.
     distributed.utils._offload_executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")
 
 
-def _disown() -> None:
-    """At its end a process would terminate the workers of a cluster, and remove their folders."""
+def _disown_cluster_processes() -> None:
+    """Cancel Dask's exit hooks, which would terminate the workers of the parent's cluster and remove their folders."""
     children: set[Any] = getattr(multiprocessing.process, "_children", set())
     for finalizer in list(getattr(weakref.finalize, "_registry", ())):
         alive = finalizer.peek()

@@ -1,4 +1,4 @@
-"""The connection of this process with a scheduler of Dask: a thread, which has the event loop."""
+"""The connection of this process to a Dask scheduler: a thread that runs the event loop of the client."""
 
 from __future__ import annotations
 
@@ -21,110 +21,114 @@ from flask_executor.exceptions import ExecutorShutdown
 
 T = TypeVar("T")
 
-PATIENCE = 4.0  #: Seconds that a scheduler may take to answer those who submit.
-AGAIN = 1.0  #: Seconds until a scheduler that was not there is tried again.
+RESPONSE_TIMEOUT = 4.0  #: Seconds that a scheduler may take to answer a thread that submits.
+RECONNECT_DELAY = 1.0  #: Seconds between two attempts to reach a scheduler.
 
-_START = 60.0  # seconds that a cluster of this process may take to start
+_CLUSTER_START_TIMEOUT = 60.0  # seconds that a cluster of this process may take to start
+_RECONNECTING_POLL_INTERVAL = 0.05  # seconds between two looks whether Dask's client has reconnected; it has no event
 
 
 class SchedulerConnection(threading.Thread):
-    """A connection with a scheduler, or with a cluster of its own.
+    """A connection to the scheduler at a URL, or to a local cluster that it starts.
 
-    It ends when all is answered that was asked, and that of its own when what it looks after has ended.
+    After :meth:`close` it ends when all requests have been answered; one with a local cluster also waits for its tasks.
     """
 
-    # What begins with _ is touched in the event loop only, but for _asked and _closed, which change under _gate.
+    # The event loop alone touches the private attributes, except for _requests and _closed: _lock guards those.
 
     def __init__(self, url: str | None, options: BackendOptions) -> None:
         super().__init__(name="flask-executor-dask", daemon=True)
         self._url = url
         self._options = options
-        self._begun: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._gate = threading.Lock()
-        self._asked: set[concurrent.futures.Future[Any]] = set()
+        self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._lock = threading.Lock()
+        self._requests: set[concurrent.futures.Future[Any]] = set()
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._connecting: asyncio.Task[distributed.Client] | None = None
-        self._failed = -math.inf  # when it was that no connection could be made
+        self._failed_at = -math.inf  # time of the last failure to connect (monotonic)
         self.client: distributed.Client | None = None
         self.cluster: distributed.LocalCluster | None = None
         forget_in_child(self)
 
-    # ---- from other threads ----
+    # ---- called from other threads ----
 
-    def begin(self) -> None:
-        """Start the thread.
+    def open(self) -> None:
+        """Start the thread, and wait until its event loop runs.
 
-        :raises OSError: when it cannot have an event loop.
+        :raises OSError: if no event loop can be made.
         """
         self.start()
-        self._begun.result()
+        self._opened.result()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What a coroutine returns that runs in the event loop.
+        """Run a coroutine in the event loop, and return its result.
 
-        :raises OSError: or one of the errors for timeouts, when the scheduler cannot be reached.
-        :raises ExecutorShutdown: when the line has ended.
+        :raises OSError: or one of the errors for timeouts, if the scheduler cannot be reached.
+        :raises ExecutorShutdown: if the connection is closed.
         """
-        with self._gate:
+        with self._lock:
             if self._closed:
                 coroutine.close()
                 raise ExecutorShutdown("this executor was shut down meanwhile")
-            answer = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-            self._asked.add(answer)
-        answer.add_done_callback(self._asked.discard)
+            request = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            self._requests.add(request)
+        request.add_done_callback(self._requests.discard)
         try:
-            return answer.result(PATIENCE if self._url else _START)
+            return request.result(RESPONSE_TIMEOUT if self._url else _CLUSTER_START_TIMEOUT)
         except concurrent.futures.CancelledError as error:
             raise ExecutorShutdown("this executor was shut down meanwhile") from error
         finally:
-            answer.cancel()
+            request.cancel()
 
-    def end(self, *, at_once: bool = False) -> None:
-        """Have it end when nothing is left to do, or at once."""
-        with suppress(RuntimeError):  # it has ended already
-            self._loop.call_soon_threadsafe((self._cut if at_once else self._ending).set)
+    def close(self, *, at_once: bool = False) -> None:
+        """Have the thread end, without waiting for that.
 
-    # ---- in the event loop ----
+        :param at_once: if true, cancel what is unfinished.
+        """
+        with suppress(RuntimeError):  # the event loop has ended already
+            self._loop.call_soon_threadsafe((self._cancelling if at_once else self._closing).set)
+
+    # ---- called in the event loop ----
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a coroutine for as long as there is this line."""
+        """Start a task, which is cancelled when the connection ends."""
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def connected(self) -> distributed.Client:
-        """The client, connected. One attempt at a time, which goes on when somebody has waited long enough for it.
+        """The client, connected. All callers share one attempt, which goes on when they have timed out.
 
-        :raises OSError: when the scheduler cannot be reached.
+        :raises OSError: if the scheduler cannot be reached.
         """
-        while self.client is not None and self.client.status == "connecting":  # again, which it does by itself
-            await asyncio.sleep(0.05)
+        while self.client is not None and self.client.status == "connecting":  # Dask's client reconnects by itself
+            await asyncio.sleep(_RECONNECTING_POLL_INTERVAL)
         if self.client is not None and self.client.status == "running":
             return self.client
-        if time.monotonic() - self._failed < AGAIN:
+        if time.monotonic() - self._failed_at < RECONNECT_DELAY:
             raise OSError("it was not there a moment ago")
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.create_task(self._connect())
-            self._connecting.add_done_callback(_note_error)
+            self._connecting.add_done_callback(_mark_retrieved)
         return await asyncio.shield(self._connecting)
 
     async def _connect(self) -> distributed.Client:
         if self._url is None and self.cluster is None:
             self.cluster = await self._start_cluster()
-        where = self.cluster or self._url
-        client = distributed.Client(where, asynchronous=True, timeout=PATIENCE, set_as_default=False)
+        address = self.cluster or self._url
+        client = distributed.Client(address, asynchronous=True, timeout=RESPONSE_TIMEOUT, set_as_default=False)
         try:
             self.client = await client
         except BaseException:
-            self._failed = time.monotonic()
-            client.status = "closed"  # or it would be closed once more when it is collected, in whichever thread
+            self._failed_at = time.monotonic()
+            client.status = "closed"  # or it would close itself again when it is collected, in any thread
             raise
         return self.client
 
     async def _start_cluster(self) -> distributed.LocalCluster:
-        with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # those of high priority go first
+        with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # or priorities would not hold
             cluster = distributed.LocalCluster(
                 n_workers=self._options.max_workers or os.cpu_count() or 1,
                 threads_per_worker=1,
@@ -135,60 +139,60 @@ class SchedulerConnection(threading.Thread):
             try:
                 return await cluster
             except BaseException as error:
-                with suppress(Exception):  # what there is of it would stay, and the next attempt makes another one
+                with suppress(Exception):  # the parts that have started would stay: the next attempt makes a new one
                     await cluster.close()
-                if isinstance(error, RuntimeError):  # what Dask makes of all errors there
+                if isinstance(error, RuntimeError):  # Dask wraps all errors of the start in it
                     raise OSError(str(error)) from error
                 raise
 
-    # ---- life ----
+    # ---- the thread ----
 
     def run(self) -> None:
-        life = self._live()
+        main = self._main()
         try:
             with suppress(asyncio.CancelledError):
-                asyncio.run(life)
+                asyncio.run(main)
         except BaseException as error:
-            if self._begun.done():
+            if self._opened.done():
                 raise
-            life.close()
-            self._begun.set_exception(error)
+            main.close()
+            self._opened.set_exception(error)
 
-    async def _live(self) -> None:
+    async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._ending, self._cut = asyncio.Event(), asyncio.Event()
-        self._begun.set_result(None)
-        await self._ending.wait()
-        await self._finish()
-        with self._gate:
+        self._closing, self._cancelling = asyncio.Event(), asyncio.Event()
+        self._opened.set_result(None)
+        await self._closing.wait()
+        await self._drain()
+        with self._lock:
             self._closed = True
-        await self._finish()  # what was asked meanwhile
+        await self._drain()  # requests that came meanwhile
         left = [*self._tasks, *filter(None, [self._connecting])]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-        for each in (self.client, self.cluster):
-            if each is not None:
+        for resource in (self.client, self.cluster):
+            if resource is not None:
                 with suppress(OSError, asyncio.TimeoutError):
-                    await each.close()
+                    await resource.close()
 
-    async def _finish(self) -> None:
-        """Wait for what is in hand, unless it is to end at once."""
-        cut: asyncio.Future[Any] = asyncio.create_task(self._cut.wait())
-        while not cut.done() and (left := self._in_hand()):
-            all_of_it: asyncio.Future[Any] = asyncio.gather(*left, return_exceptions=True)
-            await asyncio.wait({cut, all_of_it}, return_when=asyncio.FIRST_COMPLETED)
-        cut.cancel()
+    async def _drain(self) -> None:
+        """Wait until nothing is unfinished, or the connection is to end at once."""
+        cancelling: asyncio.Future[Any] = asyncio.create_task(self._cancelling.wait())
+        while not cancelling.done() and (left := self._unfinished()):
+            all_done: asyncio.Future[Any] = asyncio.gather(*left, return_exceptions=True)
+            await asyncio.wait({cancelling, all_done}, return_when=asyncio.FIRST_COMPLETED)
+        cancelling.cancel()
 
-    def _in_hand(self) -> list[asyncio.Future[Any]]:
-        """What others wait for, a connection that is being made, and what runs in a cluster of ours."""
-        left: list[asyncio.Future[Any]] = [asyncio.wrap_future(answer) for answer in list(self._asked)]
+    def _unfinished(self) -> list[asyncio.Future[Any]]:
+        """Unanswered requests, an attempt to connect, and with a local cluster the tasks, as it ends with this."""
+        left: list[asyncio.Future[Any]] = [asyncio.wrap_future(request) for request in list(self._requests)]
         if self._connecting is not None and not self._connecting.done():
             left.append(self._connecting)
         return left if self._url else [*left, *self._tasks]
 
 
-def _note_error(task: asyncio.Task[Any]) -> None:
-    """Nobody may be there any more who waits for it, and asyncio would complain."""
+def _mark_retrieved(task: asyncio.Task[Any]) -> None:
+    """Take note of the task's error: asyncio would complain if all callers have timed out."""
     if not task.cancelled():
         task.exception()

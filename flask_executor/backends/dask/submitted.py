@@ -1,14 +1,17 @@
-"""The calls of this process that Dask has.
+"""The calls that this process has submitted to a Dask scheduler.
 
 .. code-block:: text
 
-    web process                                      scheduler              worker
-      enqueue() ──> Calls.send(), in its Line:
-                      submit(), fire_and_forget() ──> priority, queue ────> run() ─> remote.run()
-                      _await_completion(): send it again <─ connection lost       again later: secede, sleep, Reschedule
+    web process                                        scheduler              worker
+      enqueue() ──> SubmittedCalls.send(), in the
+                    thread of SchedulerConnection:
+                      submit(), fire_and_forget() ───> priority, queue ────> run() ─> entrypoint.run()
+                      _await_completion():                 ^                   to run again later:
+                        submit again    <──────────── connection lost          secede, sleep, Reschedule
 
-**Invariants.** A call that was sent stays in its process until a worker has run it: the scheduler keeps in memory what
-it has, and one that is started anew gets its calls again. Whoever gets a call twice finds in the store that it is had.
+**Invariants.** A submitted call stays in the memory of its process until a worker has run it: the scheduler has its
+tasks in memory only, and one that is restarted gets the calls again. A worker that gets a call which another one has
+got already finds that in the store.
 """
 
 from __future__ import annotations
@@ -24,23 +27,24 @@ import distributed
 from dask._task_spec import Task
 
 from flask_executor.abc import BackendOptions
-from flask_executor.backends.dask.connection import AGAIN, SchedulerConnection
+from flask_executor.backends.dask.connection import RECONNECT_DELAY, SchedulerConnection
 from flask_executor.backends.dask.worker import run
 from flask_executor.backends.engine.entrypoint import Address
 from flask_executor.exceptions import WorkerLost
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.model import Job
 
-_MOMENT = 0.001  # seconds between two looks whether the scheduler has a call
-_LOST = "scheduler-connection-lost"  # what Dask calls it
-_DISCARDED = "flask-executor-discarded"  # and what we call it when a job was cancelled
-_ID = re.compile(r"-[0-9a-f]{24}\Z")  # what ends the keys of our tasks, and of no others
-_WAITING = ("waiting", "no-worker", "queued")  # what tasks are that no worker has
+_ACCEPTED_POLL_INTERVAL = 0.001  # seconds between two questions whether the scheduler has a call
+_SEND_INTERVAL = 0.001  # seconds for which Dask's client collects messages before it sends them together
+_CONNECTION_LOST = "scheduler-connection-lost"  # Dask's reason for a cancelled future
+_DISCARDED = "flask-executor-discarded"  # the reason when a job was cancelled
+_KEY_OF_JOB = re.compile(r"-[0-9a-f]{24}\Z")  # matches the keys of this package's tasks, and no others
+_WAITING_STATES = ("waiting", "no-worker", "queued")  # of tasks that no worker has
 
 
 @dataclass(frozen=True, slots=True)
 class SubmittedCall:
-    """A call that Dask has."""
+    """A call that the scheduler has, or is to have."""
 
     id: str
     name: str
@@ -55,62 +59,63 @@ class SubmittedCall:
 
 
 def _key(name: str, id: str) -> str:
-    """What Dask calls a job: its dashboard shows the name."""
+    """The key of a job's task. Dask's dashboard shows the name in it."""
     return f"{name}-{id}"
 
 
 class SubmittedCalls:
-    """Gives calls to a scheduler, and looks after them until a worker has run them.
+    """Submits calls to a scheduler, and submits them again until a worker has run them.
 
-    What others call raises :exc:`OSError`, or one of the errors for timeouts, when the scheduler cannot be reached.
+    The public methods are called from other threads, and raise :exc:`OSError` or one of the errors for timeouts if the
+    scheduler cannot be reached.
     """
 
     def __init__(self, url: str | None, options: BackendOptions) -> None:
         self._options = options
-        self._sent: dict[asyncio.Task[None], SubmittedCall] = {}  # belongs to the event loop; others take copies
-        self.line = SchedulerConnection(url, options)
-        self.line.begin()
+        self._sent: dict[asyncio.Task[None], SubmittedCall] = {}  # changed in the event loop; other threads copy it
+        self.connection = SchedulerConnection(url, options)
+        self.connection.open()
 
     def send(self, sent: SubmittedCall) -> None:
-        """Give a call to the scheduler, and see that it has it."""
-        self.line.call(self._send(sent))
+        """Submit a call, and wait until the scheduler has it."""
+        self.connection.call(self._send(sent))
 
     def drop(self, job: Job) -> None:
-        """Have the scheduler forget a call, whoever has sent it."""
-        self.line.call(self._drop(_key(job.name, job.id)))
+        """Have the scheduler forget a call, whichever process has submitted it."""
+        self.connection.call(self._drop(_key(job.name, job.id)))
 
-    def look(self, resources: dict[str, float] | None) -> tuple[int, int]:
-        """How many workers have these resources, and how many calls wait that need them."""
-        return self.line.call(self._look(resources))
+    def count(self, resources: dict[str, float] | None) -> tuple[int, int]:
+        """How many workers have these resources, and how many waiting calls need them."""
+        return self.connection.call(self._count(resources))
 
     def futures(self) -> list[Any]:
-        """The handles, those that are left, of the calls that no worker has run yet."""
+        """The handles, as far as they still exist, of the calls that no worker has run yet."""
         return [future for sent in list(self._sent.values()) if (future := sent.future()) is not None]
 
     # ---- in the event loop ----
 
     async def _send(self, sent: SubmittedCall) -> None:
-        client = await self.line.connected()
+        client = await self.connection.connected()
         future = _submit(client, sent)
         try:
             while future.status == "pending":
                 status = await client.scheduler.get_task_status(keys=[sent.key])
                 if status[sent.key] is not None:
                     break
-                await asyncio.sleep(_MOMENT)
+                await asyncio.sleep(_ACCEPTED_POLL_INTERVAL)
             if future.status == "cancelled":
                 raise OSError("the connection was lost")
-        except BaseException:  # it is not accepted
-            # This goes the way of the call, and after it: should the scheduler get the one yet, it gets the other.
+        except BaseException:  # enqueue() fails, so the call must not run
+            # The cancellation follows the call on the same connection: a scheduler that gets one gets the other.
             with suppress(distributed.client.ClosedClientError):
                 await _forget(client, future)
             raise
-        task = self.line.spawn(self._await_completion(sent, future))
+        task = self.connection.spawn(self._await_completion(sent, future))
         self._sent[task] = sent
         task.add_done_callback(self._sent.pop)
 
     async def _await_completion(self, sent: SubmittedCall, future: Any) -> None:
-        """See to it that a worker runs a call, whatever becomes of the scheduler."""
+        """Wait until a worker has run the call, and submit it again if the scheduler is restarted."""
         while True:
             try:
                 with future.client.as_current():
@@ -119,7 +124,7 @@ class SubmittedCalls:
                 reasons = {group.reason for group in cancelled.error_groups}
                 if _DISCARDED in reasons:
                     return
-                if reasons != {_LOST}:
+                if reasons != {_CONNECTION_LOST}:
                     why = WorkerLost(f"Job {sent.name} is lost: it was cancelled at Dask's scheduler.")
                     await asyncio.to_thread(self._refuse, sent, why)
                     return
@@ -133,12 +138,12 @@ class SubmittedCalls:
     async def _send_again(self, sent: SubmittedCall) -> Any:
         while True:
             try:
-                return _submit(await self.line.connected(), sent)
+                return _submit(await self.connection.connected(), sent)
             except (OSError, asyncio.TimeoutError):
-                await asyncio.sleep(AGAIN)
+                await asyncio.sleep(RECONNECT_DELAY)
 
     def _refuse(self, sent: SubmittedCall, error: Exception) -> None:
-        """Dask has given up a call. If a worker had begun with it, that is known or found out otherwise."""
+        """Dask has given up a call. Its job fails, unless the store knows that a worker has begun it."""
         logger.error("Job %s (%s) could not be run by Dask: %s", sent.name, sent.id, error)
         try:
             self._options.refuse(sent.id, error, sent.name)
@@ -146,23 +151,23 @@ class SubmittedCalls:
             logger.exception("Job %s (%s) could not be marked as failed.", sent.name, sent.id)
 
     async def _drop(self, key: str) -> None:
-        client = self.line.client
-        if client is not None and client.status != "running":  # not worth waiting for a connection that was lost
+        client = self.connection.client
+        if client is not None and client.status != "running":  # a cancelled job is not worth a wait for a reconnect
             raise OSError("the connection is lost")
-        client = await self.line.connected()
+        client = await self.connection.connected()
         await _forget(client, distributed.Future(key, client))
 
-    async def _look(self, resources: dict[str, float] | None) -> tuple[int, int]:
-        client = await self.line.connected()
-        found: tuple[int, int] = await client.run_on_scheduler(_count, names=list(resources or ()))
-        return found
+    async def _count(self, resources: dict[str, float] | None) -> tuple[int, int]:
+        client = await self.connection.connected()
+        counted: tuple[int, int] = await client.run_on_scheduler(_count, names=list(resources or ()))
+        return counted
 
 
 def _submit(client: distributed.Client, sent: SubmittedCall) -> Any:
-    # As Client.submit() does, but for the mark: what makes data waits at the scheduler, in order of priority.
+    # As Client.submit() does, except for _data_producer: the scheduler queues such tasks in order of priority.
     task = Task(sent.key, run, *sent.arguments, _data_producer=True)
     options = {"priority": sent.priority, "resources": sent.resources, "fifo_timeout": 0, "sync": False}
-    client.scheduler_comm.interval = _MOMENT  # somebody waits
+    client.scheduler_comm.interval = _SEND_INTERVAL
     future = client.get({sent.key: task}, sent.key, **options)
     distributed.fire_and_forget(future)
     return future
@@ -172,22 +177,21 @@ async def _forget(client: distributed.Client, future: Any) -> None:
     await client.cancel([future], force=True, reason=_DISCARDED)
 
 
-# ---- in the scheduler ----
+# ---- in the scheduler's process ----
 
 
 def _count(names: list[str], dask_scheduler: Any) -> tuple[int, int]:
-    """How many workers have these resources, and how many calls that need them wait."""
-    waiting = sum(task.state in _WAITING and _needs(task, names) for task in dask_scheduler.tasks.values())
+    """How many workers have these resources, and how many waiting calls need them."""
+    waiting = sum(task.state in _WAITING_STATES and _needs(task, names) for task in dask_scheduler.tasks.values())
     workers = dask_scheduler.workers.values()
     for worker in workers:
-        have = sum(_needs(task, names) for task in worker.processing)
-        # Those that wait for their time keep no other from running.
-        asleep = sum(_needs(task, names) for task in worker.long_running)
-        waiting += max(0, have - asleep - worker.nthreads)
+        assigned = sum(_needs(task, names) for task in worker.processing)
+        seceded = sum(_needs(task, names) for task in worker.long_running)  # these sleep, and occupy no thread
+        waiting += max(0, assigned - seceded - worker.nthreads)
     return sum(all(name in worker.resources for name in names) for worker in workers), waiting
 
 
 def _needs(task: Any, names: list[str]) -> bool:
-    """Whether a task is a call of ours that needs just these resources."""
-    is_call = isinstance(task.key, str) and _ID.search(task.key) is not None
+    """Whether a task is a call of this package that needs exactly these resources."""
+    is_call = isinstance(task.key, str) and _KEY_OF_JOB.search(task.key) is not None
     return is_call and set(task.resource_restrictions or ()) == set(names)

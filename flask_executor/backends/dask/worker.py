@@ -1,4 +1,4 @@
-"""What workers of Dask run, and how this package is one."""
+"""The task that Dask's workers run, and ``flask executor worker`` as a worker of Dask."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 
 import distributed
@@ -18,19 +19,19 @@ from flask_executor.backends.engine.entrypoint import Address
 from flask_executor.backends.engine.entrypoint import run as run_sent
 from flask_executor.helpers.log import logger
 
-#: In the environment of workers: their scheduler, for jobs that start jobs.
+#: Environment variable of workers: the URL of their scheduler, for jobs that submit jobs.
 SCHEDULER = "_FLASK_EXECUTOR_DASK"
 
-_PATIENCE = 4.0  # seconds that the scheduler may take to answer a worker that ends
-_AGAIN = 1.0  # seconds until a worker that could not be started is tried again
+_CLOSE_TIMEOUT = 4.0  # seconds that a worker may take to sign off at its scheduler
+_RESTART_DELAY = 1.0  # seconds between a failed start of a worker and the next one
 
-_running: set[str] = set()  # ids of jobs that run in this process
+_running: dict[str, Future[None]] = {}  # by the id of a job that runs in this process: completed when run() is over
 
 
 def run(address: Address, id: str, data: bytes, at: float = 0.0) -> None:
-    """What a worker of Dask runs.
+    """The task of a call. Runs in a thread of a worker.
 
-    :param at: when it is to run, as :func:`time.time` tells it.
+    :param at: the time at which the call is to run (:func:`time.time`); 0.0 for at once.
     """
     early = at - time.time()
     seconds = early if early > 0 else _run_now(address, id, data)
@@ -43,78 +44,90 @@ def run(address: Address, id: str, data: bytes, at: float = 0.0) -> None:
 
 
 def _run_now(address: Address, id: str, data: bytes) -> float | None:
-    """Run it, and return None; in how many seconds it is to be run again."""
+    """Run a call: None, or seconds until it is to run again."""
     os.environ.setdefault(SCHEDULER, distributed.get_worker().scheduler.address)
-    if address[0] is not None:  # the processes of a nanny spawn their children, which import the app
+    if address[0] is not None:  # processes that a nanny has started spawn their worker processes, which import the app
         os.environ.setdefault("FLASK_APP", address[0])
-    _running.add(id)
+    ended = _running[id] = Future()
     try:
-        # A process that is forked here must not take itself for a worker of Dask: it does not have its event loop.
+        # In an empty context, or a process that is forked here would act as this worker without its event loop.
         return contextvars.Context().run(run_sent, address, id, data)
     finally:
-        _running.discard(id)
+        _running.pop(id, None)  # the scheduler may have given the call to two threads
+        ended.set_result(None)
 
 
 class Signals:
-    """SIGTERM and Ctrl-C: at the first one a worker ends after its jobs, at the second one it stops them."""
+    """SIGTERM and Ctrl-C: the first one ends the worker after its jobs, the second one stops these."""
 
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            # Not asyncio's own handlers: processes that are forked here would share them.
-            signal.signal(number, self._note)
+            # Not loop.add_signal_handler(): forked processes would share its wakeup descriptor.
+            signal.signal(number, self._on_signal)
 
-    def _note(self, *_: object) -> None:
-        with suppress(RuntimeError):  # the loop has ended: the process is about to
+    def _on_signal(self, *_: object) -> None:
+        with suppress(RuntimeError):  # the event loop has ended, and the process is about to
             self._loop.call_soon_threadsafe((self.second if self.first.is_set() else self.first).set)
 
 
 async def serve(
     url: str, resources: dict[str, float] | None, stop: Callable[[str], object], options: BackendOptions
 ) -> None:
-    """Be a worker until a signal says to end; a new one when the scheduler is."""
+    """Run a worker until a signal ends it, and a new one when its scheduler is restarted."""
     signals = Signals()
-    ended = asyncio.create_task(signals.first.wait())
-    while not ended.done():
+    ending = asyncio.create_task(signals.first.wait())
+    while not ending.done():
         worker = distributed.Worker(url, nthreads=1, resources=resources)
-        life = asyncio.create_task(_live(worker))
-        await asyncio.wait({life, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
+        life = asyncio.create_task(_run_worker(worker))
+        await asyncio.wait({life, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
             await _retire(worker, signals.second, stop, options)
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
-        with suppress(OSError, asyncio.TimeoutError):  # one that has not begun may take half a minute
-            await asyncio.wait_for(worker.close(timeout=1, nanny=False, executor_wait=False), _PATIENCE)
+        with suppress(OSError, asyncio.TimeoutError):  # closing a worker that has not started may take 30 seconds
+            await asyncio.wait_for(worker.close(timeout=1, nanny=False, executor_wait=False), _CLOSE_TIMEOUT)
 
 
-async def _live(worker: distributed.Worker) -> None:
+async def _run_worker(worker: distributed.Worker) -> None:
     try:
         await worker
     except Exception:
         logger.exception("A worker of Dask could not be started.")
-        await asyncio.sleep(_AGAIN)
+        await asyncio.sleep(_RESTART_DELAY)
     else:
         await worker.finished()
 
 
 async def _retire(
-    worker: distributed.Worker, cut: asyncio.Event, stop: Callable[[str], object], options: BackendOptions
+    worker: distributed.Worker, hurry: asyncio.Event, stop: Callable[[str], object], options: BackendOptions
 ) -> None:
-    """Have a worker end after the jobs of this process, some of which it may have got before its scheduler was lost."""
+    """End a worker after the jobs of this process; it may have received some before it lost its last scheduler.
+
+    :param hurry: when it is set, the jobs are stopped at once, and not after the shutdown timeout.
+    """
     if worker.status is Status.running:
-        worker.status = Status.paused  # it gets no more
-    await _let_end(cut, options.shutdown_timeout)
+        worker.status = Status.paused  # the scheduler assigns no more calls to it
+    await _wait_for_jobs(options.shutdown_timeout, hurry)
     for id in list(_running):
         stop(id)
-    await _let_end(None, options.exit_grace + 1)
+    await _wait_for_jobs(options.exit_grace + 1)
     if worker.status in (Status.running, Status.paused):
         with suppress(OSError, asyncio.TimeoutError):
-            await asyncio.wait_for(worker.close_gracefully(), _PATIENCE)
+            await asyncio.wait_for(worker.close_gracefully(), _CLOSE_TIMEOUT)
 
 
-async def _let_end(cut: asyncio.Event | None, seconds: float) -> None:
-    """Let the jobs of this process end, within a limit."""
-    deadline = time.monotonic() + seconds
-    while _running and time.monotonic() < deadline and not (cut is not None and cut.is_set()):
-        await asyncio.sleep(0.05)
+async def _wait_for_jobs(timeout: float, hurry: asyncio.Event | None = None) -> None:
+    """Wait until no job runs in this process, ``hurry`` is set, or ``timeout`` seconds have passed."""
+    waiters: list[asyncio.Task[object]] = [asyncio.create_task(_no_job_runs())]
+    if hurry is not None:
+        waiters.append(asyncio.create_task(hurry.wait()))
+    await asyncio.wait(waiters, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    for waiter in waiters:
+        waiter.cancel()
+
+
+async def _no_job_runs() -> None:
+    while running := list(_running.values()):
+        await asyncio.wait([asyncio.wrap_future(ended) for ended in running])
