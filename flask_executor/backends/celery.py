@@ -1,18 +1,17 @@
 """Jobs run by workers of Celery, on any number of machines.
 
-They are calls of one task, ``flask_executor.run``, which every worker has that has loaded the app: the one of ``flask
-executor worker``, and an app's own ``celery -A shop worker``. Flower and logs show the names of the jobs.
+All jobs are calls of one task, ``flask_executor.run``, which workers have that have loaded the app: ``flask executor
+worker`` and an app's own ``celery -A shop worker``. Flower and logs show the names of the jobs.
 
 .. code-block:: text
 
-    web app            broker          worker of Celery       its child               supervised by that
-      enqueue() ─────> queue ────────> takes a message ─────> run() ─ remote.run() ─> fn()
-                         ^             acknowledges it <───── returns
-                         └── again in so many seconds, if <── raises Retry            the store has what came of it
-                             it is to be tried again
+    web app            broker          worker of Celery       its pool process            a worker process of that
+      enqueue() ─────> queue ────────> takes a message ─────> run() ─> entrypoint.run() ─> fn()
+                         ^             acknowledges it <───── returns: the outcome is in the store
+                         └──────────── sends it again  <───── raises Retry(countdown), to run it again later
 
-**Invariant.** A message is acknowledged when what came of its job is in the store (``acks_late``), and so it may come
-twice. Which of the two runs is decided in the store.
+**Invariant.** A message is acknowledged when the outcome of its job is in the store (``acks_late``), so it may be
+delivered twice. The store decides which delivery runs the job.
 """
 
 from __future__ import annotations
@@ -55,27 +54,27 @@ T = TypeVar("T")
 #: What Celery calls the task that runs jobs.
 TASK = "flask_executor.run"
 
-_PATIENCE = 1.5  # seconds that the broker may take to answer those who submit
-_PAUSE = 1.0  # seconds until a job comes again when it is the store that was not there
-_ASK = 1.0  # seconds that workers may take to say that they are there
-_KNOWN = 5.0  # seconds for which the answer is good
-_LOOK = 0.25  # seconds after which a worker that is to end when the queue is empty looks at it again
-_SLACK = 60  # seconds beyond its own limits after which Celery ends a job
-_FOREVER = 10**8  # seconds: no limit of Celery's, also if there is one for other tasks
-_CONNECTIONS = 10  # most to the broker, as Celery has it
+_RESPONSE_TIMEOUT = 1.5  # seconds that the broker may take to answer a thread that submits
+_STORE_RETRY_DELAY = 1.0  # seconds until Celery delivers a job again whose worker could not reach the store
+_REPLY_TIMEOUT = 1.0  # seconds that workers may take to answer a broadcast
+_WORKER_COUNT_TTL = 5.0  # seconds for which the number of workers is cached
+_EMPTY_POLL_INTERVAL = 0.25  # seconds between two looks of a worker in burst mode whether the queue is empty
+_TIME_LIMIT_MARGIN = 60  # seconds that Celery's time limit leaves a job beyond its own timeout
+_NO_TIME_LIMIT = 10**8  # seconds; for None, Celery would take the limit that other tasks have
+_MAX_CONNECTIONS = 10  # to the broker, as in Celery
 
 
 class CeleryBackend(Backend):
-    """Sends calls to workers of Celery: of the app's own Celery, if there is one in ``app.extensions["celery"]``, or of
-    one that is made for ``EXECUTOR_URL``.
+    """Sends calls to workers of Celery: of the app's own Celery in ``app.extensions["celery"]``, or else of one that is
+    made for ``EXECUTOR_URL``.
 
-    Jobs go into the queue ``EXECUTOR_QUEUE``. ``default`` there means the queue that Celery takes for the task, which
-    is the one that a plain ``celery worker`` looks at.
+    Jobs go into the queue ``EXECUTOR_QUEUE``. ``default`` is the queue that Celery routes the task to, which a plain
+    ``celery worker`` consumes.
 
-    There are three priorities: higher than 0, 0, and lower. Redis has them without further ado. RabbitMQ has them for a
-    queue that was declared with ``x-max-priority`` (``task_queue_max_priority`` in Celery's settings); other brokers
-    have none. They hold between jobs in the queue, so a worker must not take many of them at a time: ``flask executor
-    worker`` does not, others need ``worker_prefetch_multiplier=1``.
+    There are three priorities: above 0, 0, and below 0. Redis always has them. RabbitMQ has them if the queue was
+    declared with ``x-max-priority`` (``task_queue_max_priority`` in Celery's settings); other brokers have none. They
+    order the jobs in the queue, so workers must not prefetch many: ``flask executor worker`` does not, others need
+    ``worker_prefetch_multiplier=1``.
     """
 
     remote = True
@@ -85,12 +84,12 @@ class CeleryBackend(Backend):
     def __init__(self, options: BackendOptions) -> None:
         self._options = options
         self._shutdown = False
-        self._asked, self._known = -_KNOWN, 0
+        self._counted_at, self._worker_count = -_WORKER_COUNT_TTL, 0
 
     @classmethod
     def default_store(cls, options: BackendOptions) -> str:
-        theirs = _celery_of(options)
-        url = options.url if theirs is None else theirs.conf.broker_write_url
+        own = _celery_of(options)
+        url = options.url if own is None else own.conf.broker_write_url
         if url is None:
             allowed = (
                 "the url of a broker, such as 'redis://host:6379/0', where app.extensions['celery'] is not set before"
@@ -113,20 +112,22 @@ class CeleryBackend(Backend):
 
     @cached_property
     def _connections(self) -> Any:
-        """Connections to the broker, one for each thread that submits just now."""
-        connections = self._connection().Pool(_CONNECTIONS)
+        """Connections to the broker, one for each thread that is submitting."""
+        connections = self._connection().Pool(_MAX_CONNECTIONS)
         _open.add(connections)
         return connections
 
     def _connection(self) -> Any:
-        """One that does not wait for long."""
+        """A new connection to the broker, with short timeouts."""
         broker = self._celery.conf.broker_write_url
-        return self._celery.connection(broker, connect_timeout=_PATIENCE, transport_options=_IMPATIENT)
+        return self._celery.connection(broker, connect_timeout=_RESPONSE_TIMEOUT, transport_options=_SHORT_TIMEOUTS)
 
     def enqueue(self, call: PreparedCall) -> None:
         if self._shutdown:
             raise ExecutorShutdown("cannot schedule new futures after shutdown")
-        limit = _FOREVER if call.timeout is None else math.ceil(call.timeout + self._options.exit_grace + _SLACK)
+        limit = _NO_TIME_LIMIT
+        if call.timeout is not None:
+            limit = math.ceil(call.timeout + self._options.exit_grace + _TIME_LIMIT_MARGIN)
         with self._translate_errors(), self._connections.acquire(block=True) as connection:
             self._celery.tasks[TASK].apply_async(
                 (self._address, call.job.id, base64.b64encode(call.packed).decode()),
@@ -140,12 +141,12 @@ class CeleryBackend(Backend):
                 soft_time_limit=limit,
                 ignore_result=True,
                 producer=self._celery.amqp.Producer(connection, auto_declare=False),
-                retry=True,  # at once, on a new connection, as the broker may have been started again
+                retry=True,  # once, immediately, on a new connection: the broker may have been restarted
                 retry_policy={"max_retries": 1, "interval_start": 0, "interval_step": 0},
             )
 
     def _priority(self, priority: int) -> int:
-        """What the broker calls it."""
+        """The priority as the broker has it."""
         lower_goes_first = self._connections.connection.transport.driver_type == "redis"
         high, normal, low = (0, 3, 9) if lower_goes_first else (9, 5, 1)
         if priority:
@@ -155,7 +156,7 @@ class CeleryBackend(Backend):
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """What goes wrong with the broker becomes our error."""
+        """Raise errors of the broker and of the connection as :exc:`EngineUnavailable`."""
         try:
             yield
         except Exception as error:
@@ -172,7 +173,7 @@ class CeleryBackend(Backend):
             pool_cls=get_implementation("prefork"),
             concurrency=processes,
             queues=[self._queue.name],
-            prefetch_multiplier=1,  # what a worker has taken is not in order any more
+            prefetch_multiplier=1,  # priorities do not order what a worker has prefetched
             loglevel="WARNING",
             quiet=True,
             redirect_stdouts=False,
@@ -184,10 +185,10 @@ class CeleryBackend(Backend):
         worker.start()
 
     def _end_when_empty(self) -> None:
-        """Celery has no such thing."""
+        """Stop the worker when the queue is empty, which Celery cannot do. Runs in a thread of its own."""
         idle = 0
-        while idle < 2:  # one may be on its way between the queue and this worker
-            time.sleep(_LOOK)
+        while idle < 2:  # a message may be between the queue and this worker at the first look
+            time.sleep(_EMPTY_POLL_INTERVAL)
             idle = 0 if state.reserved_requests or self.waiting else idle + 1
         state.should_stop = 0
 
@@ -196,39 +197,39 @@ class CeleryBackend(Backend):
         return self._options.start(fn, args, kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more; jobs go on without this process."""
+        """Accept no more jobs. Those that were accepted go on without this process."""
         self._shutdown = True
         if "_connections" in self.__dict__:
             self._connections.force_close_all()
 
     @property
     def waiting(self) -> int:
-        """How many messages are in the queue. Those that workers hold back until their time comes are not."""
+        """How many messages are in the queue. Delayed ones are not: workers hold them until they are due."""
         with self._translate_errors(), self._connection() as connection:
             try:
                 return int(self._queue(connection.default_channel).queue_declare(passive=True).message_count)
-            except connection.channel_errors:  # nobody has sent anything yet
+            except connection.channel_errors:  # the queue does not exist before the first message
                 return 0
 
     @property
     def workers(self) -> int:
-        """How many jobs those workers can run at a time that look at the queue, and answer within a second.
+        """How many jobs the workers of the queue can run at a time.
 
-        That is not asked more often than every few seconds.
+        The workers that answer within a second are counted, at most every five seconds.
         """
-        if time.monotonic() > self._asked + _KNOWN:
-            self._known = self._ask_workers()
-            self._asked = time.monotonic() if self._known else -_KNOWN
-        return self._known
+        if time.monotonic() > self._counted_at + _WORKER_COUNT_TTL:
+            self._worker_count = self._count_workers()
+            self._counted_at = time.monotonic() if self._worker_count else -_WORKER_COUNT_TTL
+        return self._worker_count
 
-    def _ask_workers(self) -> int:
+    def _count_workers(self) -> int:
         name, control = self._queue.name, Control(self._celery)
-        control.mailbox.producer_pool = None  # Celery's own keeps its connections
-        # On a new connection: the last one may still wait for replies, and would take these.
+        control.mailbox.producer_pool = None  # Celery's pool would keep the connection open
+        # On a new connection: one that was used before may still consume replies, and would take these.
         with self._translate_errors(), self._connection() as connection:
 
             def ask(what: str, **options: Any) -> dict[str, Any]:
-                replies = control.broadcast(what, reply=True, timeout=_ASK, connection=connection, **options)
+                replies = control.broadcast(what, reply=True, timeout=_REPLY_TIMEOUT, connection=connection, **options)
                 return {node: reply for each in replies or () for node, reply in each.items()}
 
             queues = ask("active_queues")
@@ -241,22 +242,22 @@ class CeleryBackend(Backend):
         return None
 
 
-#: How connections are made by those who must not wait for long. Each broker knows the words that are for it.
-_IMPATIENT = {
+# Options of connections for threads that submit. Each transport ignores the names that it does not know.
+_SHORT_TIMEOUTS = {
     "max_retries": 1,
     "interval_start": 0,
     "interval_step": 0,
-    "socket_connect_timeout": _PATIENCE,  # Redis
-    "socket_timeout": _PATIENCE,
-    "read_timeout": _PATIENCE,  # RabbitMQ
-    "write_timeout": _PATIENCE,
+    "socket_connect_timeout": _RESPONSE_TIMEOUT,  # Redis
+    "socket_timeout": _RESPONSE_TIMEOUT,
+    "read_timeout": _RESPONSE_TIMEOUT,  # RabbitMQ
+    "write_timeout": _RESPONSE_TIMEOUT,
 }
-_open: weakref.WeakSet[Any] = weakref.WeakSet()  # pools of connections of this process
-_inherited: list[Any] = []  # those of the process that has forked this one
+_open: weakref.WeakSet[Any] = weakref.WeakSet()  # connection pools that this process has made
+_inherited: list[Any] = []  # connection pools that the parent of this forked process has made
 
 
 def _keep_inherited() -> None:
-    """To be thrown away is to say goodbye to the broker, in the name of the parent."""
+    """Keep the parent's connections from being collected in a forked child: that would close them at the broker."""
     _inherited.extend(_open)
     _open.clear()
 
@@ -265,7 +266,7 @@ after_fork_in_child(_keep_inherited)
 
 
 def _celery_of(options: BackendOptions) -> Any:
-    """The app's own Celery, None if it has none."""
+    """The app's own Celery, or None."""
     app = None if options.app is None else options.app()
     return None if app is None else app.extensions.get("celery")
 
@@ -274,32 +275,32 @@ def _make_celery(options: BackendOptions) -> celery.Celery:
     made = celery.Celery("flask_executor", broker=options.url, set_as_current=False)
     made.conf.update(
         task_default_queue=options.queue,
-        task_queue_max_priority=10,  # which only RabbitMQ has to know
+        task_queue_max_priority=10,  # for RabbitMQ
         broker_connection_retry_on_startup=True,
     )
     return made
 
 
 def _leave_logging_alone(**_: object) -> None:
-    """Celery sets up logging only if nobody has taken that upon him."""
+    """A receiver of ``setup_logging``: while there is one, Celery does not configure logging itself."""
 
 
 @celery.shared_task(  # type: ignore[untyped-decorator]
     bind=True, name=TASK, acks_late=True, reject_on_worker_lost=True, ignore_result=True, max_retries=None
 )
 def run(task: Any, address: Address, id: str, data: str) -> None:
-    """What Celery runs."""
+    """The task of all jobs. Called in a pool process of Celery's worker."""
     import_string, app_name, name = address
-    again: float | None
+    delay: float | None
     try:
-        again = run_sent((import_string, app_name, name), id, base64.b64decode(data))
+        delay = run_sent((import_string, app_name, name), id, base64.b64decode(data))
     except StoreUnavailable as error:
         logger.warning("Job %s has to wait: %s", id, error)
-        again = _PAUSE
+        delay = _STORE_RETRY_DELAY
     except ConfigError as error:
-        again = requeue_elsewhere(id, error)
-    if again is not None:
+        delay = requeue_elsewhere(id, error)
+    if delay is not None:
         try:
-            task.retry(countdown=again, argsrepr=task.request.get("argsrepr"))
-        except Reject as error:  # the broker is not there, and the message would be thrown away
+            task.retry(countdown=delay, argsrepr=task.request.get("argsrepr"))
+        except Reject as error:  # the broker cannot be reached: requeue the message, or it would be dropped
             raise Reject(error.reason, requeue=True) from error

@@ -2,9 +2,17 @@
 
 ``flask executor worker`` runs RQ's own worker with the app loaded; ``rq worker`` imports the app for each job.
 
-**Invariants.** What lies in Redis is JSON, so that nothing is unpickled before its signature was looked at, and our
-worker runs nothing but :func:`run`. RQ delivers a job again whose worker died, or could not begin: which of the two
-has it is decided in the store, and one that had begun is lost and does not run again.
+.. code-block:: text
+
+    web app          Redis              worker of RQ, main thread                  its worker process
+      enqueue() ───> queue ───────────> run() ─> entrypoint.run(), waits ────────> fn()
+                       ^                  None: the outcome is in the store  <──── result, error
+                       ├─ RQ's scheduler  <─ rq.Retry, to run it again later
+                       └─ RQ's clean-up, if the worker died; on_failure() after the last delivery
+
+**Invariants.** Jobs in Redis are JSON, so that nothing is unpickled before its signature was checked, and ``flask
+executor worker`` runs no function but :func:`run`. RQ delivers a job again if its worker died or could not begin. The
+store decides which delivery runs the job; a job that had begun is lost, and does not run again.
 """
 
 from __future__ import annotations
@@ -58,21 +66,23 @@ except ImportError as error:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_URL = "redis://localhost:6379/0"
-_PATIENCE = 2.0  # seconds that Redis may take to answer those who submit
-_REMEMBERED = 600  # seconds for which RQ shows a job that has ended; what came of it is in our store
-_FOREVER = 10**9  # how often RQ lets a job run again: it is our options that count
-_AGAIN = 3  # how often RQ delivers a job again that no worker could begin with
-_PAUSE = 1  # seconds until then, when it is the store that was not there
+_DEFAULT_URL = "redis://localhost:6379/0"
+_RESPONSE_TIMEOUT = 2.0  # seconds that Redis may take to answer a thread that submits
+_ENDED_JOB_TTL = 600  # seconds for which RQ shows a job that has ended; its outcome is in the store
+_UNLIMITED = 10**9  # retries as RQ counts them: the options of the job decide
+_MAX_REDELIVERIES = 3  # of a job that no worker could begin
+_STORE_RETRY_DELAY = 1  # seconds until RQ delivers a job again whose worker could not reach the store
+
+# Import strings, which jobs in Redis have.
 _RUN = f"{__name__}.run"
-_GIVEN_UP = f"{__name__}.given_up"
+_ON_FAILURE = f"{__name__}.on_failure"
 
 
 class RQBackend(Backend):
     """Enqueues calls for workers of RQ.
 
-    Of three queues: those of a higher priority than 0 go into ``default-high`` (``EXECUTOR_QUEUE`` being ``default``),
-    those of a lower one into ``default-low``.
+    If ``EXECUTOR_QUEUE`` is ``default``, jobs of a priority above 0 go into the queue ``default-high``, those below 0
+    into ``default-low``, and the others into ``default``.
     """
 
     remote = True
@@ -81,12 +91,12 @@ class RQBackend(Backend):
 
     def __init__(self, options: BackendOptions) -> None:
         self._options = options
-        self._url = options.url or _URL
+        self._url = options.url or _DEFAULT_URL
         self._shutdown = False
 
     @classmethod
     def default_store(cls, options: BackendOptions) -> str:
-        return options.url or _URL
+        return options.url or _DEFAULT_URL
 
     @cached_property
     def _address(self) -> Address:
@@ -94,8 +104,10 @@ class RQBackend(Backend):
 
     @cached_property
     def _queues(self) -> list[rq.Queue]:
-        """Those of higher priority first."""
-        connection = redis.Redis.from_url(self._url, socket_connect_timeout=_PATIENCE, socket_timeout=_PATIENCE)
+        """The queues for high, normal and low priority."""
+        connection = redis.Redis.from_url(
+            self._url, socket_connect_timeout=_RESPONSE_TIMEOUT, socket_timeout=_RESPONSE_TIMEOUT
+        )
         return self._connected_to(connection)
 
     def _connected_to(self, connection: redis.Redis) -> list[rq.Queue]:
@@ -111,20 +123,20 @@ class RQBackend(Backend):
         job = queue.create_job(
             _RUN,
             (self._address, call.job.id, base64.b64encode(call.packed).decode()),
-            timeout=-1,  # ours ends a job, wherever it is; RQ's would end what sees to that
-            result_ttl=_REMEMBERED,
-            failure_ttl=_REMEMBERED,
+            timeout=-1,  # none of RQ's: it would interrupt run(), which enforces the timeout of the job
+            result_ttl=_ENDED_JOB_TTL,
+            failure_ttl=_ENDED_JOB_TTL,
             description=call.job.name,
             job_id=call.job.id,
-            retry=rq.Retry(max=_AGAIN),
-            on_failure=rq.Callback(_GIVEN_UP),
+            retry=rq.Retry(max=_MAX_REDELIVERIES),
+            on_failure=rq.Callback(_ON_FAILURE),
         )
         with self._translate_errors():
             if call.delay:
                 due = math.ceil(time.time() + call.delay)  # RQ counts whole seconds
                 queue.schedule_job(job, datetime.datetime.fromtimestamp(due, datetime.timezone.utc))
             else:
-                with queue.connection.pipeline() as pipeline:  # or it would ask Redis twice
+                with queue.connection.pipeline() as pipeline:  # or RQ would make two round trips
                     queue.enqueue_job(job, pipeline=pipeline)
                     pipeline.execute()
 
@@ -147,7 +159,7 @@ class RQBackend(Backend):
                 queues, connection=queues[0].connection, serializer=JSONSerializer, job_class=_Job, stop=stop
             )
             with _scheduling(queues):
-                worker.work(burst=burst, logging_level="WARNING")  # no lines for each job: the store has them
+                worker.work(burst=burst, logging_level="WARNING")  # no log lines for each job: it has its record
 
         with self._translate_errors():
             self._queues[0].connection.ping()
@@ -158,7 +170,7 @@ class RQBackend(Backend):
         return self._options.start(fn, args, kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more; jobs go on without this process."""
+        """Accept no more jobs. Those that were accepted go on without this process."""
         self._shutdown = True
         if "_queues" in self.__dict__:
             self._queues[0].connection.close()
@@ -179,30 +191,31 @@ class RQBackend(Backend):
 
 
 def run(address: Address, id: str, data: str) -> rq.Retry | None:
-    """What RQ runs."""
+    """The function of all jobs in RQ. Called in the main thread of its worker."""
     import_string, app_name, name = address
-    there = import_string, app_name, name  # JSON knows no tuples
+    address = import_string, app_name, name  # a list, as it comes from JSON
     job = rq.get_current_job()
     try:
-        if job is not None and job.retries_left is not None and job.retries_left < _AGAIN and is_lost(there, id):
+        redelivered = job is not None and job.retries_left is not None and job.retries_left < _MAX_REDELIVERIES
+        if job is not None and redelivered and is_lost(address, id):
             raise WorkerLost(f"Job {job.description} is lost: it had begun when its worker died.")
-        again: float | None = run_sent(there, id, base64.b64decode(data))
+        delay: float | None = run_sent(address, id, base64.b64decode(data))
     except StoreUnavailable as error:
         logger.warning("Job %s has to wait: %s", id, error)
-        again = _PAUSE
+        delay = _STORE_RETRY_DELAY
     except ConfigError as error:
-        again = requeue_elsewhere(id, error)
+        delay = requeue_elsewhere(id, error)
     except (NotPicklable, UntrustedResult, WorkerLost):
         if job is not None:
-            job.retries_left = 0  # it would be the same again
+            job.retries_left = 0  # it would fail again
         raise
-    return None if again is None else rq.Retry(max=_FOREVER, interval=round(again))
+    return None if delay is None else rq.Retry(max=_UNLIMITED, interval=round(delay))
 
 
 def on_failure(job: Any, connection: Any, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    """A job has failed in RQ, or nobody knows what has become of it: what RQ calls then.
+    """Called by RQ if :func:`run` has raised an error, or its worker has died.
 
-    One that has begun is in the store, with what came of it, and that stays.
+    After the last delivery the job fails, unless the store knows that it has begun: then its record is left alone.
     """
     if not job.should_retry:
         (import_string, app_name, name), id, _ = job.args
@@ -212,11 +225,14 @@ def on_failure(job: Any, connection: Any, kind: type[BaseException], error: Base
         refuse((import_string, app_name, name), id, why, job.description)
 
 
+given_up = on_failure  # the name that jobs have in Redis which were queued before it was changed
+
+
 @contextmanager
 def _scheduling(queues: list[rq.Queue]) -> Iterator[None]:
-    """Have jobs queued whose time has come, by one of all workers.
+    """Run RQ's scheduler, which queues jobs when they are due. One of all workers has its lock.
 
-    In a thread: the process that RQ starts for that would outlive a worker that is killed.
+    It runs in a thread, as the process that RQ starts for it would outlive a worker that is killed.
     """
     connection = queues[0].connection
     scheduler: Any = RQScheduler(
@@ -233,7 +249,7 @@ def _scheduling(queues: list[rq.Queue]) -> Iterator[None]:
                 scheduler.heartbeat()
             except (redis.RedisError, OSError) as error:
                 logger.warning("Jobs that are to start later have to wait: %s", error)
-        with suppress(redis.RedisError, OSError):  # the locks end by themselves
+        with suppress(redis.RedisError, OSError):  # the locks expire
             scheduler.stop()
 
     thread = threading.Thread(target=schedule, name="flask-executor-scheduler", daemon=True)
@@ -246,10 +262,10 @@ def _scheduling(queues: list[rq.Queue]) -> Iterator[None]:
 
 
 class _Job(rq.job.Job):
-    """A job as our worker takes it from Redis, where others may have put it: it runs nothing that is not ours."""
+    """A job from Redis, where anyone may have put it: it runs only if this package has submitted it."""
 
     def perform(self) -> Any:
-        if not self._is_ours:
+        if not self._is_own:
             raise UntrustedResult(
                 f"RQ's job {self.id} was not submitted by flask_executor, and this worker runs no others. Give them "
                 "another queue, and a worker of RQ's own."
@@ -257,17 +273,17 @@ class _Job(rq.job.Job):
         return super().perform()
 
     @property
-    def _is_ours(self) -> bool:
+    def _is_own(self) -> bool:
         try:
             return bool(self.func_name == _RUN and self.instance is None)
-        except rq.exceptions.DeserializationError:  # pickled, as RQ does if it is not told otherwise
+        except rq.exceptions.DeserializationError:  # pickled, which is RQ's default
             return False
 
-    # Redis has names of functions here, too.
+    # RQ would import these functions by the names in Redis.
 
     @property
     def failure_callback(self) -> Any:
-        return on_failure if self._is_ours else None
+        return on_failure if self._is_own else None
 
     @property
     def success_callback(self) -> None:
@@ -279,7 +295,9 @@ class _Job(rq.job.Job):
 
 
 class _Worker(rq.SimpleWorker):
-    """A worker of RQ that has the app loaded, and leaves it to others to run the jobs and to end them by force.
+    """A worker of RQ with the app loaded. It calls :func:`run` in its main thread, and forks for no job.
+
+    Only :func:`run` starts a process for the job, which can be killed.
 
     :param stop: stops a job, given its id.
     """
@@ -287,37 +305,36 @@ class _Worker(rq.SimpleWorker):
     def __init__(self, *args: Any, stop: Callable[[str], object], **options: Any) -> None:
         super().__init__(*args, **options)
         self._stop = stop
-
-        self._beating = threading.Lock()
-        self._runs: tuple[Any, Any] | None = None  # job and execution; changed under _beating
-        threading.Thread(target=self._beat, name="flask-executor-heartbeat", daemon=True).start()
+        self._lock = threading.Lock()
+        self._execution: tuple[Any, Any] | None = None  # job and execution; changed under _lock
+        threading.Thread(target=self._send_heartbeats, name="flask-executor-heartbeat", daemon=True).start()
 
     def execute_job(self, job: Any, queue: Any) -> None:
         execution = self.prepare_execution(job)
-        with self._beating:
-            self._runs = job, execution
+        with self._lock:
+            self._execution = job, execution
         try:
             self.perform_job(job, queue, execution)
         finally:
-            with self._beating:
-                self._runs = None
+            with self._lock:
+                self._execution = None
         self.set_state(rq.worker.WorkerStatus.IDLE)
 
-    def _beat(self) -> None:
-        """Have RQ know that the job is alive, and this worker."""
+    def _send_heartbeats(self) -> None:
+        """Tell RQ that the job and this worker are alive. Runs in a thread of its own."""
         while True:
             time.sleep(self.job_monitoring_interval)
-            with self._beating:
-                if self._runs is not None:
-                    with suppress(redis.RedisError, OSError):  # the next one may get through
-                        self.maintain_heartbeats(*self._runs)
+            with self._lock:
+                if self._execution is not None:
+                    with suppress(redis.RedisError, OSError):  # the next heartbeat may get through
+                        self.maintain_heartbeats(*self._execution)
 
     def request_stop(self, *signal: Any) -> None:
         shutting_down.set()
         super().request_stop(*signal)  # type: ignore[no-untyped-call]
 
     def kill_horse(self, *_: Any) -> None:
-        """RQ's command to stop a job."""
+        """Called for RQ's command to stop a job."""
         id = self.get_current_job_id()
         if id is not None:
             self._stop(id)
