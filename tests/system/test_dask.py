@@ -280,6 +280,7 @@ def test_workers_outlive_their_scheduler_and_end_in_order(
     app.config["EXECUTOR_APP"] = "tasks:create_app()"
     executor = make_executor(**config)
     with worker_command(tmp_path, config) as worker:
+        assert wait_until(lambda: executor.health().workers == 2, 60)  # imports keep a small machine busy until then
         future = executor.submit(wait_for, str(tmp_path / "go"))
         assert wait_until(future.running, 20)
         scheduler.kill()

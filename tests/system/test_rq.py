@@ -36,7 +36,7 @@ import rq  # noqa: E402  # it may not be there
 from rq.command import send_stop_job_command  # noqa: E402
 from rq.serializers import JSONSerializer  # noqa: E402
 
-from flask_executor.backends.rq import RQBackend  # noqa: E402
+from flask_executor.backends.rq import RQBackend, on_failure, run  # noqa: E402
 
 PLAIN = ["worker", "--serializer", "rq.serializers.JSONSerializer"]
 
@@ -383,6 +383,12 @@ def test_redis_goes_and_comes_back_while_a_job_runs(
     assert future.result(30) is None
     run_worker()  # RQ's own worker may have given up meanwhile
     assert executor.submit(tasks.add, 2).result(30) == 2
+
+
+def test_names_that_jobs_have_in_redis() -> None:
+    assert rq.utils.import_attribute("flask_executor.backends.rq.run") is run
+    assert rq.utils.import_attribute("flask_executor.backends.rq.on_failure") is on_failure
+    assert rq.utils.import_attribute("flask_executor.backends.rq.given_up") is on_failure, "of jobs queued before 2.0"
 
 
 def test_what_was_not_signed_is_not_run(executor: Executor, run_worker: RunWorker, app: Flask, path: str) -> None:
