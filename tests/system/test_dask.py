@@ -62,6 +62,11 @@ def config(scheduler: DaskScheduler, tmp_path: Path) -> dict[str, str]:
     return {"type": "dask", "url": scheduler.url, "store": f"sqlite:///{tmp_path}/jobs.sqlite"}
 
 
+def connect(executor: Executor) -> None:
+    """Have it connected before workers start, which keeps a small machine busy for longer than a submit may take."""
+    assert wait_until(lambda: executor.health().accepting, 60)
+
+
 class TestClusterOfItsOwn:
     def test_it_runs_jobs_and_leaves_nothing_behind(self, cluster: Executor) -> None:
         assert cluster.health().workers == 0, "nothing starts before the first job"
@@ -174,6 +179,7 @@ def test_the_job_of_a_worker_that_was_killed_is_run_by_another(
 ) -> None:
     app.config["EXECUTOR_APP"] = "tasks:create_app()"
     executor = make_executor(**config)
+    connect(executor)
     with worker_command(tmp_path, config):
         future = executor.submit(tasks.note_and_wait, str(tmp_path / "pids"), str(tmp_path / "go"))
         assert wait_until(lambda: future.running() and (tmp_path / "pids").exists(), 20)
@@ -279,8 +285,8 @@ def test_workers_outlive_their_scheduler_and_end_in_order(
 ) -> None:
     app.config["EXECUTOR_APP"] = "tasks:create_app()"
     executor = make_executor(**config)
+    connect(executor)
     with worker_command(tmp_path, config) as worker:
-        assert wait_until(lambda: executor.health().workers == 2, 60)  # imports keep a small machine busy until then
         future = executor.submit(wait_for, str(tmp_path / "go"))
         assert wait_until(future.running, 20)
         scheduler.kill()
@@ -303,6 +309,7 @@ def test_only_workers_that_have_the_resource_run_the_jobs_of_a_queue(
 ) -> None:
     app.config["EXECUTOR_APP"] = "tasks:create_app()"
     executor = make_executor(**config, queue="gpu")
+    connect(executor)
     with worker_command(tmp_path, config, 1):
         future = executor.submit(add, 1)
         assert not wait_until(future.done, 3)
