@@ -11,8 +11,8 @@
     controller = SampleController(target_task=SampleTask, max_num_process=2)
     api.add_resource(TemplateFactory.MPResource(), "/sample", resource_class_args=(controller,))
 
-Each controller has an :class:`~flask_executor.Executor` of type ``process``, with the controller's name, which is the
-prefix of its configuration: ``SAMPLE_EXECUTOR_STORE``.
+Each controller has an :class:`~flask_executor.Executor` of type ``process``. Its name is the controller's, which is
+also the prefix of its configuration: ``SAMPLE_EXECUTOR_STORE``.
 """
 
 from __future__ import annotations
@@ -60,27 +60,27 @@ __all__ = [
 
 Method = Callable[..., Any]
 
-#: What :meth:`MetaMPTask.checkpoint` raises, by its name there.
+#: What :meth:`MetaMPTask.checkpoint` raises, under its name in that package.
 AbortException = JobExit
 
 _METHODS = ("get", "head", "post", "put", "patch", "delete", "options", "trace")
 _CALLBACK_TIMEOUT = 10.0  # seconds for each step of a callback: to connect, to be answered
-_CALLBACK_RETRIES = 2  # of the one that tells of the end
-_CALLBACK_LAST = 60  # seconds that a leaving process gives callbacks: more than it gives the tasks they tell of
+_CALLBACK_RETRIES = 2  # of the callback that reports the end of a task
+_CALLBACK_SHUTDOWN_TIMEOUT = 60  # seconds; more than the tasks have that the callbacks report
 
 
 class MetaMPTask(abc.ABC):
-    """A task: a subclass at the top of a module, with what is to be done in :meth:`execute`.
+    """A task: a subclass at the top of a module, whose :meth:`execute` does the work.
 
-    An object of it is made, without arguments, in the worker process.
+    The worker process makes an object of it, without arguments.
 
-    :param task_name: class keyword: what its jobs are called; the name of the class by default.
-    :param logger: class keyword: ``self.logger``; the one with the name of the class by default.
+    :param task_name: class keyword: the name of its jobs; the name of the class by default.
+    :param logger: class keyword: ``self.logger``; by default the logger with the name of the class.
     """
 
     task_name: ClassVar[str]
     logger: ClassVar[logging.Logger]
-    #: Which call of the controller this is, from 1.
+    #: The number of this task in its controller, from 1.
     counter: int = 0
 
     def __init_subclass__(cls, task_name: str | None = None, logger: logging.Logger | None = None, **more: Any) -> None:
@@ -90,16 +90,16 @@ class MetaMPTask(abc.ABC):
 
     @abc.abstractmethod
     def execute(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what is to be done, with what the request has passed. What it returns or raises is kept."""
+        """Do the work, with the arguments of the request. What it returns or raises is kept."""
 
     def upload_status(self, msg: object) -> None:
-        """Report how far the task is; the last report counts, and as many as you like may go unread."""
+        """Report how far the task is. Only the last report counts."""
         current_job.update(message=str(msg))
 
     def checkpoint(self) -> None:
         """Leave the task if it was asked to stop.
 
-        :raises JobExit: if so; a :exc:`BaseException`.
+        :raises JobExit: to leave; it is a :exc:`BaseException`.
         """
         checkpoint()
 
@@ -107,7 +107,7 @@ class MetaMPTask(abc.ABC):
 
 
 class MetaMPLoggerConfigurator(abc.ABC):
-    """Sets up logging, once, when the first controller is made with it. What tasks log gets there by itself."""
+    """Sets up logging once, when the first controller is made with it. Records of tasks come there too."""
 
     @staticmethod
     @abc.abstractmethod
@@ -116,7 +116,7 @@ class MetaMPLoggerConfigurator(abc.ABC):
 
 
 def _log_calls(method: Method) -> Method:
-    """What decorates the methods of a controller that has no other decorator."""
+    """The decorator of a controller's methods that logs each call; used if the controller names no other."""
 
     @functools.wraps(method)
     def logging_method(self: MetaMPController, /, *args: Any, **kwargs: Any) -> Any:
@@ -128,21 +128,20 @@ def _log_calls(method: Method) -> Method:
 
 
 class MetaMPController:
-    """Starts, shows and stops tasks; a method for each HTTP method, called with what the request has passed.
+    """Starts, shows and stops tasks: one method for each HTTP method, called with the arguments of the request.
 
-    Each is to be overridden as needed. It needs an app context, as every request has.
+    Subclasses override them as needed. A controller needs an app context, as every request has.
 
-    :param target_task: what :meth:`post` starts.
-    :param callback_url: ``http`` or ``https``: where to POST, as JSON, that a task begins and that it has ended.
-    :param max_num_process: most tasks at a time, in each process of the server.
-    :param max_num_queue: most tasks that wait; 0 or less for no bound.
+    :param target_task: the task that :meth:`post` starts.
+    :param callback_url: an ``http`` or ``https`` url that is sent JSON by POST when a task begins and ends.
+    :param max_num_process: how many tasks run at a time, in each process of the server.
+    :param max_num_queue: how many tasks may wait; 0 or less for no bound.
     :param logger_configurator_cls: sets up logging; None leaves it to the app.
-    :param controller_name: class keyword: the name; that of the class by default.
-    :param logger: class keyword: the one that writes down each call; the one with the name of the class by default.
-    :param decorator: class keyword: decorates all methods, in place of what writes down each call; also those of
-        subclasses.
-    :raises TypeError: for a task that worker processes could not make.
-    :raises ValueError: for a ``callback_url`` or a ``max_num_process`` that cannot be used.
+    :param controller_name: class keyword: the name; by default the name of the class.
+    :param logger: class keyword: logs each call; by default the logger with the name of the class.
+    :param decorator: class keyword: decorates all methods, also of subclasses, instead of the decorator that logs.
+    :raises TypeError: if ``target_task`` is not a task that worker processes can import.
+    :raises ValueError: if ``callback_url`` or ``max_num_process`` is not valid.
     """
 
     _name: ClassVar[str] = "Basic"
@@ -202,7 +201,7 @@ class MetaMPController:
 
     @property
     def executor(self) -> Executor:
-        """What the tasks run on; each is kept there under its uuid: ``controller.executor.futures.result(uuid)``."""
+        """The executor of the tasks. The uuid of a task is its key: ``controller.executor.futures.result(uuid)``."""
         app = current_app._get_current_object()  # type: ignore[attr-defined]
         if app not in self._apps:
             with _binding:
@@ -212,15 +211,15 @@ class MetaMPController:
         return self._executor
 
     def health(self) -> Health:
-        """How the tasks are doing in this process: those that run and those that wait."""
+        """The health of the executor in this process: how many tasks run and how many wait."""
         return self.executor.health()
 
     # ---- the HTTP methods ----
 
     def get(self, /, *args: Any, **kwargs: Any) -> Any:
-        """How a task stands.
+        """The status of a task.
 
-        :param uuid: which; what :meth:`post` has answered.
+        :param uuid: which task; :meth:`post` has answered with it.
         """
         if kwargs.get("uuid") is None:
             return {"msg": f"Invalid request: {kwargs}"}
@@ -234,7 +233,7 @@ class MetaMPController:
         """Start a task; all keyword arguments are passed to its :meth:`~MetaMPTask.execute`.
 
         :param priority: a whole number; lower ones start first. 0 by default.
-        :raises QueueFull: if ``max_num_queue`` tasks wait.
+        :raises QueueFull: if ``max_num_queue`` tasks wait already.
         """
         priority = kwargs.get("priority", 0)
         if not isinstance(priority, int):
@@ -250,9 +249,9 @@ class MetaMPController:
         }
 
     def delete(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Stop a task: at its next checkpoint, and for certain after ``EXECUTOR_STOP_GRACE`` seconds.
+        """Stop a task: at its next checkpoint, or by force after ``EXECUTOR_STOP_GRACE`` seconds.
 
-        :param uuid: which; what :meth:`post` has answered.
+        :param uuid: which task; :meth:`post` has answered with it.
         """
         if kwargs.get("uuid") is None:
             return {"msg": f"Invalid request: {kwargs}"}
@@ -272,17 +271,17 @@ class MetaMPController:
     def _bind(self, app: Flask) -> None:
         bound = self._max_num_queue if self._max_num_queue > 0 else None
         fixed = {"TYPE": "process", "MAX_WORKERS": self._max_num_process, "MAX_PENDING": bound}
-        # A fresh process for each task; handles for as long as there are records.
+        # A new process for each task; the handles stay for as long as the records.
         defaults = {"MAX_TASKS_PER_CHILD": 1, "FUTURES_MAX_LENGTH": 10_000, **_config_of(self._prefix, app)}
         _configure(self._executor, app, fixed, defaults)
         if self._callback_url:
-            # One at a time, so that the end of a task is told after its beginning.
+            # One thread, so that the end of a task is reported after its beginning.
             fixed = {"TYPE": "thread", "MAX_WORKERS": 1}
-            defaults = {"MAX_PENDING": 1000, "SHUTDOWN_TIMEOUT": _CALLBACK_LAST}
+            defaults = {"MAX_PENDING": 1000, "SHUTDOWN_TIMEOUT": _CALLBACK_SHUTDOWN_TIMEOUT}
             _configure(self._callbacks, app, fixed, {**defaults, **_config_of(f"{self._prefix}_callback", app)})
 
     def _nothing_runs(self, key: str, job: Job | None) -> dict[str, Any]:
-        """What is answered about a task that has ended, or never was."""
+        """The answer about a task that has ended, or is not known."""
         nothing = f"No process linked to this uuid {key}"
         if job is None and self.executor.jobs.expired(key=key):
             return {"msg": f"{nothing} any more.", "uuid": key, "status": "expired"}
@@ -293,13 +292,13 @@ class MetaMPController:
             try:
                 result = self.executor.futures.result(key, 10)
                 json.dumps(result, allow_nan=False)
-            except (TypeError, ValueError, RecursionError, ExecutorError):  # it is not kept, or JSON does not have it
+            except (TypeError, ValueError, RecursionError, ExecutorError):  # the result is not kept, or cannot be JSON
                 return ended
             ended["result"] = result
         return ended
 
     def _tell_begin(self, executor: Executor, job: Job) -> None:
-        # Once: told again later, it could come after the end.
+        # No retries: a late report of the beginning could come after the one of the end.
         self._tell(f"Task with internal uuid {job.key} begin to process", job, retries=0)
 
     def _tell_end(self, executor: Executor, job: Job) -> None:
@@ -314,7 +313,7 @@ class MetaMPController:
 class MetaMPResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no types
     """Calls the methods of a controller: ``api.add_resource(resource, "/sample", resource_class_args=(controller,))``.
 
-    What they are called with is the JSON object in the body of the request.
+    Their arguments are the JSON object in the body of the request.
     """
 
     def __init__(self, controller: MetaMPController) -> None:
@@ -322,7 +321,7 @@ class MetaMPResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no ty
         self._controller = controller
 
     def get(self) -> Any:
-        """How a task stands."""
+        """The status of a task."""
         return self._call("get")
 
     def post(self) -> Any:
@@ -334,23 +333,23 @@ class MetaMPResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no ty
         return self._call("delete")
 
     def head(self) -> Any:
-        """Whatever the controller does."""
+        """Call the controller."""
         return self._call("head")
 
     def options(self) -> Any:
-        """Whatever the controller does."""
+        """Call the controller."""
         return self._call("options")
 
     def put(self) -> Any:
-        """Whatever the controller does."""
+        """Call the controller."""
         return self._call("put")
 
     def patch(self) -> Any:
-        """Whatever the controller does."""
+        """Call the controller."""
         return self._call("patch")
 
     def trace(self) -> Any:
-        """Whatever the controller does."""
+        """Call the controller."""
         return self._call("trace")
 
     def _call(self, name: str) -> Any:
@@ -374,13 +373,13 @@ class MetaMPResource(Resource):  # type: ignore[misc]  # Flask-RESTful has no ty
 
 
 class TemplateFactory:
-    """Makes controllers and resources that do nothing of their own."""
+    """Makes subclasses of :class:`MetaMPController` and :class:`MetaMPResource` that override nothing."""
 
     @staticmethod
-    def MPController(name: str | None = None) -> type[MetaMPController]:  # noqa: N802  # the name there
+    def MPController(name: str | None = None) -> type[MetaMPController]:  # noqa: N802  # its name in that package
         """A subclass of :class:`MetaMPController`.
 
-        :param name: the controller's name, its configuration's prefix; without one it has a name that cannot be known.
+        :param name: the controller's name, and the prefix of its configuration; without one the name is random.
         """
         return type(name or f"Controller_{uuid.uuid4().hex}", (MetaMPController,), {})
 
@@ -388,21 +387,24 @@ class TemplateFactory:
     def MPResource(name: str | None = None) -> type[MetaMPResource]:  # noqa: N802
         """A subclass of :class:`MetaMPResource`.
 
-        :param name: tells several resources of one Api apart, which refuses two of one name.
+        :param name: has to be given if an Api has several resources: it refuses two of the same name.
         """
         return type(name or f"Resource_{uuid.uuid4().hex}", (MetaMPResource,), {})
 
 
 _binding = threading.Lock()
 _configured: set[type] = set()
-_tasks: dict[str, list[tuple[str, str]]] = {}  # those of the controllers that have one name
+_tasks: dict[str, list[tuple[str, str]]] = {}  # the tasks of the controllers with the same name
 
 
 def _name_for(name: str, task: type[MetaMPTask]) -> str:
-    """What the executor is called: as the controller, and the same in all processes also if several are called so."""
+    """The executor's name: the controller's, with a number if several have that name; the same in all processes."""
     with _binding:
         tasks = _tasks.setdefault(name, [])
-        this = (task.__module__, task.__qualname__)  # an app that is made again makes its controllers again
+        this = (
+            task.__module__,
+            task.__qualname__,
+        )  # an app factory that is called again makes the same controllers again
         if this not in tasks:
             tasks.append(this)
         number = tasks.index(this) + 1
@@ -410,7 +412,7 @@ def _name_for(name: str, task: type[MetaMPTask]) -> str:
 
 
 def _config_of(name: str, app: Flask) -> dict[str, Any]:
-    """What the app's config has for the controllers of that name, by key without prefix."""
+    """The app's configuration for the controllers of that name; keys without prefix."""
     prefix = f"{name.upper()}_EXECUTOR_"
     return {key.removeprefix(prefix): value for key, value in app.config.items() if key.startswith(prefix)}
 
@@ -418,8 +420,8 @@ def _config_of(name: str, app: Flask) -> dict[str, Any]:
 def _configure(executor: Executor, app: Flask, fixed: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Bind an app, which may have answered requests already.
 
-    :param fixed: what the controller was made with, by key without prefix.
-    :param defaults: what the app's config may have otherwise.
+    :param fixed: configuration that the controller's arguments decide; keys without prefix.
+    :param defaults: configuration that the app may change.
     """
     prefix = f"{executor.name.upper()}_EXECUTOR_"
     app.config.update({prefix + key: value for key, value in fixed.items()})
@@ -451,14 +453,14 @@ def _check_url(url: str) -> None:
 
 
 def _execute(task: type[MetaMPTask], number: int, arguments: dict[str, Any]) -> Any:
-    """In a worker process: do what the task does."""
+    """Run a task; called in a worker process."""
     made = task()
     made.counter = number
     return made.execute(**arguments)
 
 
 def _describe(job: Job, executor: Executor) -> dict[str, Any]:
-    """The status of a task. There is a ``progressNum`` until it has ended: by that those who ask tell that it has."""
+    """The status of a task. It has a ``progressNum`` until the task has ended: clients see the end by that."""
     document: dict[str, Any] = {"uuid": job.key, "status": job.status.value}
     if not job.status.ended:
         document["progressNum"] = job.message or "0"
@@ -468,7 +470,7 @@ def _describe(job: Job, executor: Executor) -> dict[str, Any]:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Makes an error of a redirect, which would be followed with a GET."""
+    """Raises an error for a redirect, which urllib would follow with a GET."""
 
     def redirect_request(self, *args: Any) -> None:
         return None

@@ -4,10 +4,10 @@
 
     from flask_executor.compat.flask_worker import Manager, RouterMixin, WorkerMixin, set_route
 
-Jobs run where ``app.task_queue`` leads, a queue of RQ, and in an app that has none on its executor.
+Jobs run on ``app.task_queue``, a queue of RQ; in an app that has none, on its executor.
 
-The row of a worker says how its job stands: it has no ``job_id`` when there is nothing to wait for; with one it
-is in progress, or finished, or has failed, when it is neither.
+The row of a worker holds the status of its job. Without a ``job_id`` there is nothing to wait for; with one the job is
+in progress, or finished, or, if it is neither, has failed.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ _RQ_STATUSES = {
     "stopped": JobStatus.STOPPED,
     "canceled": JobStatus.CANCELLED,
 }
-_OUR_ID = re.compile(r"[0-9a-f]{32}-(?P<at>[0-9]{1,12})")
-_STARTS_WITHIN = 60  # seconds from the claim; a job that is not known to who runs it by then never will be
+_WORKER_JOB_ID = re.compile(r"[0-9a-f]{32}-(?P<at>[0-9]{1,12})")
+_START_TIMEOUT = 60  # seconds from the claim; a job that its runner does not know by then was never sent
 
 
 class Manager:
-    """Knows what workers need: the database, the socket, and what their pages look like.
+    """The settings of workers: the database, the socket, and their pages.
 
-    It makes an :class:`~flask_executor.Executor` for an app that has none. Where jobs are to run on that,
-    ``EXECUTOR_STORE`` is then ``sqlite``, unless it is set: workers outlive the process, so their jobs are kept too.
+    It makes an :class:`~flask_executor.Executor` for an app that has none. If jobs run on that, ``EXECUTOR_STORE`` is
+    ``sqlite`` by default: the rows of workers outlive the process, so the records of their jobs have to as well.
 
     :param app: the app to bind at once, as :meth:`init_app` does.
-    :param settings: ``db``, the Flask-SQLAlchemy object; ``socketio``, to tell of jobs; ``app_import``, where a worker
-        of RQ finds the app (``"app.app"``); ``loading_img``, a file in the app's static folder
-        (``"worker_loading.gif"``); ``template``, of the page that waits.
+    :param settings: ``db``, the Flask-SQLAlchemy object; ``socketio``, which sends events about jobs; ``app_import``,
+        the import string of the app for workers of RQ (``"app.app"``); ``loading_img``, a file in the app's static
+        folder (``"worker_loading.gif"``); ``template``, the one of the waiting page.
     :raises TypeError: for another setting.
     """
 
@@ -111,9 +111,9 @@ def _manager() -> Manager:
 
 @dataclass(frozen=True)
 class ModelReference:
-    """What stands for a model among stored arguments, until they are passed on.
+    """Stands for a model among stored arguments, until the arguments are used.
 
-    :param model: the class.
+    :param model: the class of the model.
     :param identity: its primary key.
     """
 
@@ -121,12 +121,12 @@ class ModelReference:
     identity: tuple[Any, ...]
 
     def load(self) -> Any:
-        """The model; None when it is gone."""
+        """The model; None if it was deleted."""
         return _manager().db.session.get(self.model, self.identity)
 
 
 class _ArgumentPickler(pickle.Pickler):
-    """Stores references to models in their place."""
+    """Pickles a reference in place of each model."""
 
     def reducer_override(self, value: Any) -> Any:
         state = sqlalchemy.inspect(value, raiseerr=False)
@@ -173,7 +173,7 @@ def _with_models(value: Any) -> Any:
 
 
 class _Call:
-    """The columns of a call: its arguments."""
+    """The columns that hold the arguments of a call."""
 
     args: Mapped[list[Any] | None] = mapped_column(MutableList.as_mutable(PickleType(pickler=_ArgumentPickler)))
     kwargs: Mapped[dict[str, Any] | None] = mapped_column(MutableDict.as_mutable(PickleType(pickler=_ArgumentPickler)))
@@ -188,7 +188,7 @@ class _Call:
 
 
 class WorkerMixin(_Call):
-    """A model that has a method of another model, its ``employer``, run in the background, and a page that waits.
+    """A model that runs a method of another model, its ``employer``, in the background, and shows a waiting page.
 
     .. code-block:: python
 
@@ -196,10 +196,10 @@ class WorkerMixin(_Call):
             id = db.Column(db.Integer, primary_key=True)
             employer_id = db.Column(db.Integer, db.ForeignKey("employer.id"))
 
-    :param method_name: which method of the employer.
-    :param args: for it; models too, once they have a primary key. Also ``kwargs``.
-    :param callback: url on this site to go on to when the job is done; by default the one of the page.
-    :param loading_img: instead of the manager's, as is ``template``.
+    :param method_name: the method of the employer.
+    :param args: its arguments, as are ``kwargs``; a model among them must have a primary key.
+    :param callback: the url on this site that follows when the job is done; by default the one of the page.
+    :param loading_img: overrides the manager's, as does ``template``.
     :param columns: other columns of the model.
     """
 
@@ -212,7 +212,7 @@ class WorkerMixin(_Call):
     _template: Mapped[str | None]
 
     if TYPE_CHECKING:
-        employer: Any  # a relationship of the subclass
+        employer: Any  # a relationship that the subclass defines
 
     def __init__(
         self,
@@ -235,7 +235,7 @@ class WorkerMixin(_Call):
 
     @property
     def loading_img(self) -> str | None:
-        """File in the app's static folder."""
+        """The image of the waiting page: a file in the app's static folder."""
         return self._loading_img or _manager().loading_img
 
     @loading_img.setter
@@ -244,7 +244,7 @@ class WorkerMixin(_Call):
 
     @property
     def template(self) -> str:
-        """Of the page that waits; it is given the worker as ``worker``, and has ``worker.script()`` in its head."""
+        """The template of the waiting page. It gets the ``worker``, and has ``worker.script()`` in its head."""
         return self._template or _manager().template
 
     @template.setter
@@ -253,19 +253,19 @@ class WorkerMixin(_Call):
 
     @property
     def model_id(self) -> str:
-        """The name of the model with the primary key; with a slash before it the namespace of the socket's events."""
+        """Name and primary key of the model; with a slash in front, the namespace of its events on the socket."""
         return f"{type(self).__name__}-{_identity(self)[0]}"
 
     def reset(self) -> None:
-        """Forget the job; the next call of the worker starts another one."""
+        """Forget the job, so that the next call of the worker starts another one."""
         self.job_finished = self.job_in_progress = False
         self.job_id = None
 
     def __call__(self) -> str:
         """Start the job, unless it is in progress; commits the session then.
 
-        :return: the page that waits. When the job has failed, it says so, and loading it again starts the job again.
-        :raises HTTPException: 400 when the callback leads to another site.
+        :return: the waiting page. If the job fails, the page says so; loading it again starts the job again.
+        :raises HTTPException: 400 if the callback leads to another site.
         """
         self._destination()
         session = _manager().db.session
@@ -283,7 +283,7 @@ class WorkerMixin(_Call):
         )
 
     def script(self) -> Markup:
-        """What a template of one's own has in its head: the script that leads on when the job is done."""
+        """The script for the head of a template: it opens the next page when the job is done."""
         return Markup(  # noqa: S704  # the template escapes
             render_template(
                 "flask_executor/flask_worker_script.html", url=self._status_url(), callback=self._destination()
@@ -291,18 +291,18 @@ class WorkerMixin(_Call):
         )
 
     def execute_job(self) -> Any:
-        """Call the method, here and now; this is what runs in the background."""
+        """Call the method; this is what runs in the background."""
         return self._call(self.method_name, self.employer)
 
     def _is_in_progress(self) -> bool:
         if self.job_finished or not self.job_in_progress:
             return False
         status = JobStatus(_document(self, self.job_id)["status"])
-        # It may have succeeded since the view has looked; then the page leads on at once.
+        # If it has succeeded since the view has asked, the page opens the next one at once.
         return not status.ended or status is JobStatus.SUCCEEDED
 
     def _claim(self) -> bool:
-        """Give the job a new id; False when somebody else was faster."""
+        """Give the job a new id; False if another request was faster."""
         session, mapper = _manager().db.session, sqlalchemy.inspect(type(self))
         is_this = [column == value for column, value in zip(mapper.primary_key, _identity(self), strict=True)]
         claimed = session.execute(
@@ -328,7 +328,7 @@ class WorkerMixin(_Call):
             raise
 
     def _destination(self) -> str:
-        """The path to lead on to; empty for that of the page."""
+        """The path of the callback; empty for the page itself."""
         return _path_here(self.callback) if self.callback else ""
 
     def _status_url(self) -> str:
@@ -336,14 +336,14 @@ class WorkerMixin(_Call):
 
 
 def _new_id() -> str:
-    """A job id that cannot be guessed, and tells when it was made."""
+    """A job id that cannot be guessed, with the time when it was made."""
     return f"{secrets.token_hex(16)}-{time.time():.0f}"
 
 
 def _is_fresh(job_id: str | None) -> bool:
-    """Whether a job that nobody knows may be on its way from the claim to who runs it."""
-    made = _OUR_ID.fullmatch(job_id or "")
-    return made is not None and time.time() < int(made["at"]) + _STARTS_WITHIN
+    """If true, the job is so new that its runner may not know it yet."""
+    made = _WORKER_JOB_ID.fullmatch(job_id or "")
+    return made is not None and time.time() < int(made["at"]) + _START_TIMEOUT
 
 
 def _identity(model: Any) -> Sequence[Any]:
@@ -352,14 +352,14 @@ def _identity(model: Any) -> Sequence[Any]:
 
 
 def _path_here(url: str) -> str:
-    """The path that a url leads to, as browsers read it, from the page.
+    """The path of a url relative to the page, resolved as browsers do it.
 
-    :raises HTTPException: 400 when it leads to another site.
+    :raises HTTPException: 400 if it leads to another site.
     """
     read = re.sub(r"[\t\r\n]", "", url).strip("".join(map(chr, range(33)))).replace("\\", "/")
     try:
         scheme, host, path, query, fragment = urlsplit(urljoin(request.base_url, read))
-    except ValueError:  # a host that cannot be one
+    except ValueError:  # the host is not valid
         scheme = host = path = query = fragment = ""
     if (scheme, host) != (request.scheme, request.host):
         abort(400, "The callback of this worker leads to another site.")
@@ -370,7 +370,7 @@ def _path_here(url: str) -> str:
 
 
 def _run_on_queue(app_import: str, job_id: str) -> None:
-    """What a worker of RQ runs."""
+    """The function that a worker of RQ runs."""
     app: Flask = import_string(app_import)
     with app.app_context():
         _run(job_id)
@@ -378,7 +378,7 @@ def _run_on_queue(app_import: str, job_id: str) -> None:
 
 def _run(job_id: str) -> None:
     worker = _worker_of(job_id)
-    if worker is None:  # it was reset before the job has begun
+    if worker is None:  # it was reset before the job began
         return
     namespace = f"/{worker.model_id}"
     _tell("job_started", namespace)
@@ -400,7 +400,7 @@ def _tell(event: str, namespace: str) -> None:
 
 
 def _settle(worker: WorkerMixin, job_id: str | None, *, finished: bool) -> None:
-    """Write down how the job has ended, unless the worker was reset; commits, with what the job has changed."""
+    """Store how the job has ended, unless the worker was reset. Commits the session, with the changes of the job."""
     session, model = _manager().db.session, type(worker)
     session.execute(
         sqlalchemy.update(model).where(model.job_id == job_id).values(job_finished=finished, job_in_progress=False)
@@ -409,7 +409,7 @@ def _settle(worker: WorkerMixin, job_id: str | None, *, finished: bool) -> None:
 
 
 def _worker_of(job_id: str) -> WorkerMixin | None:
-    """The worker that has this job; None when it was reset since."""
+    """The worker that has this job; None if it was reset."""
     db = _manager().db
     for mapper in db.Model.registry.mappers:
         if issubclass(mapper.class_, WorkerMixin):
@@ -420,10 +420,10 @@ def _worker_of(job_id: str) -> WorkerMixin | None:
 
 
 def _check_job_status() -> Response:
-    """How a job stands; whoever has its id may know."""
+    """The status of a job, for everybody who has its id."""
     job_id = request.args.get("job_id", "")
-    # Others are for nobody to see: on the executor it is a key, and keys of other jobs can be guessed.
-    document = _document(_worker_of(job_id), job_id) if _OUR_ID.fullmatch(job_id) else {}
+    # Only ids of workers' jobs: on the executor they are keys, and the keys of other jobs can be guessed.
+    document = _document(_worker_of(job_id), job_id) if _WORKER_JOB_ID.fullmatch(job_id) else {}
     if not document:
         abort(404)
     answer = jsonify(document)
@@ -432,8 +432,8 @@ def _check_job_status() -> Response:
 
 
 def _document(worker: WorkerMixin | None, job_id: str | None) -> dict[str, Any]:
-    """How a job stands, as the page wants to know it; empty when nobody knows the job."""
-    document = _document_of_its_runner(job_id)
+    """The status of a job for the script of the page; empty if the job is not known."""
+    document = _document_of_runner(job_id)
     if worker is not None:
         if worker.job_finished:
             document["status"] = JobStatus.SUCCEEDED
@@ -452,7 +452,7 @@ def _document(worker: WorkerMixin | None, job_id: str | None) -> dict[str, Any]:
     return document
 
 
-def _document_of_its_runner(job_id: str | None) -> dict[str, Any]:
+def _document_of_runner(job_id: str | None) -> dict[str, Any]:
     queue = getattr(current_app, "task_queue", None)
     if queue is not None:
         queued = queue.fetch_job(job_id)
@@ -465,7 +465,7 @@ def _document_of_its_runner(job_id: str | None) -> dict[str, Any]:
 
 
 def set_route(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
-    """Decorator: let the router begin here, with the same arguments, the next time."""
+    """Decorator: the router's next request begins with this method and the same arguments."""
 
     @functools.wraps(method)
     def bookmarked(router: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -478,7 +478,7 @@ def set_route(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
 
 
 class RouterMixin(_Call):
-    """A model that knows which of its methods answers the next request, and with which arguments.
+    """A model that stores which of its methods answers the next request, and with which arguments.
 
     :param columns: other columns of the model.
     """
@@ -491,7 +491,7 @@ class RouterMixin(_Call):
         self.kwargs = self.kwargs or {}
 
     def route(self) -> Any:
-        """What the method returns whose turn it is; commits the session."""
+        """Call the current method and return its answer; commits the session."""
         page = self._call(self.current_route, self)
         _manager().db.session.commit()
         return page
@@ -503,5 +503,5 @@ class RouterMixin(_Call):
         args: Iterable[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """The page that waits, until the worker has finished; then what ``next_route(*args, **kwargs)`` returns."""
+        """The waiting page until the worker has finished; after that, what ``next_route(*args, **kwargs)`` returns."""
         return next_route(*args, **kwargs or {}) if worker.job_finished else worker()

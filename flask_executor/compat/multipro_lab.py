@@ -20,7 +20,7 @@
     main.register_worker(worker=Printer(name="printer", block=True))
     main.run()                                         # until SIGINT, SIGTERM or main.exit()
 
-Each worker is a :class:`~flask_executor.Service` of an app that :class:`Main` makes for itself.
+Each worker is a :class:`~flask_executor.Service` of an app that :class:`Main` makes.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ Handler = Callable[..., object]
 
 logger = logging.getLogger(__name__)
 
-_MOST_AT_A_TIME = 1.0  # seconds that messages may hold up main_action(), beyond its pace
+_MAX_HANDLING_TIME = 1.0  # seconds that a backlog of messages may delay main_action()
 
 
 class Timer:
-    """Tells, again and again, that an interval is over.
+    """Tells when an interval is over, again and again.
 
     :param interval: seconds; the first begins now.
     """
@@ -66,7 +66,7 @@ class Timer:
         self._begin = time.monotonic()
 
     def check_timer(self) -> bool:
-        """Whether the interval is over; if so, the next begins now."""
+        """If true, the interval is over, and the next one begins now."""
         now = time.monotonic()
         if now - self._begin < self.interval:
             return False
@@ -77,51 +77,53 @@ class Timer:
 class MessageReceiver:
     """The handlers of a :class:`Main` or :class:`Worker`, by the type of message.
 
-    :param block: whether a worker sleeps until there is a message.
+    :param block: If true, a worker sleeps until there is a message.
     """
 
     def __init__(self, block: bool = False) -> None:
         self.block = block
         self.message_handler_d: dict[Hashable, Handler] = {}
-        self._inbox: queue.SimpleQueue[tuple[Hashable, Any] | None] = queue.SimpleQueue()  # signal handlers may put
-        self._until = math.inf  # when to handle no more (monotonic)
+        self._inbox: queue.SimpleQueue[tuple[Hashable, Any] | None] = (
+            queue.SimpleQueue()
+        )  # SimpleQueue, because signal handlers may put messages
+        self._until = math.inf  # when to stop handling messages (monotonic)
 
     def __reduce__(self) -> Any:
         return type(self), (self.block,), {"message_handler_d": self.message_handler_d}
 
     def register_handler(self, message_type: Hashable = None, message_handler: Handler | None = None) -> None:
-        """Have messages of a type handled; in ``__init__``.
+        """Register the handler of a type of messages; to be called in ``__init__``.
 
         :param message_handler: takes the body as ``message_body``, or as its first argument if that has another name.
-        :raises TypeError: if it cannot be called.
+        :raises TypeError: if the handler is not callable.
         """
         if not callable(message_handler):
             raise TypeError(f"the handler of message {message_type!r} cannot be called: {message_handler!r}")
         self.message_handler_d[message_type] = message_handler
 
     def get_messages(self) -> None:
-        """Handle the messages that wait, in :class:`Main`. Those of a worker are handled as they come."""
+        """Handle the messages that wait in :class:`Main`. A worker handles its messages as they arrive."""
         self._handle_until(math.inf)
 
     def _handle_until(self, end: float) -> None:
-        for _ in range(self._inbox.qsize()):  # not what comes meanwhile: it might never end
+        for _ in range(self._inbox.qsize()):  # not those that arrive meanwhile: the loop might never end
             if time.monotonic() >= min(end, self._until):
                 return
             with contextlib.suppress(queue.Empty):
                 self._handle_safely(self._inbox.get_nowait())
 
     def _handle_for(self, seconds: float | None) -> None:
-        """Handle what comes in so many seconds, and then what waits; with None sleep until something comes."""
+        """Handle messages for so many seconds, and then those that wait; with None, sleep until one arrives."""
         end = None if seconds is None else time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
             while self._until == math.inf and (end is None or time.monotonic() < end):
                 self._handle_safely(self._inbox.get(timeout=None if end is None else max(0.0, end - time.monotonic())))
                 if end is None:
                     break
-        self._handle_until(time.monotonic() + _MOST_AT_A_TIME)
+        self._handle_until(time.monotonic() + _MAX_HANDLING_TIME)
 
     def _close(self, until: float) -> None:
-        """Handle no more than what waits, until then (monotonic)."""
+        """Handle only the messages that wait already, and these until then (monotonic)."""
         self._until = min(self._until, until)
         self._inbox.put(None)
 
@@ -145,7 +147,7 @@ class MessageReceiver:
 def _takes_message_body(handler: Handler) -> bool:
     try:
         inspect.signature(handler).bind(message_body=None)
-    except (TypeError, ValueError):  # it has another name, or none that can be found
+    except (TypeError, ValueError):  # another name, or no signature
         return False
     return True
 
@@ -165,11 +167,11 @@ class MessageRouter:
         return type(self), (), {"message_route_d": names, "task_queue": self.task_queue}
 
     def register_receiving_object(self, receiving_object: Main | Worker) -> None:
-        """Find this one by its name from now on."""
+        """Send messages to this object by its name from now on."""
         self.message_route_d[receiving_object.name] = receiving_object
 
     def register_task_queue(self, task_queue: TaskQueue) -> None:
-        """Use this one for tasks."""
+        """Use this queue for tasks."""
         self.task_queue = task_queue
 
     def send_message(self, receiving_object_name: str, message_type: Hashable = None, message_body: Any = None) -> None:
@@ -177,8 +179,8 @@ class MessageRouter:
 
         :param receiving_object_name: the name of a worker, or ``"main"``.
         :param message_body: anything that can be pickled.
-        :raises KeyError: when there is none of this name.
-        :raises NotPicklable: for a body that cannot be sent.
+        :raises KeyError: if there is no worker of this name.
+        :raises NotPicklable: if the body cannot be pickled.
         """
         if receiving_object_name not in self.message_route_d:
             raise KeyError(receiving_object_name)
@@ -186,12 +188,12 @@ class MessageRouter:
 
 
 class TaskQueue:
-    """Tasks for whichever worker is free: ``self.msg_router.task_queue``, with ``Main(task_queue=True)``.
+    """Tasks for the next free worker: ``self.msg_router.task_queue``, with ``Main(task_queue=True)``.
 
-    All wait in the main process. A worker that has once asked for one is handed the next whenever it is free.
+    All tasks wait in the main process. A worker that has asked for one gets the next whenever it is free.
     """
 
-    # In the main process _tasks holds all that wait, in a worker what it was handed.
+    # _tasks has all waiting tasks in the main process, and in a worker the tasks that it was given.
 
     def __init__(self) -> None:
         self._tasks: deque[bytes] = deque()
@@ -209,7 +211,7 @@ class TaskQueue:
         self._put(pickle.dumps(task))
 
     def get_task(self) -> Any:
-        """A task; None when there is none now."""
+        """The next task; None if there is none now."""
         try:
             return pickle.loads(self._tasks.popleft())
         except IndexError:
@@ -220,9 +222,9 @@ class TaskQueue:
 class Worker:
     """A worker process: a subclass at the top of a module, made in the main process.
 
-    :param name: what messages are addressed to.
-    :param block: whether :meth:`worker_action` is called only at the beginning and after each message or task, and not
-        every :attr:`main_loop_sleep_time`. Meanwhile the process sleeps.
+    :param name: the address of its messages.
+    :param block: If true, :meth:`worker_action` is called only at the beginning and after each message or task, and
+        not every :attr:`main_loop_sleep_time`. Meanwhile the process sleeps.
     """
 
     #: Seconds between two calls of :meth:`worker_action`.
@@ -237,18 +239,18 @@ class Worker:
         self.msg_receiver.register_handler(message_type="exit", message_handler=self._exit)
 
     def set_msg_router(self, msg_router: MessageRouter) -> None:
-        """Use this one for messages; called by :meth:`Main.register_worker`."""
+        """Use this router for messages; called by :meth:`Main.register_worker`."""
         self.msg_router = msg_router
 
     def worker_action(self) -> Any:
-        """Do what is to be done beside messages, or the task that ``self.msg_router.task_queue.get_task()`` gives."""
+        """Do regular work, or the task that ``self.msg_router.task_queue.get_task()`` returns."""
 
     def _exit(self, message_body: Any = None) -> None:
         self._exit_flag = True
 
 
-class _Resident(Service):
-    """A worker, in its process."""
+class _WorkerService(Service):
+    """The service that hosts a worker in its process."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -256,21 +258,21 @@ class _Resident(Service):
         self._has_asked = False
         self._has_told = False
         pace = self._pace()
-        self.schedule = {} if pace is None else {"act": pace}  # type: ignore[misc]  # each worker has its own
+        self.schedule = {} if pace is None else {"act": pace}  # type: ignore[misc]  # an instance has its own schedule
 
     def setup(self) -> None:
         router = self._worker.msg_router
         router._send = lambda *message: self.main.send("message", message)
         tasks = router.task_queue
         if tasks is not None:
-            tasks._tasks = self._tasks  # not those of the main process, which it may have inherited
+            tasks._tasks = self._tasks  # not the tasks of the main process, which a fork has inherited
             tasks._put = lambda task: self.main.send("task", task)
             tasks._is_empty = self._ask
         self.act()
 
     def act(self) -> None:
         """Call the action; never raises."""
-        with self._leaving():
+        with self._reporting_exit():
             if not self._worker._exit_flag:
                 try:
                     self._worker.worker_action()
@@ -278,13 +280,13 @@ class _Resident(Service):
                     logger.exception("Worker %r: worker_action failed.", self._worker.name)
         pace = self._pace()
         if self.schedule and pace is not None:
-            self.schedule["act"] = pace  # type: ignore[index]  # it is our own
+            self.schedule["act"] = pace  # type: ignore[index]  # this instance's own dict
 
     @on("message")
     def message(self, body: tuple[Hashable, Any]) -> None:
         """Handle a message."""
         try:
-            with self._leaving():
+            with self._reporting_exit():
                 if not self._worker._exit_flag:
                     self._worker.msg_receiver._handle(*body)
         finally:
@@ -293,14 +295,14 @@ class _Resident(Service):
 
     @on("task")
     def task(self, task: bytes) -> None:
-        """Do a task."""
+        """Take a task."""
         self._tasks.append(task)
         self._has_asked = False
         self.act()
         if self._worker._exit_flag:
             while self._tasks:
                 self.main.send("task", self._tasks.popleft())
-        elif not self._tasks:  # else it does not take each at once, and asks again when it has
+        elif not self._tasks:  # otherwise worker_action() has left some, and asks again when they are done
             self._ask()
 
     def _ask(self) -> None:
@@ -313,8 +315,8 @@ class _Resident(Service):
         return None if worker.msg_receiver.block else worker.main_loop_sleep_time
 
     @contextlib.contextmanager
-    def _leaving(self) -> Iterator[None]:
-        """Tell the main process, if the worker wants to leave after this."""
+    def _reporting_exit(self) -> Iterator[None]:
+        """Report to the main process if the worker exits during this."""
         try:
             yield
         except SystemExit:
@@ -326,15 +328,15 @@ class _Resident(Service):
 
 
 class _Member:
-    """A worker, in the main process."""
+    """A worker, as the main process sees it."""
 
     def __init__(self, worker: Worker, handle: ServiceHandle) -> None:
         self.worker = worker
         self.handle = handle
         self._has_left = False
         self._stopper: threading.Thread | None = None
-        self._early: list[tuple[str, Any]] | None = []  # messages from before the start
-        self._lock = threading.RLock()  # a signal handler may send in the middle
+        self._early: list[tuple[str, Any]] | None = []  # messages that were sent before the start
+        self._lock = threading.RLock()  # reentrant: a signal handler may send while the lock is held
 
     def start(self) -> None:
         """Start the process."""
@@ -345,7 +347,7 @@ class _Member:
                 self.handle.send(*message)
 
     def send(self, type: str, body: Any) -> bool:
-        """Send a message; False to one that has left, which would be started again."""
+        """Send a message; False if the worker has left, for a message would start it again."""
         with self._lock:
             if self._early is not None:
                 self._early.append((type, body))
@@ -354,7 +356,7 @@ class _Member:
             return not self._has_left
 
     def leave(self, timeout: float) -> None:
-        """Begin to end the process, by force after so many seconds."""
+        """Start to stop the process, by force after so many seconds; does not wait."""
         with self._lock:
             if not self._has_left:
                 self._has_left = True
@@ -364,7 +366,7 @@ class _Member:
                     self._stopper = stopper
 
     def stop(self, timeout: float) -> None:
-        """End the process, unless that has begun, and wait for it."""
+        """Wait until the process has stopped; stop it if :meth:`leave` has not been called."""
         if self._stopper is None:
             self.handle.stop(timeout)
         else:
@@ -372,9 +374,9 @@ class _Member:
 
 
 class _Dealer:
-    """Gives the tasks to the workers that ask for some, one for each time they ask."""
+    """Gives each worker that asks one task of the queue."""
 
-    # A signal handler may come in the middle of what is done under _lock.
+    # _lock is reentrant: a signal handler may put a task while it is held.
 
     def __init__(self, tasks: TaskQueue) -> None:
         self._tasks = tasks._tasks
@@ -383,14 +385,14 @@ class _Dealer:
         tasks._put = self.put
 
     def put(self, data: bytes) -> None:
-        """A task has come."""
+        """Add a task; called with each task that is sent."""
         self._tasks.append(data)
         self._deal()
 
     def asked(self, member: _Member) -> None:
-        """A worker wants one."""
+        """Give this worker a task, now or later."""
         with self._lock:
-            if member not in self._asking:  # one that was started again has asked before
+            if member not in self._asking:  # a worker that was restarted has asked before
                 self._asking.append(member)
         self._deal()
 
@@ -403,7 +405,7 @@ class _Dealer:
     def _give(self, member: _Member) -> None:
         try:
             task = self._tasks.popleft()
-        except IndexError:  # Main itself has taken it
+        except IndexError:  # main_action() has taken it
             self._asking.appendleft(member)
         else:
             if not member.send("task", task):
@@ -413,13 +415,13 @@ class _Dealer:
 class Main:
     """The main process: a subclass with a :meth:`main_action`.
 
-    :param check_workers: without effect: workers that die are always started again.
-    :param task_queue: whether there is a :class:`TaskQueue`, ``self.msg_router.task_queue``.
+    :param check_workers: has no effect: workers that die are always started again.
+    :param task_queue: If true, there is a :class:`TaskQueue`, ``self.msg_router.task_queue``.
     """
 
     #: Seconds between two calls of :meth:`main_action`; None to call it only at the beginning and after messages.
     main_loop_sleep_time: float | None = 0.01
-    #: Seconds that workers have to leave, at the end.
+    #: Seconds that workers have to stop at the end; after that they are killed.
     exit_timeout: float = 10.0
     name = "main"
 
@@ -440,22 +442,22 @@ class Main:
         self._app = _make_app()
         self._executor = Executor(self._app)
         self._keeper = Executor(self._app, name="main")
-        self._keeper.submit(bool)  # from now on it is asked first when the process ends
+        self._keeper.submit(bool)  # its backend starts now, so that it is shut down first when the process ends
         self._is_running = False
         self._signals: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # not the main thread: the program has to see to signals
+        with contextlib.suppress(ValueError):  # not the main thread: the program itself has to handle signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._signals[number] = signal.signal(number, self._caught)
 
     def register_worker(self, worker: Worker) -> None:
-        """Have a worker; before :meth:`run`."""
+        """Add a worker; to be called before :meth:`run`."""
         worker.set_msg_router(self.msg_router)
         self.msg_router.register_receiving_object(worker)
         self.worker_arr.append(worker)
         name = worker.name or type(worker).__name__
         if name in self._executor.services:
             name = f"{name} ({len(self.worker_arr)})"
-        handle = self._executor.service(_Resident, worker, name=name, per="process", max_pending=sys.maxsize)
+        handle = self._executor.service(_WorkerService, worker, name=name, per="process", max_pending=sys.maxsize)
         member = self._members[worker] = _Member(worker, handle)
         executor_on = self._executor.on
         executor_on(handle, "message")(lambda body: self._route(*body))
@@ -466,18 +468,18 @@ class Main:
             executor_on(handle, "ask")(lambda _: dealer.asked(member))
 
     def main_action(self) -> Any:
-        """Do what is to be done beside messages."""
+        """Do regular work, beside the messages."""
 
     def run(self) -> None:
-        """Start the workers, and go on until SIGINT, SIGTERM or :meth:`exit`; then end them."""
+        """Start the workers and run until SIGINT, SIGTERM or :meth:`exit`; then stop the workers."""
         thread = threading.current_thread()
         if thread is threading.main_thread() or thread.daemon:
             self._run()
             return
-        # As a job: a process whose main thread ends waits for its jobs before it ends services.
+        # As a job: when the main thread ends, the process waits for jobs before it stops services.
         try:
             future = self._keeper.submit(self._run)
-        except ExecutorShutdown:  # it has ended already, and waits for this thread
+        except ExecutorShutdown:  # the main thread has ended, and waits for this one
             self._run()
         else:
             future.result()
@@ -496,12 +498,12 @@ class Main:
             self._release_signals()
 
     def exit(self) -> None:
-        """Have :meth:`run` end, from any thread or message handler, after the messages that wait."""
+        """Let :meth:`run` return after the messages that wait; may be called in any thread or message handler."""
         self._exit_flag = True
         self.msg_receiver._close(time.monotonic() + self.exit_timeout)
 
     def send_exit_msg(self, worker: Worker) -> None:
-        """Have one worker leave, after the messages that it has."""
+        """Let a worker exit after the messages that wait for it."""
         self._members[worker].send("message", ("exit", None))
 
     def _run_workers(self) -> None:
@@ -528,7 +530,7 @@ class Main:
         before = self._signals[number]
         if self._is_running:
             self.exit()
-        elif callable(before):  # as if there was no Main
+        elif callable(before):  # as without Main
             before(number, frame)
         elif before == signal.SIG_DFL:
             signal.signal(number, before)
