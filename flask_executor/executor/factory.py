@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from werkzeug.utils import ImportStringError, import_string
-
 from flask_executor.abc import Backend, JobStore, StoreOptions
-from flask_executor.exceptions import ConfigError, MissingExtra
+from flask_executor.exceptions import ConfigError
 from flask_executor.executor.config import STORES, Config
 from flask_executor.helpers import entry_points, redact_url
 from flask_executor.jobs.call import JobChannel
@@ -28,17 +25,7 @@ def backend_class_of(config: Config) -> type[Backend]:
     :raises MissingExtra: when the library is not installed that it needs.
     """
     key = config.key("EXECUTOR_TYPE")
-    if ":" not in config.type:
-        return entry_points.load_plugin(entry_points.BACKENDS, config.type, Backend, key, config.type)  # type: ignore[type-abstract]
-    try:
-        backend_class = import_string(config.type)
-    except ImportStringError as error:
-        if isinstance(error.exception, MissingExtra):
-            raise error.exception from error
-        raise ConfigError(key, config.type, f"importable ({error.exception})") from error
-    if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
-        raise ConfigError(key, config.type, "a subclass of flask_executor.abc.Backend")
-    return backend_class
+    return entry_points.load_class(entry_points.BACKENDS, config.type, Backend, key, config.type)  # type: ignore[type-abstract]
 
 
 def make_tracker(
@@ -80,12 +67,8 @@ def store_class_of(url: str, key: str = "EXECUTOR_STORE") -> type[JobStore]:
     :raises MissingExtra: when the library is not installed that it needs.
     """
     scheme = url.partition("://")[0]
-    if scheme not in STORES:
-        value = redact_url(url)
-        return entry_points.load_plugin(entry_points.STORES, scheme, JobStore, key, value)  # type: ignore[type-abstract]
-    module, _, name = STORES[scheme].partition(":")
-    store_class: type[JobStore] = getattr(importlib.import_module(module), name)
-    return store_class
+    name = STORES.get(scheme, scheme)
+    return entry_points.load_class(entry_points.STORES, name, JobStore, key, redact_url(url))  # type: ignore[type-abstract]
 
 
 def _default_store(config: Config, url: str | None) -> str:

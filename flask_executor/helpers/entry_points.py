@@ -1,4 +1,4 @@
-"""Backends and stores of other packages, which are found by their entry points.
+"""The classes of backends and stores: of this package, of other packages by entry points, or by import string.
 
 .. code-block:: ini
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from flask_executor.exceptions import ConfigError
+from flask_executor.exceptions import ConfigError, MissingExtra
 from flask_executor.helpers import describe_error
 
 #: Subclasses of :class:`flask_executor.abc.Backend`, by what ``EXECUTOR_TYPE`` calls them.
@@ -26,36 +26,40 @@ T = TypeVar("T")
 
 
 def plugin_names(group: str) -> list[str]:
-    """The names in a group, of all packages that are installed. It reads files: to be asked only if need be."""
+    """The names in a group, of all installed packages. Slow: this reads files."""
     return sorted({entry_point.name for entry_point in entry_points(group=group)})
 
 
-def load_plugin(group: str, name: str, base: type[T], key: str, value: object) -> type[T]:
-    """The class with this name in a group; of several that which comes first in ``sys.path``.
+def load_class(group: str, name: str, base: type[T], key: str, value: object) -> type[T]:
+    """The class that a setting names.
 
-    :param base: what it must be a subclass of.
-    :param key: the key in ``app.config`` that asks for it.
+    :param group: the entry points that ``name`` may be one of; of several the one that is first in ``sys.path``.
+    :param name: the name of an entry point, or an import string, ``"package.module:Class"``.
+    :param base: the class must be a subclass of this.
+    :param key: the setting's key in ``app.config``, for the errors.
     :param value: what is there, without passwords.
-    :raises ConfigError: when it cannot be imported, or is something else.
+    :raises ConfigError: when there is no such class, or its module cannot be imported.
+    :raises MissingExtra: when a library that it needs is not installed.
     """
-    found = next(iter(entry_points(group=group, name=name)), None)
-    if found is None:
-        raise ConfigError(key, value, f"installed ({_found(group)})")
+    if ":" in name:
+        found, of, hint = EntryPoint(name, name, group), name, ""
+    else:
+        entry_point = next(iter(entry_points(group=group, name=name)), None)
+        hint = f" ({group} of installed packages: {', '.join(map(repr, plugin_names(group))) or 'none'})"
+        if entry_point is None:
+            raise ConfigError(key, value, f"installed{hint}")
+        found, of = entry_point, _described(entry_point)
     try:
         loaded = found.load()
-    except Exception as error:  # whatever its module does when it is imported
-        why = f"importable: {_described(found)} raises {describe_error(error)} ({_found(group)})"
-        raise ConfigError(key, value, why) from error
+    except MissingExtra:
+        raise
+    except Exception as error:  # whatever a module raises when it is imported
+        raise ConfigError(key, value, f"importable: {of} raises {describe_error(error)}{hint}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, base)):
-        wanted = f"a subclass of {base.__module__}.{base.__qualname__}"
-        raise ConfigError(key, value, f"{wanted}, and {_described(found)} is none ({_found(group)})")
+        raise ConfigError(key, value, f"a subclass of {base.__module__}.{base.__qualname__}, and {of} is none{hint}")
     return loaded
 
 
 def _described(entry_point: EntryPoint) -> str:
     of = "" if entry_point.dist is None else f" of {entry_point.dist.name}"
     return f"the entry point {entry_point.name} = {entry_point.value}{of}"
-
-
-def _found(group: str) -> str:
-    return f"{group} of installed packages: {', '.join(map(repr, plugin_names(group))) or 'none'}"

@@ -156,4 +156,4 @@ def test_a_url_that_the_store_refuses(install: Install, app: Flask, make_executo
 
 def test_one_that_is_gone_since() -> None:
     with pytest.raises(ConfigError, match=r"installed \(flask_executor.backends of installed packages: none\)"):
-        entry_points.load_plugin(entry_points.BACKENDS, "gone", ThreadBackend, "EXECUTOR_TYPE", "gone")
+        entry_points.load_class(entry_points.BACKENDS, "gone", ThreadBackend, "EXECUTOR_TYPE", "gone")
