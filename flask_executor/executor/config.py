@@ -103,17 +103,36 @@ def _count(value: object) -> int:
     raise _RefusedError("a whole number greater than 0")
 
 
-def _count_or_none(value: object) -> int | None:
-    if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
-        return None
-    try:
-        return _count(value)
-    except _RefusedError as refused:
-        raise _RefusedError(f"{refused}, or None") from None
+def _or_none(coerce: Callable[[object], Any]) -> Callable[[object], Any]:
+    """A coercer that takes None as well, also as an empty string or ``"none"``."""
+
+    def coerce_or_none(value: object) -> Any:
+        if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
+            return None
+        try:
+            return coerce(value)
+        except _RefusedError as refused:
+            raise _RefusedError(f"{refused}, or None") from None
+
+    return coerce_or_none
+
+
+def _text_or_none(what: str) -> Callable[[object], str | None]:
+    """A coercer for strings, of which an empty one stands for None.
+
+    :param what: what is allowed, with an example.
+    """
+
+    def coerce(value: object) -> str | None:
+        if value is None or isinstance(value, str):
+            return (value or "").strip() or None
+        raise _RefusedError(f"{what}, or None")
+
+    return coerce
 
 
 def _length(value: object) -> int:
-    length = _count_or_none(value)
+    length: int | None = _or_none(_count)(value)
     return 50 if length is None else length
 
 
@@ -129,15 +148,6 @@ def _seconds(value: object) -> float:
     raise _RefusedError("a number of seconds, 0 or more")
 
 
-def _timeout(value: object) -> float | None:
-    if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
-        return None
-    try:
-        return _lifetime(value)
-    except _RefusedError as refused:
-        raise _RefusedError(f"{refused}, or None") from None
-
-
 def _lifetime(value: object) -> float:
     """Seconds, more than 0, as a number or a string."""
     try:
@@ -149,41 +159,21 @@ def _lifetime(value: object) -> float:
     raise _RefusedError("a number of seconds greater than 0")
 
 
-def _start_method(value: object) -> str | None:
-    if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
-        return None
+def _start_method(value: object) -> str:
     methods = multiprocessing.get_all_start_methods()
     if isinstance(value, str) and value.strip() in methods:
         return value.strip()
-    raise _RefusedError(f"{', '.join(map(repr, methods))}, or None for the platform's default")
+    raise _RefusedError(f"one of this platform's start methods: {', '.join(map(repr, methods))}")
 
 
-def _number_or_none(value: object) -> int | None:
-    """A whole number, 0 or more, as itself or as a string; or None."""
+def _number(value: object) -> int:
+    """A whole number, 0 or more, as itself or as a string."""
     if value in (0, "0") and value is not False:
         return 0
     try:
-        return _count_or_none(value)
+        return _count(value)
     except _RefusedError:
-        raise _RefusedError("a whole number, 0 or more, or None") from None
-
-
-def _url_or_none(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return (value or "").strip() or None
-    raise _RefusedError("a url such as '/static/waiting.gif', or None")
-
-
-def _text_or_none(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return (value or "").strip() or None
-    raise _RefusedError("a string such as 'shop:app' or 'shop:create_app()', or None")
-
-
-def _engine_url(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return (value or "").strip() or None
-    raise _RefusedError("a url such as 'redis://host:6379/0' or 'tcp://host:8786', or None")
+        raise _RefusedError("a whole number, 0 or more") from None
 
 
 def _name(value: object) -> str:
@@ -216,9 +206,9 @@ class Config:
     #: Import string of the backend's class, or the name of another package's.
     type: str = _key("EXECUTOR_TYPE", "thread", _type)
     #: Most jobs at a time; None for the standard library's choice.
-    max_workers: int | None = _key("EXECUTOR_MAX_WORKERS", None, _count_or_none)
+    max_workers: int | None = _key("EXECUTOR_MAX_WORKERS", None, _or_none(_count))
     #: Most jobs that wait to start; None for no bound.
-    max_pending: int | None = _key("EXECUTOR_MAX_PENDING", None, _count_or_none)
+    max_pending: int | None = _key("EXECUTOR_MAX_PENDING", None, _or_none(_count))
     #: Most handles that ``executor.futures`` holds.
     futures_max_length: int = _key("EXECUTOR_FUTURES_MAX_LENGTH", None, _length)
     #: Whether jobs see a copy of ``g``, and an app context where there is no request.
@@ -228,17 +218,19 @@ class Config:
     #: Whether type ``immediate`` pickles function, arguments and result.
     immediate_pickle: bool = _key("EXECUTOR_IMMEDIATE_PICKLE", False, _flag)
     #: Seconds a job may run; None for as long as it takes.
-    timeout: float | None = _key("EXECUTOR_TIMEOUT", None, _timeout)
+    timeout: float | None = _key("EXECUTOR_TIMEOUT", None, _or_none(_lifetime))
     #: Seconds between a request to stop and force.
     stop_grace: float = _key("EXECUTOR_STOP_GRACE", 5, _seconds)
     #: Seconds that a process which ends gives its jobs.
     shutdown_timeout: float = _key("EXECUTOR_SHUTDOWN_TIMEOUT", 30, _seconds)
     #: How worker processes are started; None for the platform's default.
-    start_method: str | None = _key("EXECUTOR_START_METHOD", None, _start_method)
+    start_method: str | None = _key(
+        "EXECUTOR_START_METHOD", None, _or_none(_start_method, "None for the platform's default")
+    )
     #: Import string of the app or its factory, for worker processes that do not inherit it; None to find it.
-    app: str | None = _key("EXECUTOR_APP", None, _text_or_none)
+    app: str | None = _key("EXECUTOR_APP", None, _text_or_none("a string such as 'shop:app' or 'shop:create_app()'"))
     #: Jobs after which a worker process is replaced; None for never.
-    max_tasks_per_child: int | None = _key("EXECUTOR_MAX_TASKS_PER_CHILD", None, _count_or_none)
+    max_tasks_per_child: int | None = _key("EXECUTOR_MAX_TASKS_PER_CHILD", None, _or_none(_count))
     #: ``memory``, ``sqlite``, or the url of the store.
     store: str = _key("EXECUTOR_STORE", "memory", _store)
     #: Which jobs a shared store records: ``stored`` or ``all``.
@@ -251,16 +243,18 @@ class Config:
     store_max_records: int = _key("EXECUTOR_STORE_MAX_RECORDS", 10_000, _count)
 
     #: Where the broker or scheduler of an engine is.
-    url: str | None = _key("EXECUTOR_URL", None, _engine_url)
+    url: str | None = _key(
+        "EXECUTOR_URL", None, _text_or_none("a url such as 'redis://host:6379/0' or 'tcp://host:8786'")
+    )
     #: The name of the queue there.
     queue: str = _key("EXECUTOR_QUEUE", "default", _name)
 
     #: Url of an image on the page that waits, or None.
-    waiting_image: str | None = _key("EXECUTOR_WAITING_IMAGE", None, _url_or_none)
+    waiting_image: str | None = _key("EXECUTOR_WAITING_IMAGE", None, _text_or_none("a url like '/static/wait.gif'"))
     #: Whether type and message of a job's exception are shown on pages and told over HTTP.
     expose_errors: bool = _key("EXECUTOR_EXPOSE_ERRORS", False, _flag)
     #: Most requests of a process that wait for news of a job; None for a quarter of the server's threads, or 8.
-    events_max: int | None = _key("EXECUTOR_EVENTS_MAX", None, _number_or_none)
+    events_max: int | None = _key("EXECUTOR_EVENTS_MAX", None, _or_none(_number))
 
     @classmethod
     def read(cls, values: dict[str, Any], executor_name: str = "") -> Config:
