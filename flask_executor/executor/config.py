@@ -224,9 +224,7 @@ class Config:
     #: Seconds that a process which ends gives its jobs.
     shutdown_timeout: float = _key("EXECUTOR_SHUTDOWN_TIMEOUT", 30, _seconds)
     #: How worker processes are started; None for the platform's default.
-    start_method: str | None = _key(
-        "EXECUTOR_START_METHOD", None, _or_none(_start_method, "None for the platform's default")
-    )
+    start_method: str | None = _key("EXECUTOR_START_METHOD", None, _or_none(_start_method))
     #: Import string of the app or its factory, for worker processes that do not inherit it; None to find it.
     app: str | None = _key("EXECUTOR_APP", None, _text_or_none("a string such as 'shop:app' or 'shop:create_app()'"))
     #: Jobs after which a worker process is replaced; None for never.
