@@ -327,7 +327,7 @@ def test_a_commit_does_not_wait_for_the_engine_again_and_again(
         futures = [executor.submit_after_commit(session, tasks.add, number) for number in range(10)]
         with monkeypatch.context() as patch:
             patch.setattr(RQBackend, "enqueue", enqueue)
-            patch.setattr("flask_executor.executor.producer._ENGINE_RETRY_DELAY", 60)  # however long the commit takes here
+            patch.setattr("flask_executor.executor.producer._ENGINE_RETRY_DELAY", 60)
             session.commit()
             assert asked == ["MainThread"]
             producer = executor._app_executor()[1].producer
