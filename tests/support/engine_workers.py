@@ -28,7 +28,7 @@ def wait_for_workers(config: dict[str, Any], count: int) -> None:
     app.config.update({f"EXECUTOR_{key.upper()}": value for key, value in config.items()})
     executor = Executor(app)
     try:
-        assert wait_until(lambda: executor.workers == count, 60), f"there are {executor.workers} workers"
+        assert wait_until(lambda: executor.health().workers == count, 60), executor.health()
     finally:
         executor.shutdown()
 
