@@ -311,7 +311,7 @@ class AppExecutor:
         if backend is not None:
             backend.shutdown(wait=wait, cancel_futures=cancel_futures)
 
-    def leave(self, deadline: float) -> None:
+    def terminate(self, deadline: float) -> None:
         """The process ends: let jobs end until ``deadline`` (:func:`time.monotonic`), stop them, then force them."""
         self._close(wait=False)
         left = self.in_flight.futures()
@@ -324,8 +324,8 @@ class AppExecutor:
             self._backend.terminate(grace)
         if self.consumer is not None:
             self.consumer.terminate(grace)
-        self.services.leave(max(deadline, time.monotonic() + self.config.stop_grace))
-        self.tracker.give_up(self.config.stop_grace)
+        self.services.terminate(max(deadline, time.monotonic() + self.config.stop_grace))
+        self.tracker.abandon_unfinished(self.config.stop_grace)
         self.tracker.close(wait=False)
 
     def after_fork(self) -> None:

@@ -77,13 +77,13 @@ class Producer:
         if pending is not None and self._app_executor.backend.waiting >= pending:
             raise QueueFull(self._app_executor.config.key("EXECUTOR_MAX_PENDING"), pending)
 
-    def keep(self, call: Call) -> None:
+    def hold(self, call: Call) -> None:
         """The call is to wait in this process for a while."""
         self._handover.hold_locally(call.job)
         self._sent.discard(call.future)
 
-    def send_kept(self, call: Call) -> None:
-        """Have the engine take a call that was kept, unless it was cancelled.
+    def send_held(self, call: Call) -> None:
+        """Have the engine take a call that was held, unless it was cancelled.
 
         :raises EngineUnavailable: for a while after an outage without asking the engine: not each commit shall wait.
         """

@@ -47,7 +47,7 @@ def register_for_shutdown(app_executor: AppExecutor) -> None:
 def _leave() -> None:
     begin = time.monotonic()
     for app_executor in list(_app_executors):
-        app_executor.leave(begin + app_executor.config.shutdown_timeout)
+        app_executor.terminate(begin + app_executor.config.shutdown_timeout)
 
 
 def exit_on_sigterm() -> None:

@@ -128,7 +128,7 @@ class Submission:
             self._app_executor.backend.pack(call)
             self._announce(call)
             if self._app_executor.producer is not None:
-                self._app_executor.producer.keep(call)
+                self._app_executor.producer.hold(call)
         except BaseException as error:
             self._take_back(call.future, error)
         deferred = DeferredCall(call, self._start_deferred, self._drop, self._app_executor.tracker.in_background)
@@ -185,7 +185,7 @@ class Submission:
                     return found, None
             call = prepare()
             try:
-                found = tracker.take(call)
+                found = tracker.claim(call)
             except BaseException:
                 in_flight.discard(call.future)
                 raise
@@ -361,7 +361,7 @@ class Submission:
                 call.enter(CallState.QUEUED)
                 call.backend.enqueue(call)
             else:
-                app_executor.producer.send_kept(call)
+                app_executor.producer.send_held(call)
         except EngineUnavailable as error:  # but the job was accepted, and has to start when the engine is back
             if not again:
                 logger.warning("Job %s (%s) was to start after a commit, and waits: %s", *_name_and_id(call), error)

@@ -202,7 +202,7 @@ class ServiceRegistry:
             name = "flask-executor-services-shutdown"
             threading.Thread(target=self._finish, args=(None,), name=name, daemon=True).start()
 
-    def leave(self, deadline: float) -> None:
+    def terminate(self, deadline: float) -> None:
         """The process ends: stop all, by force what goes on at ``deadline`` (:func:`time.monotonic`)."""
         self._closed = True
         self._finish(deadline)

@@ -62,7 +62,7 @@ class JobTracker:
         self.futures.max_length = options.futures_max_length
 
     def find(self, options: JobOptions) -> FutureProxy[Any] | None:
-        """The handle of the job that has the key; None when :meth:`take` would start one.
+        """The handle of the job that has the key; None when :meth:`claim` would start one.
 
         That is when the key is free, or the job has failed and is to be started again.
         """
@@ -73,7 +73,7 @@ class JobTracker:
             self.futures.pin(options.key)
         return existing
 
-    def take(self, call: Call) -> FutureProxy[Any] | None:
+    def claim(self, call: Call) -> FutureProxy[Any] | None:
         """Claim the key of a call; None if that succeeds, else the handle of the job that has the key.
 
         Without a shared store, to be called by one thread at a time.
@@ -149,7 +149,7 @@ class JobTracker:
         """In the child of a fork: this job is the parent's."""
         self._memory.end(job)
 
-    def give_up(self, timeout: float) -> None:
+    def abandon_unfinished(self, timeout: float) -> None:
         """The process ends: write that its unfinished jobs are lost, within ``timeout`` seconds."""
 
     def close(self, *, wait: bool) -> None:

@@ -130,7 +130,7 @@ class SharedJobTracker(JobTracker):
 
     # ---- jobs of this process ----
 
-    def take(self, call: Call) -> FutureProxy[Any] | None:
+    def claim(self, call: Call) -> FutureProxy[Any] | None:
         self._signer()  # raises now what would keep the result from being stored
         job = call.job
         held = FutureCollection.get(self.futures, job.key)
@@ -139,7 +139,7 @@ class SharedJobTracker(JobTracker):
         encode_key(job.key)  # raises now for a key that cannot be stored
         self._handles[job.id] = call.future  # first: a process that finds the record may ask for the job to be stopped
         try:
-            existing = self._claim(call)
+            existing = self._claim_in_store(call)
             if existing is None:
                 if not _is_sent(call):
                     self.writer.add(job, claimed=True)
@@ -149,7 +149,7 @@ class SharedJobTracker(JobTracker):
             raise
         return existing
 
-    def _claim(self, call: Call) -> FutureProxy[Any] | None:
+    def _claim_in_store(self, call: Call) -> FutureProxy[Any] | None:
         again = call.options.again
         entry = Entry(job=call.job.record(), holder=self.holder)
         existing = self.store.claim(entry, again=again)
@@ -381,8 +381,8 @@ class SharedJobTracker(JobTracker):
     def abandoned(self, job: JobState) -> None:
         pass  # the parent writes what becomes of it
 
-    def give_up(self, timeout: float) -> None:
-        self.writer.give_up(timeout)
+    def abandon_unfinished(self, timeout: float) -> None:
+        self.writer.abandon_unfinished(timeout)
 
     def close(self, *, wait: bool) -> None:
         self._closed = True

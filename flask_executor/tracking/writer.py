@@ -192,7 +192,7 @@ class StoreWriter:
                 self._hasten()
                 self._changed.wait_for(lambda: id not in self._tracked)
 
-    def give_up(self, timeout: float) -> None:
+    def abandon_unfinished(self, timeout: float) -> None:
         """The process ends: write that its unfinished jobs are lost.
 
         :param timeout: most seconds that this may take.

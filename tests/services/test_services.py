@@ -447,7 +447,7 @@ def test_one_that_hangs_does_not_keep_others_from_their_teardown(forked: Executo
     assert wait_until(lambda: behind.call("seen").result(10) == [1])
     hanging.send("block", 60)
     assert wait_until(lambda: hanging.status().busy)
-    hanging._services().leave(time.monotonic() + 0.5)
+    hanging._services().terminate(time.monotonic() + 0.5)
     torn_down = {path.parent.name for path in tmp_path.glob("*/teardown")}
     assert torn_down == {"other", "behind"}
 

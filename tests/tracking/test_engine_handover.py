@@ -261,14 +261,14 @@ def test_what_a_worker_has_got_all_the_same_is_not_overwritten(worker: Worker) -
     store.write([Entry(job=done, holder=elsewhere)])
     queued = JobState("render", "report", id=job.id)
     worker.tracker.writer.add(queued, claimed=False, is_held=True)
-    worker.tracker.give_up(5)
+    worker.tracker.abandon_unfinished(5)
     assert status_of(worker, job) == "succeeded"
 
 
 def test_what_waits_for_the_engine_is_lost_with_its_process(worker: Worker) -> None:
     job = kept(worker)
     fail_to_send(worker, job)
-    worker.tracker.give_up(5)
+    worker.tracker.abandon_unfinished(5)
     assert status_of(worker, job) == "lost"
 
 
