@@ -96,7 +96,8 @@ def ended_with(future: FutureProxy[Any], expected: type[Exception], worker: int)
     return future.status
 
 
-def test_results_are_never_those_of_another_job(make_executor: MakeExecutor) -> None:
+@pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.storm)])
+def test_results_are_never_those_of_another_job(make_executor: MakeExecutor, rounds: int) -> None:
     """Calls are taken back in the middle of others that are taken by the worker; the storm makes that happen often."""
     executor = make_executor(type="process", max_workers=2)
     ended = threading.Event()
@@ -109,7 +110,7 @@ def test_results_are_never_those_of_another_job(make_executor: MakeExecutor) -> 
     thread = threading.Thread(target=storm)
     thread.start()
     try:
-        for _ in range(6):
+        for _ in range(rounds):
             futures = [executor.options(priority=n % 3).submit(add, n) for n in range(500)]
             for number, future in enumerate(futures):
                 assert wait_until(future.done)
@@ -201,10 +202,11 @@ def test_arguments_are_those_of_the_submission_in_every_attempt(executor: Execut
     assert future.result(10) == [1]
 
 
+@pytest.mark.parametrize("rounds", [30, pytest.param(150, marks=pytest.mark.storm)])
 @pytest.mark.parametrize("backend", ["thread", "process"])
-def test_a_stop_is_never_lost_in_a_retry(make_executor: MakeExecutor, backend: str) -> None:
+def test_a_stop_is_never_lost_in_a_retry(make_executor: MakeExecutor, backend: str, rounds: int) -> None:
     executor = make_executor(type=backend, max_workers=2)
-    for round_number in range(150):
+    for round_number in range(rounds):
         future = executor.options(retries=10**9).submit(tasks.fail)
         if round_number % 2:
             time.sleep(0.0005 * (round_number % 7))

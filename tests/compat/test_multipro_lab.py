@@ -193,9 +193,9 @@ class Program:
     def lines(self) -> list[str]:
         return self._log.read_text().split("\n")[:-1]
 
-    def says(self, text: str) -> bool:
+    def says(self, text: str, timeout: float = 60) -> bool:
         """Whether it prints that, in time."""
-        return wait_until(lambda: text in self._log.read_text(), 60)
+        return wait_until(lambda: text in self._log.read_text(), timeout)
 
     def pid(self, name: str) -> int:
         """The id of the process of a worker that has said it last."""
@@ -240,8 +240,10 @@ def tasks(here: Path, *, method: str = "fork", block: bool = False) -> Program:
 # ---- main and workers that send messages to each other ----
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [("fork", signal.SIGINT), ("fork", signal.SIGTERM), ("forkserver", signal.SIGINT), ("spawn", signal.SIGTERM)],
+)
 def test_messages(tmp_path: Path, method: str, number: signal.Signals) -> None:
     program = messages(tmp_path, method=method)
     assert program.says("main got quiet thanks for an early one")
@@ -440,6 +442,8 @@ say("end of the script")
     assert program.lines() == ["0", "1", "2", "end of the script"]
 
 
+@pytest.mark.storm
+@pytest.mark.timeout(300)
 def test_a_worker_that_has_very_many_messages_to_handle(tmp_path: Path) -> None:
     program = Program(
         tmp_path,
@@ -468,7 +472,7 @@ for body in [None] * 110_000 + ["last"]:
 (here / "go on").touch()
 """,
     )
-    assert program.says("handled 110001")
+    assert program.says("handled 110001", 240)
     program.process.terminate()
     assert program.ends()
 
@@ -500,8 +504,7 @@ main.run()
 # ---- main and workers that take tasks from a queue ----
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize(("method", "block"), [("fork", False), ("fork", True), ("forkserver", True), ("spawn", False)])
 def test_tasks(tmp_path: Path, method: str, block: bool) -> None:
     program = tasks(tmp_path, method=method, block=block)
     assert wait_until(lambda: len(results(program)) == 20, 20)

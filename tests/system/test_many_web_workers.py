@@ -305,7 +305,7 @@ def test_waitress(tmp_path: Path, shared_store: str) -> None:
 @pytest.mark.parametrize("lazy", [False, True], ids=["fork", "lazy"])
 def test_uwsgi(tmp_path: Path, shared_store: str, lazy: bool) -> None:
     if importlib.util.find_spec("pyuwsgi") is None:
-        missing("uWSGI is not installed")
+        missing("uWSGI is not installed: pip install pyuwsgi")
     code = "import pyuwsgi, sys; pyuwsgi.run(sys.argv[1:])"
     (tmp_path / "run_uwsgi.py").write_text(code)
     command = ["run_uwsgi", "--http-socket", "127.0.0.1:0", "--master", "--processes", "3", "--enable-threads"]
