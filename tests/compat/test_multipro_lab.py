@@ -489,6 +489,7 @@ def test_idle_processes_use_no_time(tmp_path: Path) -> None:
         + """
 main = UserMain()
 main.main_loop_sleep_time = None
+main.timer = Timer(interval=3600)        # it sends nothing to "busy", which is not here
 for name in ("a", "b"):
     main.register_worker(worker=Quiet(name=name, block=True))
 main.send("a", "print", "hello")
@@ -498,7 +499,7 @@ main.run()
     )
     assert program.says("main got a thanks for hello")
     assert program.says("main got b thanks for hello")
-    assert len(running_in(tmp_path)) == 3
+    assert wait_until(lambda: len(running_in(tmp_path)) == 3)
     before = used_time(tmp_path)
     time.sleep(1)  # there is nothing to wait for: that nothing happens is what is measured
     assert used_time(tmp_path) - before <= 0.02
