@@ -871,6 +871,21 @@ def test_a_message_that_was_handled_to_its_end_is_not_sent_again() -> None:
     assert len(worker.batcher) == 0
 
 
+def test_those_who_wait_for_messages_are_told_of_each_once() -> None:
+    worker = BatchWorker()
+    told: list[int] = []
+    for message in (b"0", b"1", b"2", b"3", b"4"):
+        worker.put(message, told.append)
+    worker.handle(1)
+    worker.die(2, 1)
+    assert told == [1, 1]
+    for _ in range(2):
+        worker.die(1, 0)
+    assert told == [1, 1, 1], "one that is dropped"
+    worker.handle(2)
+    assert told == [1, 1, 1, 2]
+
+
 def test_batches_are_as_long_as_a_worker_has_time_for() -> None:
     worker = BatchWorker()
     for number in range(100):
