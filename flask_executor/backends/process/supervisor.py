@@ -253,7 +253,7 @@ class Supervisor:
         if self.dispatcher.done or self._terminated:
             return False
         now = time.monotonic()
-        if self.dispatcher.closing:  # somebody waits for the end
+        if self.dispatcher.closing:  # do not make shutdown() wait for long
             self._restart_at = min(self._restart_at, now + _RESTART_DELAY)
         if now >= self._restart_at:
             for _ in range(missing):
