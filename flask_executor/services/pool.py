@@ -135,7 +135,7 @@ class ServicePool:
         if assigned is None:
             self._backend.enqueue(call)
         else:
-            self._backend.enqueue_relayed(call, assigned)
+            self._backend.enqueue_forwarded(call, assigned)
 
     def _arguments_of_call(self, type: str, message: bytes) -> tuple[int, bytes]:
         """The arguments of :func:`handle_call` for a call that comes behind everything that was sent."""

@@ -193,9 +193,9 @@ class Program:
     def lines(self) -> list[str]:
         return self._log.read_text().split("\n")[:-1]
 
-    def says(self, text: str, timeout: float = 60) -> bool:
+    def says(self, text: str) -> bool:
         """Whether it prints that, in time."""
-        return wait_until(lambda: text in self._log.read_text(), timeout)
+        return wait_until(lambda: text in self._log.read_text(), 60)
 
     def pid(self, name: str) -> int:
         """The id of the process of a worker that has said it last."""
@@ -442,8 +442,6 @@ say("end of the script")
     assert program.lines() == ["0", "1", "2", "end of the script"]
 
 
-@pytest.mark.storm
-@pytest.mark.timeout(300)
 def test_a_worker_that_has_very_many_messages_to_handle(tmp_path: Path) -> None:
     program = Program(
         tmp_path,

@@ -51,18 +51,20 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     def pack(self, call: Call) -> None:
         call.packed = pack_call(call)
 
-    def enqueue_relayed(self, call: Call, given: Callable[[], object]) -> None:
+    def enqueue_forwarded(self, call: Call, on_assigned: Callable[[], object]) -> None:
         """As :meth:`enqueue`.
 
-        :param given: see ``on_assigned`` of :class:`Task`.
+        :param on_assigned: see that of :class:`Task`.
         """
-        self._enqueue(call, given=given)
+        self._enqueue(call, on_assigned=on_assigned)
 
-    def _enqueue(self, call: Call, *, fire_and_forget: bool = False, given: Callable[[], object] | None = None) -> None:
+    def _enqueue(
+        self, call: Call, *, fire_and_forget: bool = False, on_assigned: Callable[[], object] | None = None
+    ) -> None:
         parts = call.packed or pack_call(call)
         # The next attempt sends the same bytes, even if the arguments have changed meanwhile.
         call.packed = parts if call.retried else None
-        task = Task(call, parts, fire_and_forget=fire_and_forget, on_assigned=given)
+        task = Task(call, parts, fire_and_forget=fire_and_forget, on_assigned=on_assigned)
         self._supervisor.start()
         self._dispatcher.add(task)
 
