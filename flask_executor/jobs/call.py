@@ -404,19 +404,19 @@ class Call:
     def call_later(self, seconds: float, fn: Callable[[], object]) -> None:
         """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
         attempt = self.job.attempt
-        appointment = timer.call_later(seconds, fn)
-        appointments = self._timers
-        if appointments is None:
-            appointments = self._timers = []
-        appointments.append(appointment)
+        handle = timer.call_later(seconds, fn)
+        timers = self._timers
+        if timers is None:
+            timers = self._timers = []
+        timers.append(handle)
         # The attempt may have ended in between: it changes its status first, and then calls off what it finds here.
         if self.job.status is not JobStatus.RUNNING or self.job.attempt != attempt:
-            appointment.cancel()
+            handle.cancel()
 
     def _cancel_timers(self) -> None:
-        appointments, self._timers = self._timers, None
-        for appointment in appointments or ():
-            appointment.cancel()
+        timers, self._timers = self._timers, None
+        for handle in timers or ():
+            handle.cancel()
 
 
 class PlainCall(Call):

@@ -29,11 +29,11 @@ def test_in_order_and_not_before_their_time() -> None:
 
 def test_one_that_is_called_off_does_not_keep_the_thread() -> None:
     timer = Timer()
-    appointments = [timer.call_later(3600, list) for _ in range(200)]
+    handles = [timer.call_later(3600, list) for _ in range(200)]
     assert threads("flask-executor-timer") == 1
-    for appointment in appointments:
-        appointment.cancel()
-        appointment.cancel()
+    for handle in handles:
+        handle.cancel()
+        handle.cancel()
     assert wait_until(lambda: threads("flask-executor-timer") == 0)
     done = threading.Event()
     timer.call_later(0.01, done.set)

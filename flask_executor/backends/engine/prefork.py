@@ -75,8 +75,9 @@ class _WorkerGroup:
             self._workers.append(worker)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if self._ending:  # another thread received the signal while the worker was not in the list yet
-            worker.terminate()
+        # The signal may have come while the worker was not in the list yet.
+        if self._ending:
+            worker.terminate()  # type: ignore[unreachable]
 
     def watch(self) -> None:
         """Wait until all worker processes have ended, and replace those that die."""
