@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -70,8 +71,16 @@ class Shop:
         return subprocess.Popen(command, cwd=self.folder, env=self.environ, text=True, **options)
 
     def run(self, *args: str) -> tuple[int, str, str]:
+        """The exit code, output and errors of a command, in this process."""
+        names = runpy.run_path(str(self.folder / "shop.py"), run_name="shop")
+        result = names["app"].test_cli_runner(env={"COLUMNS": "200"}).invoke(commands.group, args)
+        names["executor"].shutdown()
+        return result.exit_code, result.stdout, result.stderr
+
+    def run_program(self, *args: str) -> tuple[int, str, str]:
+        """As :meth:`run`, in a process of its own."""
         process = self.start(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=60)
         return process.returncode, output, errors
 
     def data(self, *args: str) -> Any:
@@ -91,7 +100,8 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Shop:
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    monkeypatch.chdir(tmp_path)  # the instance folder is beside the app
     return Shop(tmp_path)
 
 
@@ -129,7 +139,7 @@ def test_waiting_until_a_job_of_another_process_has_succeeded(shop: Shop) -> Non
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(1)
         (shop.folder / "go").touch()
-        output, _ = waiting.communicate(timeout=10)
+        output, _ = waiting.communicate(timeout=60)
         assert waiting.returncode == 0
         assert json.loads(output)["status"] == "succeeded"
 
@@ -140,7 +150,7 @@ def test_a_job_whose_process_was_killed_is_lost_also_for_those_who_wait(shop: Sh
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(1)
         server.kill()
-        output, _ = waiting.communicate(timeout=10)
+        output, _ = waiting.communicate(timeout=60)
         assert waiting.returncode == 1
         assert ": lost. WorkerLost: process " in output
     assert shop.data("purge") == {"purged": 2}
@@ -238,7 +248,7 @@ COMMANDS = [["list"], ["show", "x"], ["stop", "x"], ["purge"], ["wait", "x"], ["
 
 
 def test_the_commands_are_found_by_flask(shop: Shop) -> None:
-    code, output, _ = shop.run("--help")
+    code, output, _ = shop.run_program("--help")
     assert code == 0
     assert all(command in output for command in [*(command[0] for command in COMMANDS), "doctor"])
 
@@ -266,7 +276,7 @@ def test_a_store_that_is_not_available_is_one_line(
 
 def test_a_bad_config_is_one_line(shop: Shop) -> None:
     shop.environ["FLASK_EXECUTOR_STORE"] = "mongodb://x"
-    code, _, errors = shop.run("list")
+    code, _, errors = shop.run_program("list")
     assert code == 1
     assert errors.startswith("Error: EXECUTOR_STORE is 'mongodb://x'; it must be ")
     assert errors.count("\n") == 1
@@ -275,7 +285,7 @@ def test_a_bad_config_is_one_line(shop: Shop) -> None:
 def test_a_missing_extra_is_one_line(shop: Shop) -> None:
     (shop.folder / "redis.py").write_text("raise ImportError")
     shop.environ["FLASK_EXECUTOR_STORE"] = "redis://localhost"
-    code, _, errors = shop.run("list")
+    code, _, errors = shop.run_program("list")
     assert (code, errors) == (1, "Error: redis is not installed: pip install flask-executor[redis]\n")
 
 
@@ -468,7 +478,7 @@ def test_frames_of_top_are_lines_of_json(shop: Shop) -> None:
         process = shop.start("top", "--json", "--interval", "0.1", stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         frames = [json.loads(process.stdout.readline()) for _ in range(3)]  # type: ignore[union-attr]
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
         assert process.returncode == 0
     assert [len(frame["jobs"]) for frame in frames] == [2, 2, 2]
 
