@@ -84,7 +84,7 @@ def test_a_store_that_does_not_answer(make_executor: MakeExecutor, examine: Exam
 
 
 def test_a_slow_store(make_executor: MakeExecutor, examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_SLOW", 0.0)
+    monkeypatch.setattr(doctor, "_SLOW_ACCESS", 0.0)
     make_executor(store="sqlite")
     assert only(examine(), "store").level == "warning"
 
