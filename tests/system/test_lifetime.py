@@ -203,7 +203,7 @@ while not (here / "stops.started").exists():
     assert (tmp_path / "stops").read_text() == "cleaned up"
     assert "1 job (until_stopped) did not end within EXECUTOR_SHUTDOWN_TIMEOUT (0.2 s): stopping." in log
     assert "cut off" not in log
-    assert took < 5
+    assert took < 25, "and not as long as a job may go on without that setting"
 
 
 @pytest.mark.usefixtures("no_processes_left")
@@ -222,7 +222,7 @@ time.sleep(0.2)
         stop_grace=0.2,
     ).wait()
     assert code == 0, log
-    assert took < 6
+    assert took < 25, "and not as long as the jobs take"
     assert "2 jobs (sleep, waits) did not end within EXECUTOR_SHUTDOWN_TIMEOUT (0.2 s): stopping." in log
     assert ("1 job (sleep) did not stop: cut off." in log) == (type == "thread")
 
