@@ -79,7 +79,7 @@ class KeyExists(ExecutorError, ValueError):
 
 
 class QueueFull(ExecutorError):
-    """So many jobs are waiting that another one was refused; or so many messages for a job.
+    """Too many jobs are waiting, so another one was refused; or too many messages for one job.
 
     :param key: the config key that sets the bound.
     :param limit: the bound, in waiting jobs.

@@ -376,7 +376,7 @@ def _wait(
     seconds: float,
     show: Callable[[Job], None] | None = None,
 ) -> Job:
-    """Wait until a job has ended, for so many seconds at most; its record then.
+    """Wait until a job has ended, for ``seconds`` seconds at most; return its record.
 
     :param show: called with the record again and again while the job has not ended.
     """

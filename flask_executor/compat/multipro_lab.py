@@ -113,7 +113,7 @@ class MessageReceiver:
                 self._handle_safely(self._inbox.get_nowait())
 
     def _handle_for(self, seconds: float | None) -> None:
-        """Handle messages for so many seconds, and then those that wait; with None, sleep until one arrives."""
+        """Handle messages for ``seconds`` seconds, and then those that wait; with None, sleep until one arrives."""
         end = None if seconds is None else time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
             while self._until == math.inf and (end is None or time.monotonic() < end):
@@ -356,7 +356,7 @@ class _Member:
             return not self._has_left
 
     def leave(self, timeout: float) -> None:
-        """Start to stop the process, by force after so many seconds; does not wait."""
+        """Start to stop the process, by force after ``timeout`` seconds; does not wait."""
         with self._lock:
             if not self._has_left:
                 self._has_left = True

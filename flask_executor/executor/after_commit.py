@@ -32,7 +32,7 @@ class AfterCommit:
         self._committed: SessionTransaction | None = None
 
     def is_of(self, session: Session) -> bool:
-        """Whether it is this session's, and was not copied with the ``info`` of another one."""
+        """Return whether it is this session's, and was not copied with the ``info`` of another one."""
         return self._session() is session
 
     def add(self, deferred: DeferredCall) -> None:

@@ -191,28 +191,28 @@ class AppExecutor:
         return backend
 
     def worker_options(self) -> BackendOptions:
-        """What worker processes are made from."""
+        """Return what worker processes are made from."""
         return self.config.backend_options(self._app, self._initializers)
 
     @property
     def default_callbacks(self) -> Sequence[Callback]:
-        """What every future gets as done callbacks."""
+        """The done callbacks that every future gets."""
         own = (propagate_exceptions_callback,) if self.config.propagate_exceptions else ()
         return (*own, *self._callbacks) if self._callbacks else own
 
     @property
     def remote(self) -> bool:
-        """Whether jobs run in other processes."""
+        """If true, jobs run in other processes."""
         return self.backend_class.remote
 
     @property
     def chunks(self) -> bool:
-        """Whether ``map`` can put several calls into one job."""
+        """If true, ``map`` can put several calls into one job."""
         return self.backend_class.chunks
 
     @property
     def closed(self) -> bool:
-        """Whether it was shut down."""
+        """If true, it was shut down."""
         return self._closed
 
     # ---- services ----
@@ -229,7 +229,7 @@ class AppExecutor:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What tells the app, and this executor of it, from others on this machine."""
+        """Distinguishes the app, and this executor of it, from others on this machine."""
         app = self.app
         if app is None:
             return self.name, self.config.store
@@ -349,7 +349,10 @@ class AppExecutor:
 
 
 def _starter(app_executor: AppExecutor) -> Callable[[Callable[..., Any], Args, Kwargs], FutureProxy[Any]]:
-    """What starts a job without contexts; without keeping the app alive, which takes its backend along."""
+    """Return a function that starts a job without contexts.
+
+    It holds only a weak reference, so that app and backend can be collected.
+    """
     reference = weakref.ref(app_executor)
 
     def start(fn: Callable[..., Any], args: Args, kwargs: Kwargs) -> FutureProxy[Any]:

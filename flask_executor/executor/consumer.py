@@ -44,7 +44,7 @@ _RETRY_DELAY = 1.0  # seconds until it is tried again
 class Consumer:
     """Runs calls that were sent, each in a worker process that has the app loaded and can be ended by force."""
 
-    # _pool is made and let go under _lock. _again belongs to whoever runs the call.
+    # _pool is made and let go under _lock. Of _retry_delays each job's entry belongs to the thread that runs its call.
 
     def __init__(self, app_executor: AppExecutor, tracker: SharedJobTracker, handover: EngineHandover) -> None:
         self._app_executor = app_executor
@@ -54,7 +54,7 @@ class Consumer:
         self._lock = threading.Lock()
         self._pool: ProcessBackend | None = None
         self._closed = False
-        self._again: dict[str, float] = {}  # by the id of the job: seconds until the engine is to run it again
+        self._retry_delays: dict[str, float] = {}  # by the id of the job: seconds until the engine is to run it again
 
     def serve(self, *, processes: int, burst: bool) -> None:
         """Be a worker of the engine until a signal says to end.
@@ -85,7 +85,7 @@ class Consumer:
         except Exception as error:  # no worker process can be made: EXECUTOR_APP is wrong, say
             call.fail_finally(error)
         wait([call.future])
-        again = self._again.pop(id, None)
+        again = self._retry_delays.pop(id, None)
         if again is None:
             self.handover.finish(call.job)
         else:
@@ -118,7 +118,7 @@ class Consumer:
         """The call is to run again in ``delay`` seconds: leave that to the engine, if it has sent it."""
         if not self.handover.is_acquired(call.job.id):
             return False
-        self._again[call.job.id] = delay
+        self._retry_delays[call.job.id] = delay
         # Only to wake up run(): the handle is not the one that somebody waits with, and nothing is reported.
         Future.set_exception(call.future, ExecutorShutdown("the engine has the job again"))
         return True
@@ -162,7 +162,7 @@ class Consumer:
             pool.shutdown(wait=wait)
 
     def terminate(self, grace: float) -> None:
-        """The process ends: end the worker processes, by force after so many seconds."""
+        """The process ends: end the worker processes, by force after ``grace`` seconds."""
         if self._pool is not None:
             self._pool.terminate(grace)
 
@@ -170,7 +170,7 @@ class Consumer:
         """In the child of a fork: the parent's worker processes are not ours."""
         self._lock = threading.Lock()
         self._pool = None
-        self._again = {}
+        self._retry_delays = {}
 
 
 def _unopened(*_args: object) -> NoReturn:

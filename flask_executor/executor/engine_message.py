@@ -52,7 +52,7 @@ def pack_engine_message(call: Call, sender: str, signer: PayloadSigner) -> bytes
     options = replace(call.options, name=job.name)
     message = EngineMessage(job.id, sender, job.queued_at, options, b"".join(pack_call(call)))
     packed = b"".join(pickle_or_explain(message, f"The options of job {job.name}"))
-    return _VERSION + signer.seal(job.id, PayloadKind.CALL, packed)
+    return _VERSION + signer.sign(job.id, PayloadKind.CALL, packed)
 
 
 def unpack_engine_message(id: str, data: bytes, signer: PayloadSigner) -> EngineMessage:
@@ -61,13 +61,13 @@ def unpack_engine_message(id: str, data: bytes, signer: PayloadSigner) -> Engine
     :raises UntrustedResult: when it was not signed with a key of the app, or packed by another version.
     :raises NotPicklable: when its header cannot be rebuilt here.
     """
-    version, sealed = data[: len(_VERSION)], data[len(_VERSION) :]
+    version, signed = data[: len(_VERSION)], data[len(_VERSION) :]
     if version != _VERSION:
         raise UntrustedResult(
             f"Job {id} was packed by another version of Flask-Executor ({version!r}; this worker knows {_VERSION!r}): "
             "have the web app and its workers run the same one."
         )
-    _, packed = signer.open(id, sealed)
+    _, packed = signer.unsign(id, signed)
     try:
         message: EngineMessage = pickle.loads(packed)
     except BaseException as error:  # whatever a foreign __reduce__ or an import leads to

@@ -516,6 +516,6 @@ after_fork_in_child(_reset_after_fork)
 
 
 def _is_made_again(fn: Callable[..., Any], before: Callable[..., Any]) -> bool:
-    """Whether a factory that is called again has made this function, as it has made the other one before."""
+    """Return whether a factory that is called again has made this function, as it has made the other one before."""
     place, former = ((each.__module__, getattr(each, "__qualname__", "")) for each in (fn, before))
     return fn is before or (place == former and re.search(r"<locals>\.\w+$", place[1]) is not None)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AppJobs:
-    """What requests need of an app's executor; it satisfies :class:`flask_executor.web.pages.Jobs`."""
+    """The jobs of one app's executor; implements the port :class:`flask_executor.web.pages.JobsView`."""
 
     def __init__(self, app_executor: AppExecutor) -> None:
         self._app_executor = app_executor
@@ -39,7 +39,7 @@ class AppJobs:
 
     @property
     def with_errors(self) -> bool:
-        """Whether everybody may see what a job has raised."""
+        """If true, everybody may see what a job has raised."""
         return self._app_executor.config.expose_errors
 
     @property

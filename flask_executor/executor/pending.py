@@ -126,7 +126,7 @@ class DeferredCall:
 
     @property
     def undecided(self) -> bool:
-        """Whether neither :meth:`start` nor :meth:`drop` was called yet."""
+        """Return whether neither :meth:`start` nor :meth:`drop` was called yet."""
         return self._call is not None
 
     def start(self) -> None:
@@ -153,7 +153,7 @@ class DeferredCall:
 
 
 class ScheduledCalls:
-    """The calls that wait for their time or for their next attempt. Who takes one out goes on with it."""
+    """The calls that wait for their time or for their next attempt. The thread that takes a call out continues it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -85,7 +85,8 @@ class Producer:
     def send_held(self, call: Call) -> None:
         """Have the engine take a call that was held, unless it was cancelled.
 
-        :raises EngineUnavailable: for a while after an outage without asking the engine: not each commit shall wait.
+        :raises EngineUnavailable: for a while after an outage, without asking the engine, so that commits do not
+            each wait.
         """
         if not self._handover.is_held(call.job.id):
             return
@@ -107,7 +108,7 @@ class Producer:
             self._app_executor.backend.enqueue(call)
 
     def owns(self, future: FutureProxy[Any]) -> bool:
-        """Whether this is the handle of a call for the engine."""
+        """Return whether this is the handle of a call for the engine."""
         return future in self._sent
 
     def discard_refused(self, future: FutureProxy[Any]) -> bool:
@@ -168,7 +169,7 @@ class Producer:
                 logger.warning("Job %s goes on: it cannot be cancelled. %s", future.job_id, error)
 
     def health(self, health: Health) -> Health:
-        """This, with what the engine tells of itself and the store of its jobs."""
+        """Return ``health`` completed with what the engine reports about its workers and the store about its jobs."""
         try:
             health = replace(
                 health, workers=self._app_executor.backend.workers, waiting=self._app_executor.backend.waiting
@@ -198,7 +199,7 @@ def oldest_wait(jobs: Sequence[Job]) -> float:
 
 
 def call_signer(app: Flask | None) -> PayloadSigner:
-    """What signs and checks calls that are sent to an engine.
+    """Return what signs and checks calls that are sent to an engine.
 
     :raises ConfigError: without a secret key.
     """

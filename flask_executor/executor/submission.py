@@ -143,7 +143,7 @@ class Submission:
         calls: Iterable[Args],
         chunksize: int,
     ) -> list[FutureProxy[Any]]:
-        """Start a job for every set of arguments; with a chunksize, one for so many of them, which gives a list.
+        """Start a job for every set of arguments; with a ``chunksize``, one for that many sets, which returns a list.
 
         When one is refused, those that have not started are cancelled.
         """

@@ -1,4 +1,4 @@
-"""A call of a function on its way: from whoever submits it to the worker that runs it, and its outcome back."""
+"""A call of a function on its way from the caller of ``submit`` to the worker that runs it, and its outcome back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 NO_OPTIONS = JobOptions()
-_posting = threading.Lock()  # guards the mail of all calls, as few get any
+# Guards ``undelivered`` and ``_running`` of all calls; one lock is enough, because few calls receive messages.
+_undelivered_lock = threading.Lock()
 
 
 class CallState(enum.Enum):
@@ -43,7 +44,7 @@ class CallState(enum.Enum):
 
 # A call that is cancelled settles from anywhere, perhaps while another thread is about to move it on: SETTLED is final,
 # and moving on from there has no effect.
-_NEXT = {
+_TRANSITIONS = {
     CallState.ACCEPTED: {CallState.DEFERRED, CallState.SCHEDULED, CallState.QUEUED, CallState.RUNNING},
     CallState.DEFERRED: {CallState.SCHEDULED, CallState.QUEUED},
     CallState.SCHEDULED: {CallState.SCHEDULED, CallState.QUEUED},
@@ -53,7 +54,10 @@ _NEXT = {
 
 
 class JobChannel(abc.ABC):
-    """What connects a running job with those who watch over it. Safe to call from any thread; never raises."""
+    """Connects a call and its handle with the executor. Any thread may call it.
+
+    Of the methods that a call reports to, only :meth:`pack_result` may raise.
+    """
 
     @abc.abstractmethod
     def started(self, job: JobState) -> None:
@@ -61,7 +65,7 @@ class JobChannel(abc.ABC):
 
     @abc.abstractmethod
     def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
-        """What is to be told when a job that runs here has something new to report; None for nobody."""
+        """Return what a job that runs here calls when it has something new to report; None for nothing."""
 
     @abc.abstractmethod
     def progressed(self, job: JobState) -> None:
@@ -69,9 +73,9 @@ class JobChannel(abc.ABC):
 
     @abc.abstractmethod
     def pack_result(self, job: JobState, result: Any, packed: bytes | None) -> bytes | None:
-        """What the store is to keep of the result, for :meth:`ended`; None when it is not stored. Changes nothing.
+        """Return what the store is to keep of the result, for :meth:`ended`; None when it is not stored.
 
-        If this raises, the job has failed with that error.
+        Changes nothing. If this raises, the job has failed with that error.
 
         :param packed: the result as it came from a worker process, pickled; None when it was made in this process.
         :raises NotPicklable: for a result that has to be stored and cannot.
@@ -119,11 +123,11 @@ class JobChannel(abc.ABC):
 
     @abc.abstractmethod
     def in_contexts(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn``, made to run later in a copy of the contexts of whoever calls this now."""
+        """Return ``fn`` made to run later in a copy of the contexts of the caller of this method."""
 
 
 class CallControl(abc.ABC):
-    """What has the calls that it is given: a backend, or the way to a process that has one. Used by any thread."""
+    """Controls the calls that it was given: a backend, or the way to a process that has one. Any thread may call it."""
 
     @abc.abstractmethod
     def enqueue(self, call: Call) -> None:
@@ -154,8 +158,8 @@ class Call:
     """
 
     __slots__ = (
-        "_again",
         "_error",
+        "_retry_delay",
         "_running",
         "_timers",
         "args",
@@ -196,13 +200,13 @@ class Call:
         #: What the backend has made of it and wants again for the next attempt.
         self.packed: Any = None
         #: Messages that came before the job ran. They belong to what runs it: this class, which guards them with
-        #: _posting; or a pool of processes, which keeps them pickled, and guards them with its dispatcher's lock.
+        #: _undelivered_lock; or a pool of processes, which keeps them pickled, guarded by its dispatcher's lock.
         self.undelivered: list[Any] | None = None
         self._running: RunningJob | None = None
         self._timers: list[TimerHandle] | None = None
         #: How an attempt ended, between its end and the settling: the error, and seconds until the next attempt.
         self._error: BaseException | None = None
-        self._again: float | None = None
+        self._retry_delay: float | None = None
 
     @property
     def priority(self) -> int:
@@ -226,7 +230,7 @@ class Call:
 
     @property
     def retried(self) -> bool:
-        """Whether it may be run again."""
+        """If true, it may be run again."""
         return self.options.retry is not None
 
     def enter(self, state: CallState) -> bool:
@@ -236,7 +240,7 @@ class Call:
         """
         if self.state is CallState.SETTLED:
             return False
-        if state is not CallState.SETTLED and state not in _NEXT[self.state]:
+        if state is not CallState.SETTLED and state not in _TRANSITIONS[self.state]:
             raise RuntimeError(f"job {self.job.id} is {self.state.name} and cannot become {state.name}")
         self.state = state
         return True
@@ -252,7 +256,7 @@ class Call:
         if self.options.timeout is not None:
             self._watch()
         running = RunningJob(self.job, self.channel.reporter(self.job))
-        with _posting:  # what comes from now on it gets at once
+        with _undelivered_lock:  # what comes from now on it gets at once
             for message in self.undelivered or ():
                 running.deliver(message)
             self.undelivered, self._running = None, running
@@ -268,7 +272,7 @@ class Call:
 
     def deliver(self, message: JobMessage) -> None:
         """Give a message to its job, now or when it starts."""
-        with _posting:
+        with _undelivered_lock:
             if self._running is None:
                 self.undelivered = [*(self.undelivered or ()), message]
             else:
@@ -349,7 +353,7 @@ class Call:
         """There was to be another attempt, and there is none: settle the call with the error of the last one."""
         if self.future.set_running_or_notify_cancel():
             self._end(JobStatus.FAILED, error)
-            self._error, self._again = error, None
+            self._error, self._retry_delay = error, None
             self._settle()
 
     def _finish_attempt(
@@ -358,17 +362,17 @@ class Call:
         """An attempt has ended with ``error``: decide what that makes of the job."""
         if isinstance(error, JobExit):
             status, error = self._stop_outcome(error, forced=forced)
-        self._error, self._again = error, None
+        self._error, self._retry_delay = error, None
         if self.options.retry is not None and not isinstance(error, JobStopped):
-            self._again = self.options.retry.delay(self.job.attempt, error)
-        # Who asks for a job to be stopped does not want to see it again; who asks now finds it queued.
-        if self._again is not None:
-            with _posting:  # what comes from now on is for the next attempt
+            self._retry_delay = self.options.retry.delay(self.job.attempt, error)
+        if self._retry_delay is not None:
+            with _undelivered_lock:  # what comes from now on is for the next attempt
                 self._running = None
-        if self._again is not None and self.future.requeue(error):
+        # A stop request prevents the retry. A request that arrives from here on finds the job queued and cancels it.
+        if self._retry_delay is not None and self.future.requeue(error):
             self._cancel_timers()
         else:
-            self._again = None
+            self._retry_delay = None
             self._end(status, None if isinstance(error, JobStopped) else error)
 
     def _stop_outcome(self, exit: JobExit, *, forced: bool) -> tuple[JobStatus, Exception]:
@@ -384,8 +388,8 @@ class Call:
     def _settle(self) -> None:
         error: Any = self._error
         self._error = None
-        if self._again is not None:
-            self.channel.retry(self, error, self._again)
+        if self._retry_delay is not None:
+            self.channel.retry(self, error, self._retry_delay)
             return
         future = self.future
         del self.future  # the error's traceback refers to this call, and the future will refer to the error
@@ -402,7 +406,7 @@ class Call:
         self.call_later(self.options.timeout or 0.0, lambda: self.channel.out_of_time(self, attempt))
 
     def call_later(self, seconds: float, fn: Callable[[], object]) -> None:
-        """Call ``fn`` in so many seconds, unless the attempt has ended by then."""
+        """Call ``fn`` in ``seconds`` seconds, unless the attempt has ended by then."""
         attempt = self.job.attempt
         handle = timer.call_later(seconds, fn)
         timers = self._timers

@@ -83,7 +83,7 @@ class RunningJob:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Its name."""
         return self._job.name
 
     @property
@@ -98,7 +98,7 @@ class RunningJob:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the job is to leave: it was asked to stop, or is out of time."""
+        """If true, the job is to leave: it was asked to stop, or is out of time."""
         return self._job.stop_reason is not None
 
     def update(self, progress: float | None = None, message: str | None = None, **meta: object) -> None:
@@ -240,7 +240,7 @@ class RunningJob:
 
     @property
     def interrupted(self) -> bool:
-        """Whether :meth:`interrupt` was called."""
+        """If true, :meth:`interrupt` was called."""
         return self._interrupted
 
     def interrupt(self) -> bool:
@@ -273,7 +273,7 @@ _inbox_lock = threading.Lock()  # guards the inboxes of all jobs, as few have on
 
 
 class CurrentJob(RunningJob):
-    """Stands for the job that the code runs in which uses it, as :data:`flask.request` stands for the request."""
+    """A proxy for the job in which the calling code runs, as :data:`flask.request` is for the request."""
 
     # Werkzeug's LocalProxy takes three times as long to look up an attribute, and update() is called often.
     __slots__ = ()

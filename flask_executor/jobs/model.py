@@ -15,7 +15,7 @@ from flask_executor.helpers import describe_error
 from flask_executor.helpers.fork_hooks import after_fork_in_child
 from flask_executor.jobs.retry import Retry
 
-#: How the first element of a key, and a name in ``meta``, begins that this package has made, not the user.
+#: Prefix of the keys (in their first element) and ``meta`` names that this package creates itself.
 RESERVED_PREFIX = "flask_executor."
 
 #: Most lines of its log that are kept with a job; the oldest leave first.
@@ -159,8 +159,8 @@ class JobState:
     To replace a frozen record at every step would cost more than many a job does: the steps are written here, and a
     record is made when one is asked for.
 
-    Who writes: the handle, under its lock, the step out of ``queued``; after that only the worker that
-    holds the job. It never refers to the result, so that a history of jobs does not keep results alive.
+    The handle, under its lock, makes the step out of ``queued``. After that only the process that holds the job
+    writes here. It never refers to the result, so that a history of jobs does not keep results alive.
     """
 
     status = JobStatus.QUEUED

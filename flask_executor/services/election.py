@@ -154,7 +154,7 @@ class LeaderElection:
         return True
 
     def _is_current(self, path: Path) -> bool:
-        """Whether the lock is on this file, and not on one that was deleted."""
+        """Return whether the lock is on this file, and not on one that was deleted."""
         return path.exists() and os.fstat(self._lock_file.fileno()).st_ino == path.stat().st_ino
 
     def _drop_lock(self) -> None:
@@ -224,7 +224,7 @@ class LeaderElection:
         return True
 
     def ask_status(self, service: str, timeout: float) -> ServiceStatus | None:
-        """What the leader says of a service; None when there is none, or it does not answer in so many seconds."""
+        """Return what the leader says of a service; None without a leader, or an answer within ``timeout`` seconds."""
         with socket.socket(socket.AF_UNIX) as end, selectors.DefaultSelector() as selector:
             selector.register(end, selectors.EVENT_READ)
             try:

@@ -188,7 +188,7 @@ class LeaderClient(CallControl):
         self._calls.pop(pending.call.job.id, None)
 
     def drain(self, timeout: float) -> None:
-        """Wait until the leader has accepted everything, and has answered calls; at most so many seconds."""
+        """Wait until the leader has accepted everything, and has answered calls; at most ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
 
         def wait_for(condition: Callable[[], bool]) -> bool:

@@ -46,7 +46,7 @@ class FollowerConnection(FrameSender):
         self.last_accepted = 0
         #: Whether no more are accepted.
         self.going_away = False
-        #: By service: grants credits for so many messages.
+        #: By service: grants credits for a number of messages.
         self.grants: dict[str, Callable[[int], object]] = {}
 
     def grant(self, service: str) -> Callable[[int], object]:

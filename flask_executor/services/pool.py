@@ -50,8 +50,10 @@ class ServiceHost(Protocol):
         """Start a job of a service, without contexts, and have ``control`` run it."""
 
 
-class PoolEvents:
-    """What the supervisor of a pool tells; it must not refer to the pool, which would never be collected.
+class ServicePoolObserver:
+    """Implements :class:`~flask_executor.backends.process.supervisor.PoolObserver` for the pool of a service.
+
+    It must not refer to the pool, which would never be collected.
 
     :param route: takes the messages that the service sends, with its name.
     """
@@ -99,11 +101,11 @@ class ServicePool:
     ) -> None:
         self.definition = definition
         self._host = host
-        self._events = PoolEvents(definition, route)
+        self._observer = ServicePoolObserver(definition, route)
         if multiprocessing.get_context(options.start_method).get_start_method() != "fork":
-            pickle_or_explain(self._events.make_plugin, f"Service {definition.name!r} with its arguments")
+            pickle_or_explain(self._observer.make_plugin, f"Service {definition.name!r} with its arguments")
         options = replace(options, max_workers=definition.workers, max_tasks_per_child=None)
-        self._backend = ProcessBackend(options, self._events)
+        self._backend = ProcessBackend(options, self._observer)
         self._batcher = MessageBatcher(
             definition.name,
             self._backend.submit,
@@ -208,8 +210,8 @@ class ServicePool:
             ready=sum(worker.ready for worker in workers),
             busy=sum(worker.busy for worker in workers),
             waiting=self._waiting(),
-            failures=self._events.failures,
-            last_error=self._events.last_error,
+            failures=self._observer.failures,
+            last_error=self._observer.last_error,
             supervisor=os.getpid(),
         )
 
@@ -228,11 +230,11 @@ class ServicePool:
         self._backend.shutdown(wait=wait)
 
     def join(self, timeout: float | None) -> None:
-        """After :meth:`close`: wait until all has ended; at most so many seconds."""
+        """After :meth:`close`: wait until all has ended; at most ``timeout`` seconds."""
         self._backend.join(timeout)
 
     def stop(self, timeout: float | None) -> None:
-        """End the workers, after what was accepted; by force, if that takes longer than so many seconds."""
+        """End the workers, after what was accepted; by force, if that takes longer than ``timeout`` seconds."""
         self.close(wait=timeout is None)
         if timeout is not None:
             self._backend.terminate(timeout)

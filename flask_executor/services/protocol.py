@@ -36,8 +36,8 @@ and calls that were not ASSIGNED, wait for the next leader. Other calls fail wit
 nobody knows what has become of them.
 
 **Flow control.** A follower has a window of :data:`~flask_executor.services.send_window.WINDOW_SIZE` messages for each
-service, or ``max_pending`` if that is less: so many may be with the leader and not handled. No message is ever refused
-for want of room, and none overtakes another.
+service, or ``max_pending`` if that is less: at most that many may be with the leader and not handled. So the leader
+never refuses a ``send`` for want of room, and none overtakes another; it may refuse a ``call``.
 
 **State and threads.** Requests are numbered as they are sent; a reply has the number of its request.
 
@@ -82,7 +82,7 @@ class Reply(enum.IntEnum):
     ASSIGNED = 4  # nothing: a worker gets the call, and may begin at any time
     STARTED = 5  # nothing: a worker has begun with the call
     WELCOME = 6  # nothing: the leader reads what is sent from now on
-    CREDIT = 7  # the name of a service, of which so many messages as the number says may be sent
+    CREDIT = 7  # the name of a service; its field ``number`` says how many more messages may be sent to it
     GOAWAY = 8  # nothing: the leader accepts no request after the one with this number
 
 

@@ -28,12 +28,12 @@ _STEPS_PER_BATCH = 1 << 24  # a batch has less than half as many messages; a mar
 
 
 def mark_of(batch: int, begun: int, ended: int) -> int:
-    """The mark which says that so many messages of this batch have begun, and so many ended."""
+    """Return the mark which says that ``begun`` messages of this batch have begun, and ``ended`` have ended."""
     return batch * _STEPS_PER_BATCH + begun + ended
 
 
 def begun_and_ended(mark: int, batch: int) -> tuple[int, int]:
-    """How many messages of this batch have begun, and how many ended."""
+    """Return how many messages of this batch have begun, and how many have ended."""
     steps = mark % _STEPS_PER_BATCH if mark // _STEPS_PER_BATCH == batch else 0
     return (steps + 1) // 2, steps // 2
 
@@ -109,12 +109,12 @@ class ServiceWorker:
     # ---- messages ----
 
     def handle_call(self, broadcasts: int, message: bytes) -> Any:
-        """Handle a message, after so many broadcasts; what its handler returns."""
+        """Handle a message, after ``broadcasts`` broadcasts; return what its handler returns."""
         self._handle_broadcasts(broadcasts)
         return self._handle(message)
 
     def handle_batch(self, broadcasts: int, batch: int, messages: list[bytes], seconds: float) -> int:
-        """Handle messages, after so many broadcasts, until so many seconds have passed; how many were handled."""
+        """Handle messages, after ``broadcasts`` broadcasts, for ``seconds`` seconds; return how many were handled."""
         self._handle_broadcasts(broadcasts)
         end = time.monotonic() + seconds
         for ended, message in enumerate(messages):
@@ -142,7 +142,10 @@ class ServiceWorker:
                     self._due[name] = time.monotonic() + _IDLE_RETRY_DELAY
 
     def _handle_broadcasts(self, number: int) -> None:
-        """Handle those that have come, once it is so many: they come on another line than calls, and may be late."""
+        """Wait until ``number`` broadcasts have arrived, then handle them.
+
+        They use another socket than calls and may arrive later.
+        """
         if self._received < number:
             with self._changed:
                 self._changed.wait_for(lambda: self._received >= number)

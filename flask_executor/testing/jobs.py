@@ -180,13 +180,13 @@ def log_something(count: int = 1) -> str:
 
 
 def receive(count: int) -> list[tuple[str, Any]]:
-    """Receives so many messages."""
+    """Receives ``count`` messages."""
     current_job.update(message="receiving")
     return [(message.type, message.body) for _ in range(count) if (message := current_job.receive())]
 
 
 def receive_in_time(*timeouts: float) -> list[object]:
-    """Waits so many seconds for a message, one after the other."""
+    """Waits for one message after the other, each for its timeout in seconds."""
     return [current_job.receive(timeout) for timeout in timeouts]
 
 

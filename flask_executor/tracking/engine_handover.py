@@ -54,7 +54,7 @@ _SENDER_POLL_INTERVAL = 0.02  # seconds between two looks whether a sender has h
 
 
 class EngineHandover:
-    """What this process does in that, as a sender, as a worker, or for another process's job.
+    """This process's part in a handover: as sender, as worker, or on behalf of another process's job.
 
     Any thread may call it.
 
@@ -92,7 +92,7 @@ class EngineHandover:
         self._tracker.writer.add(job, claimed=True, is_held=True)
 
     def is_held(self, id: str) -> bool:
-        """Whether a job waits in this process, and was not cancelled."""
+        """Return whether a job waits in this process, and was not cancelled."""
         return id in self._held
 
     @contextmanager
@@ -189,7 +189,7 @@ class EngineHandover:
             time.sleep(_LEASE_POLL_INTERVAL)
 
     def is_acquired(self, id: str) -> bool:
-        """Whether this process runs a job that the engine has delivered to it."""
+        """Return whether this process runs a job that the engine has delivered to it."""
         return id in self._acquired
 
     def ended(self, id: str) -> None:

@@ -113,7 +113,7 @@ class JobTracker:
         """The job has started, is queued again, or has something new to report."""
 
     def reporter(self, job: JobState) -> Callable[[RunningJob], None] | None:
-        """What a running job calls when it has something new to report; None for nothing."""
+        """Return what a running job calls when it has something new to report; None for nothing."""
         return None
 
     def pack_result(self, job: JobState, result: Any, packed: bytes | None) -> bytes | None:
@@ -190,7 +190,7 @@ class ExpiringFutures(FutureCollection[FutureProxy[Any]]):
 
 
 def is_pinned(options: JobOptions) -> bool:
-    """Whether the handle is exempt from ``EXECUTOR_FUTURES_MAX_LENGTH``, which would be too small.
+    """Return whether the handle is exempt from ``EXECUTOR_FUTURES_MAX_LENGTH``, which would be too small.
 
     ``result_or_202`` asks for that. Keys that this package has made imply it: each step of a flow and each job that was
     started over HTTP has one.
@@ -199,11 +199,11 @@ def is_pinned(options: JobOptions) -> bool:
 
 
 def is_listed(key: Hashable, within: tuple[Hashable, ...]) -> bool:
-    """Whether ``keys(within)`` lists this key: users do not see those that this package has made."""
+    """Return whether ``keys(within)`` lists this key: users do not see those that this package has made."""
     return bool(within) or not is_internal_key(key)
 
 
 def has_failed(future: Any) -> bool:
-    """Whether this is a handle, and of a job that has ended other than by success."""
+    """Return whether this is a handle, and of a job that has ended other than by success."""
     status = getattr(future, "status", JobStatus.SUCCEEDED)  # a future that was added by hand has none
     return bool(status.retryable)

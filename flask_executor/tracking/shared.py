@@ -204,11 +204,11 @@ class SharedJobTracker(JobTracker):
         self._memory.remove(id)
 
     def is_recorded(self, key: Hashable | None) -> bool:
-        """Whether the store gets a record of a job with this key."""
+        """Return whether the store gets a record of a job with this key."""
         return key is not None or self._options.track == "all"
 
     def _is_written(self, job: Job) -> bool:
-        """Whether the store knows, or knew, all there is to know about a job of this process."""
+        """Return whether the store knows, or knew, all there is to know about a job of this process."""
         return self.is_recorded(job.key) and job.status.ended and not self.writer.tracks(job.id)
 
     def changed(self, job: JobState) -> None:
@@ -225,7 +225,7 @@ class SharedJobTracker(JobTracker):
         limit = self._options.result_max_bytes
         if len(packed) > limit:
             raise ResultTooLarge(job.name, len(packed), limit, self._options.config_key("EXECUTOR_RESULT_MAX_BYTES"))
-        return self._signer().seal(job.id, PayloadKind.RESULT, packed)
+        return self._signer().sign(job.id, PayloadKind.RESULT, packed)
 
     def ended(self, job: JobState, error: BaseException | None, outcome: bytes | None) -> None:
         self._memory.end(job)
@@ -245,7 +245,7 @@ class SharedJobTracker(JobTracker):
             key = self._options.config_key("EXECUTOR_RESULT_MAX_BYTES")
             what = f"a job's error has {len(packed)} bytes and {key} allows {limit}; it was: {describe_error(error)}"
             packed = pack_error(NotPicklable(what))
-        return self._signer().seal(id, PayloadKind.ERROR, packed)
+        return self._signer().sign(id, PayloadKind.ERROR, packed)
 
     def on_request(self, request: StopRequest | StoredMessage) -> None:
         """Another process has asked for a job of this one to be stopped, or has sent it a message. Called by the writer
@@ -291,11 +291,11 @@ class SharedJobTracker(JobTracker):
 
     def open(self, job: Job) -> tuple[Any, BaseException | None]:
         """The result of a job that has ended, or what it has raised."""
-        sealed = self.store.outcome(job.id)
-        if sealed is None:
+        signed = self.store.outcome(job.id)
+        if signed is None:
             return None, error_of(job)
         try:
-            kind, payload = self._verifying_signer(OUTCOME, job.id).open(job.id, sealed)
+            kind, payload = self._verifying_signer(OUTCOME, job.id).unsign(job.id, signed)
             if kind is PayloadKind.RESULT:
                 return unpack_result(payload, job.name), None
             return None, unpack_error(payload)
@@ -328,7 +328,7 @@ class SharedJobTracker(JobTracker):
         self._background.run(fn)
 
     def _verifying_signer(self, what: str, id: str) -> PayloadSigner:
-        """What checks that the bytes in the store are this app's.
+        """Return what checks that the bytes in the store are this app's.
 
         :raises UntrustedResult: if nothing tells that: there is no key, and others can write to the store.
         """
@@ -341,7 +341,7 @@ class SharedJobTracker(JobTracker):
         return signer
 
     def _signer(self, what: str = OUTCOME) -> PayloadSigner:
-        """What signs and checks results, or messages.
+        """Return what signs and checks results, or messages.
 
         :raises ConfigError: for a store that others can write to, in an app without a secret key.
         """
@@ -393,7 +393,7 @@ class SharedJobTracker(JobTracker):
 
 
 def _is_sent(call: Call) -> bool:
-    """Whether the call goes to an engine, and does not run in this process."""
+    """Return whether the call goes to an engine, and does not run in this process."""
     return isinstance(call.future, StoredFuture)
 
 

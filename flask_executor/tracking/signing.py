@@ -53,28 +53,28 @@ class PayloadSigner:
 
     @property
     def signs(self) -> bool:
-        """Whether there is a key to sign with."""
+        """If true, there is a key to sign with."""
         return self._signer is not None
 
-    def seal(self, id: str, kind: PayloadKind, payload: bytes) -> bytes:
-        """The payload as bytes that :meth:`open` takes."""
+    def sign(self, id: str, kind: PayloadKind, payload: bytes) -> bytes:
+        """Return the payload as bytes that :meth:`unsign` takes."""
         mark = str(int(kind)).encode()
         if self._signer is None:
             return _UNSIGNED + mark + payload
         return _SIGNED + mark + self._signer.get_signature(_bound(id, mark, payload)) + payload
 
-    def open(self, id: str, sealed: bytes) -> tuple[PayloadKind, bytes]:
-        """The kind and the payload of what :meth:`seal` returned for this job.
+    def unsign(self, id: str, signed: bytes) -> tuple[PayloadKind, bytes]:
+        """Return the kind and the payload of what :meth:`sign` returned for this job.
 
         :raises UntrustedResult: if it was not signed with one of the app's keys.
         """
-        signed, mark = sealed[:1], sealed[1:2]
+        form, mark = signed[:1], signed[1:2]
         begin = 2 if self._signer is None else 2 + _SIGNATURE_LENGTH
-        payload = sealed[begin:]
+        payload = signed[begin:]
         if self._signer is None:
-            good = signed == _UNSIGNED
+            good = form == _UNSIGNED
         else:
-            good = signed == _SIGNED and self._signer.verify_signature(_bound(id, mark, payload), sealed[2:begin])
+            good = form == _SIGNED and self._signer.verify_signature(_bound(id, mark, payload), signed[2:begin])
         if not good:
             raise UntrustedResult(
                 f"What is there as the {self._what} of job {id} was not signed with this app's SECRET_KEY, and is not "
@@ -88,22 +88,22 @@ def _bound(id: str, mark: bytes, payload: bytes) -> bytes:
 
 
 def pack_message(job: Job, message: JobMessage, signer: PayloadSigner) -> bytes:
-    """A message to this job as signed bytes.
+    """Return a message to this job as signed bytes.
 
     :raises NotPicklable: if it cannot be sent to another process.
     """
     packed = pickle_or_explain(message, f"The message for job {job.name}", "be sent to the process that has the job")
-    return signer.seal(job.id, PayloadKind.MESSAGE, b"".join(packed))
+    return signer.sign(job.id, PayloadKind.MESSAGE, b"".join(packed))
 
 
 def unpack_message(id: str, data: bytes, signer: PayloadSigner) -> JobMessage:
-    """The message to the job with this id.
+    """Return the message to the job with this id.
 
     :raises UntrustedResult: if it was not signed with one of the app's keys.
     :raises NotPicklable: if it cannot be unpickled here.
     """
     try:
-        _, packed = signer.open(id, data)
+        _, packed = signer.unsign(id, data)
         message: JobMessage = pickle.loads(packed)
     except UntrustedResult:
         raise

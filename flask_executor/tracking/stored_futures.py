@@ -110,5 +110,5 @@ class StoredFutureCollection(FutureCollection[FutureProxy[Any]]):
 
 
 def _is_by_hand(key: Hashable, future: Any) -> bool:
-    """Whether the user has added this future under this key, and not the executor."""
+    """Return whether the user has added this future under this key, and not the executor."""
     return getattr(future, "key", None) != key or not hasattr(future, "job_id")

@@ -107,7 +107,7 @@ class StoreWriter:
                 self._write_all_again()
 
     def tracks(self, id: str) -> bool:
-        """Whether the job with this id is tracked."""
+        """Return whether the job with this id is tracked."""
         return id in self._tracked
 
     def changed(self, job: JobState) -> None:
@@ -418,7 +418,7 @@ class StoreWriter:
                 logger.exception("Nothing about job %s (%s) can be written.", entry.job.name, entry.job.id)
 
     def _is_settled(self, tracked: _Tracked) -> bool:
-        """Whether it may be written: the end of a job is written together with its outcome, which comes just after."""
+        """Return whether it may be written: the end of a job is written with its outcome, which comes just after."""
         return tracked.ended or self._cut_off or not tracked.job.status.ended
 
     def _entry(self, tracked: _Tracked) -> Entry:

@@ -168,8 +168,8 @@ class Controller(Blueprint):
         if job is not None:
             if job.owner is not None and job.owner == self._known_owner():
                 return True
-            permit = self._permit() if action in ("status", "result") else None
-            if permit is not None and permit.id == job.id:
+            token = self._token() if action in ("status", "result") else None
+            if token is not None and token.id == job.id:
                 return True
         return self._authorizes(action, job)
 
@@ -195,11 +195,11 @@ class Controller(Blueprint):
         """Leave the view if a page of another site has made this request; override it to allow some sites."""
         require_same_origin(request)
 
-    def _permit(self) -> JobToken | None:
-        """The permit in the url: whoever has that url may see one job."""
-        token = request.args.get("permit")
-        permit = None if token is None else check_token(current_app, SHOW, token)
-        return permit if permit is not None and permit.executor == self.executor.name else None
+    def _token(self) -> JobToken | None:
+        """The token in the url, which lets any user who has that url see one job; None without a valid one."""
+        text = request.args.get("permit")
+        token = None if text is None else check_token(current_app, SHOW, text)
+        return token if token is not None and token.executor == self.executor.name else None
 
     # ---- starting ----
 
@@ -299,21 +299,21 @@ class Controller(Blueprint):
 
         :param job: If given, the function is for this job only, and can be called after the request context has gone.
         """
-        base, jobs, permit = self._url("index"), self.jobs, self._permit()
+        base, jobs, token = self._url("index"), self.jobs, self._token()
         allowed = None if job is None else self._allowed(job)
-        token = quote(request.args.get("permit", ""), safe="")
+        query = f"?permit={quote(request.args.get('permit', ''), safe='')}"
 
         def describe(job: Job) -> dict[str, Any]:
             may = self._allowed(job) if allowed is None else allowed
             itself = f"{base}{job.id}"
-            permitted = f"?permit={token}" if permit is not None and permit.id == job.id else ""
-            links = {"self": itself + permitted, "events": f"{itself}/events{permitted}"} if "status" in may else {}
+            with_token = query if token is not None and token.id == job.id else ""
+            links = {"self": itself + with_token, "events": f"{itself}/events{with_token}"} if "status" in may else {}
             if "log" in may:
                 links["log"] = f"{itself}/log"
             if "stop" in may and not job.status.ended:
                 links["stop"] = itself
             if "result" in may and job.status is JobStatus.SUCCEEDED:
-                links["result"] = f"{itself}/result{permitted}"
+                links["result"] = f"{itself}/result{with_token}"
             if "retry" in may and self._started(job) is not None:
                 links["retry"] = f"{itself}/retry"
             return {**jobs.describe(job), "links": links}

@@ -28,7 +28,10 @@ _CONTROLLERS = "flask_executor_controllers"  # in app.extensions: name and owner
 
 
 class JobsView(Protocol):
-    """The jobs of an executor in one app, as requests see them."""
+    """The jobs of an executor in one app, as requests see them.
+
+    A port: :class:`flask_executor.executor.jobs_view.AppJobs` implements it, which this layer does not import.
+    """
 
     @property
     def name(self) -> str:

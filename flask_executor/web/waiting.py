@@ -145,9 +145,9 @@ def _redirect_to_job_page(jobs: JobsView, job: Job, document: Mapping[str, Any],
             "redirect to a view that takes GET and calls result_or_202()"
         )
     own = job.owner is not None and job.owner == job_owner(jobs.name)
-    # If another user has started the job: the view lets this request see it, so the url carries a permit.
-    permit = sign_token(current_app, SHOW, JobToken(executor=jobs.name, id=document["id"]))
-    url = url_within(f"{controller}.job", id=document["id"], permit=None if own else permit)
+    # If another user has started the job: the view lets this request see it, so the url carries a token.
+    token = sign_token(current_app, SHOW, JobToken(executor=jobs.name, id=document["id"]))
+    url = url_within(f"{controller}.job", id=document["id"], permit=None if own else token)
     if as_html:
         return _no_store(redirect(url, 303))
     answer = document_answer(request, document, 202)

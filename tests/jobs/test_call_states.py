@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flask_executor import FutureProxy, current_job
-from flask_executor.jobs.call import _NEXT, Call, CallState
+from flask_executor.jobs.call import _TRANSITIONS, Call, CallState
 from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until
 
 
@@ -86,7 +86,7 @@ def test_settled_is_final_and_other_steps_are_in_the_table(make_executor: MakeEx
         if state is CallState.SETTLED:
             assert not call.enter(following)
             assert call.state is CallState.SETTLED
-        elif following is CallState.SETTLED or following in _NEXT[state]:
+        elif following is CallState.SETTLED or following in _TRANSITIONS[state]:
             assert call.enter(following)
             assert call.state is following
         else:

@@ -192,6 +192,6 @@ def _count(names: list[str], dask_scheduler: Any) -> tuple[int, int]:
 
 
 def _needs(task: Any, names: list[str]) -> bool:
-    """Whether a task is a call of this package that needs exactly these resources."""
+    """Return whether a task is a call of this package that needs exactly these resources."""
     is_call = isinstance(task.key, str) and _KEY_OF_JOB.search(task.key) is not None
     return is_call and set(task.resource_restrictions or ()) == set(names)

@@ -77,7 +77,7 @@ def requeue_elsewhere(id: str, error: ConfigError) -> float:
 
 
 def is_lost(address: Address, id: str) -> bool:
-    """Whether the store knows that a job had begun and that the process which ran it is dead.
+    """Return whether the store knows that a job had begun and that the process which ran it is dead.
 
     :raises StoreUnavailable: if the store does not answer.
     """

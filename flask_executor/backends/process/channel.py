@@ -65,7 +65,7 @@ class FrameStream:
     def send_parts(self, parts: list[bytes], size: int = 0) -> bool:
         """As :meth:`send`, of bytes that are no frame; the other end knows what to read when.
 
-        :param size: of them all, without a few.
+        :param size: total size of ``parts`` in bytes; small headers may be left out.
         """
         if size <= SMALL:
             parts = [b"".join(parts)]
@@ -196,7 +196,8 @@ class CallSender:
     def recall(self) -> set[int]:
         """Read back the calls that the worker has not read.
 
-        The bytes of a large call stay on the stream, so only if the worker is dead one may be among them.
+        The bytes of a large call stay on the stream, so a large call may be recalled only after the worker
+        has died.
 
         :return: their numbers. They need not be the last ones: the worker may read one while others are recalled.
         """

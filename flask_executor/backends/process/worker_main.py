@@ -62,7 +62,7 @@ _MAX_EARLY_JOBS = 16  # whose messages are kept before their calls are read
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSettings:
-    """What a worker process is started with; inherited or pickled."""
+    """The arguments of a worker process; inherited or pickled."""
 
     #: The app, if it is inherited.
     app: Flask | None
@@ -96,7 +96,7 @@ class WorkerPlugin(Protocol):
         """Get ready. An error that this raises ends the process.
 
         :param send: sends a message to the parent.
-        :param exit_if_forked_child: to be called after code of the user's: it ends a process which that has forked.
+        :param exit_if_forked_child: call this after running user code; if that code forked, it ends the forked child.
         """
 
     def next_timeout(self) -> float | None:

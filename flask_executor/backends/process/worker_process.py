@@ -56,7 +56,8 @@ class WorkerPhase(enum.IntEnum):
 class WorkerProcess:
     """A worker process.
 
-    The supervisor thread creates, reads, joins and closes it. All else is guarded by the dispatcher's lock.
+    The supervisor thread creates, reads, joins and closes it. All else is guarded by the dispatcher's lock,
+    except :meth:`kill`, which any thread may call.
 
     :raises Exception: when the process cannot be started.
     """
@@ -137,7 +138,7 @@ class WorkerProcess:
     def recall(self) -> list[Task]:
         """Read back the calls that it has not read and never will, in the order in which they were sent.
 
-        None if it may be reading a large one, which cannot be recalled.
+        Returns an empty list while the worker may be reading a large call, because large calls cannot be recalled.
         """
         if not self.tasks or not self.calls.can_recall(self.tasks[0].parts):
             return []
@@ -154,7 +155,7 @@ class WorkerProcess:
 
     @property
     def progress_mark(self) -> int:
-        """What the worker's plugin has written there last."""
+        """The last value that the worker's plugin has written to this shared memory; 0 without a plugin."""
         return 0 if self._progress_mark is None else int(self._progress_mark.value)
 
     def send_message(self, message: CompactPickle) -> None:
@@ -186,7 +187,7 @@ class WorkerProcess:
             self.process.kill()
 
     def join(self) -> int | None:
-        """Wait until it has ended; its exit code, None if somebody else has collected that."""
+        """Wait until it has ended; return its exit code, None if other code has collected that."""
         self.process.join()
         # Another thread that starts a process collects all that have ended, and may be in the middle of that.
         deadline = time.monotonic() + 1.0

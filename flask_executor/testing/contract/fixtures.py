@@ -93,7 +93,7 @@ def skip_without_force(executor: Executor) -> None:
 
 
 def run_in_threads(count: int, fn: Callable[[], object]) -> None:
-    """Call ``fn`` in so many threads at the same time, and wait for all of them."""
+    """Call ``fn`` in ``count`` threads at the same time, and wait for all of them."""
     threads = [threading.Thread(target=fn) for _ in range(count)]
     for thread in threads:
         thread.start()

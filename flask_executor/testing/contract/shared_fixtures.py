@@ -107,7 +107,9 @@ class SharedStoreFixtures:
 
     @pytest.fixture
     def shorten_leases(self, monkeypatch: pytest.MonkeyPatch) -> ShortenLeases:
-        """Has leases last for so many seconds: sets ``LEASE_SECONDS`` at its source, and where the store imports it.
+        """A function that sets the length of leases, in seconds.
+
+        It sets ``LEASE_SECONDS`` at its source, and where the store imports it.
 
         To be overridden for a store that has the length of its leases from somewhere else.
         """
