@@ -70,13 +70,12 @@ class Consumer:
         call, sender = self._unpack(id, data)
         try:
             register_for_shutdown(self._app_executor)
-            workers = self._workers()
+            call.backend = workers = self._workers()  # once the job is ours it may get messages
             if not self._acquire(call, sender):
                 return None
         except ExecutorShutdown as error:  # somebody else may have it
             logger.warning("Job %s has to wait: %s", id, error)
             return _RETRY_DELAY
-        call.backend = workers
         call.enter(CallState.QUEUED)
         try:
             workers.enqueue(call)

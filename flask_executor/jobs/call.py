@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -201,6 +202,7 @@ class Call:
         self.packed: Any = None
         #: Messages that came before the job ran. They belong to what runs it: this class, which guards them with
         #: _undelivered_lock; or a pool of processes, which keeps them pickled, guarded by its dispatcher's lock.
+        #: After a change of the configuration the one may find messages as the other has kept them.
         self.undelivered: list[Any] | None = None
         self._running: RunningJob | None = None
         self._timers: list[TimerHandle] | None = None
@@ -238,10 +240,11 @@ class Call:
 
         :raises RuntimeError: for a step that is not in the table.
         """
-        if self.state is CallState.SETTLED:
+        present = self.state  # read once: another thread may settle the call now
+        if present is CallState.SETTLED:
             return False
-        if state is not CallState.SETTLED and state not in _TRANSITIONS[self.state]:
-            raise RuntimeError(f"job {self.job.id} is {self.state.name} and cannot become {state.name}")
+        if state is not CallState.SETTLED and state not in _TRANSITIONS[present]:
+            raise RuntimeError(f"job {self.job.id} is {present.name} and cannot become {state.name}")
         self.state = state
         return True
 
@@ -255,12 +258,13 @@ class Call:
         self.enter(CallState.RUNNING)
         if self.options.timeout is not None:
             self._watch()
-        running = RunningJob(self.job, self.channel.reporter(self.job))
-        with _undelivered_lock:  # what comes from now on it gets at once
-            for message in self.undelivered or ():
-                running.deliver(message)
-            self.undelivered, self._running = None, running
         try:
+            running = RunningJob(self.job, self.channel.reporter(self.job))
+            with _undelivered_lock:  # what comes from now on it gets at once
+                for message in self.undelivered or ():
+                    # Pickled, if it came when a pool of processes was to run the call; the configuration has changed.
+                    running.deliver(pickle.loads(message) if isinstance(message, bytes) else message)
+                self.undelivered, self._running = None, running
             result = self.context.run(self._report_and_call)
         except BaseException as error:
             if self._error is None:  # it did not get as far as the function

@@ -92,3 +92,13 @@ def test_settled_is_final_and_other_steps_are_in_the_table(make_executor: MakeEx
         else:
             with pytest.raises(RuntimeError, match=f"is {state.name} and cannot become {following.name}"):
                 call.enter(following)
+
+
+def test_a_call_that_is_settled_just_when_it_moves_on() -> None:
+    seen = itertools.chain([CallState.QUEUED], itertools.repeat(CallState.SETTLED))
+
+    class SettledMeanwhile(Call):
+        __slots__ = ()
+        state: Any = property(lambda self: next(seen), lambda self, state: None)
+
+    assert SettledMeanwhile.__new__(SettledMeanwhile).enter(CallState.RUNNING)

@@ -65,3 +65,15 @@ def test_messages_that_a_job_has_got_are_not_kept(make_executor: MakeExecutor, s
     assert len(task.call.undelivered or ()) < 100
     future.send("page", 2999)
     assert future.result(20) == [("page", number) for number in range(3000)]
+
+
+@pytest.mark.parametrize(("before", "now"), [("thread", "process"), ("process", "thread")])
+def test_a_message_waits_for_a_job_that_another_backend_runs(
+    app: Flask, make_executor: MakeExecutor, before: str, now: str
+) -> None:
+    executor = make_executor(type=before, max_workers=1)
+    future = executor.submit_later(0.2, tasks.receive_at_last, 1)
+    assert future.send("a", 1)
+    app.config["EXECUTOR_TYPE"] = now
+    executor.init_app(app)
+    assert future.result(20) == ("a", 1)

@@ -64,6 +64,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         parts = call.packed or pack_call(call)
         # The next attempt sends the same bytes, even if the arguments have changed meanwhile.
         call.packed = parts if call.retried else None
+        _pack_messages(call)
         task = Task(call, parts, fire_and_forget=fire_and_forget, on_assigned=on_assigned)
         self._supervisor.start()
         self._dispatcher.add(task)
@@ -99,7 +100,7 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
         self._dispatcher.kill(call.job.id, attempt)
 
     def deliver(self, call: Call, message: JobMessage) -> None:
-        self.deliver_packed(call, b"".join(pickle_or_explain(message, f"The message for job {call.job.name}")))
+        self.deliver_packed(call, _pack_message(call, message))
 
     def deliver_packed(self, call: Call, data: bytes) -> None:
         """As :meth:`deliver`, of a JobMessage that is pickled."""
@@ -145,3 +146,18 @@ class ProcessBackend(concurrent.futures.ProcessPoolExecutor, Backend):
     @property
     def _processes(self) -> Any:  # type: ignore[override]  # as in the standard pool
         return self._dispatcher.processes()
+
+
+def _pack_message(call: Call, message: JobMessage) -> bytes:
+    return b"".join(pickle_or_explain(message, f"The message for job {call.job.name}"))
+
+
+def _pack_messages(call: Call) -> None:
+    """Pickle the messages that came when a backend in this process was to run the call: the configuration has changed.
+
+    :raises NotPicklable: for one that cannot be sent to a worker process.
+    """
+    messages = call.undelivered or []
+    for number, message in enumerate(messages):
+        if not isinstance(message, bytes):
+            messages[number] = _pack_message(call, message)
