@@ -101,7 +101,8 @@ class SendWindow:
 
     def grant(self, credits: int) -> None:
         """So many more messages may be sent, as others have been handled."""
-        self._credits += credits
+        # A leader that accepts no more goes on to grant credits for what it has, and all were given back by then.
+        self._credits = min(self._size, self._credits + credits)
         while len(self._unhandled) > self._size - self._credits:  # those that were not accepted are the last
             self._unhandled.popleft()
 

@@ -58,3 +58,15 @@ def test_what_was_not_accepted_is_taken_back_with_a_full_window() -> None:
     window.put_back([item for _, item in back])
     assert send_all(window) == ["3", "4", "5"]
     assert window.take_back(lambda number, end: False) == []
+
+
+def test_credits_that_a_leader_grants_after_its_goaway_are_not_too_many() -> None:
+    window = SendWindow(2)
+    for number in range(2):
+        window.put(message(number))
+    assert send_all(window) == ["0", "1"]
+    assert [number for number, _ in window.take_back(lambda number, end: number > 1)] == [2]
+    window.grant(1)
+    for number in range(3):
+        window.put(message(number))
+    assert send_all(window) == ["0", "1"]
