@@ -71,7 +71,7 @@ class Line:
 
     def __init__(self, packets: bool) -> None:
         self.here, self.there = socket.socketpair()
-        pair = socket.socketpair(type=socket.SOCK_SEQPACKET) if packets else None
+        pair = self.packets = socket.socketpair(type=socket.SOCK_SEQPACKET) if packets else None
         self.inside = pair[1].dup() if pair else None
         self.wire = FrameStream(self.here)
         self.calls = CallSender(self.wire, pair)
@@ -92,8 +92,7 @@ class Line:
         return value
 
     def close(self) -> None:
-        self.calls.close()
-        for end in (self.here, self.there, self.inside):
+        for end in (self.here, self.there, self.inside, *(self.packets or ())):
             if end is not None:
                 end.close()
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -233,13 +234,51 @@ def write_to_the_stream() -> None:
     time.sleep(20)
 
 
-write_to_the_stream.__module__ = "tasks"
-write_to_the_stream.__qualname__ = "write_to_the_stream"
+@pytest.mark.skipif(sys.platform != "linux", reason="counts its sockets in /proc")
+def test_a_worker_that_cannot_be_started_leaves_no_sockets(executor: Executor) -> None:
+    before, *after = executor.submit(count_sockets_of_failed_starts).result(10)
+    assert after == [before] * 13
+
+
+def count_sockets_of_failed_starts() -> list[int]:
+    """The open sockets of this process, first and after each start of a worker with too few descriptors."""
+    import multiprocessing
+    import os
+    import resource
+
+    from flask_executor.backends.process.worker_main import WorkerSettings
+    from flask_executor.backends.process.worker_process import WorkerProcess
+
+    def count_sockets() -> int:
+        open_files = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
+        return sum(os.path.islink(file) and os.readlink(file).startswith("socket:") for file in open_files)  # noqa: PTH114, PTH115
+
+    settings = WorkerSettings(app=None, app_import="", app_config_key="", initializers=(), log_levels={})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(1)
+    os.close(lowest)
+    counts, errors = [count_sockets()], []
+    for spare in range(13):  # one less than it takes: 9 for the sockets, and 4 of multiprocessing's
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, hard))
+        try:
+            WorkerProcess(multiprocessing.get_context("fork"), settings)
+        except OSError as error:
+            errors.append(error)  # its traceback keeps from the garbage collector what was made
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        counts.append(count_sockets())
+    assert len(errors) == 13
+    return counts
+
+
+for _job in (write_to_the_stream, count_sockets_of_failed_starts):
+    _job.__module__ = "tasks"
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "write_to_the_stream", write_to_the_stream, raising=False)
+    for job in (write_to_the_stream, count_sockets_of_failed_starts):
+        monkeypatch.setattr(tasks, job.__name__, job, raising=False)
 
 
 def test_what_finalizers_do_in_the_middle(make_executor: MakeExecutor) -> None:

@@ -160,7 +160,7 @@ class CallSender:
     can be recalled.
 
     :param stream: the stream to this worker.
-    :param packets: a pair of packet sockets, ours and the worker's, if there are any. :meth:`close` closes both.
+    :param packets: a pair of packet sockets, ours and the worker's, if there are any. The caller closes them.
     """
 
     def __init__(self, stream: FrameStream, packets: tuple[socket.socket, socket.socket] | None) -> None:
@@ -224,12 +224,6 @@ class CallSender:
         :raises OSError: when the worker is gone.
         """
         (self._ours or self._stream.socket).shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        """Close both packet sockets."""
-        if self._ours is not None and self._workers is not None:
-            self._ours.close()
-            self._workers.close()
 
 
 class CallReceiver:

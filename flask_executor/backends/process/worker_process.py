@@ -65,32 +65,35 @@ class WorkerProcess:
     def __init__(self, context: BaseContext, settings: WorkerSettings) -> None:
         # Shared memory: the parent can read what a plugin wrote there even after the worker was killed.
         self._progress_mark: Any = None if settings.make_plugin is None else context.RawValue("Q", 0)
-        ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
-        packets = packet_pair()
-        for end in (*ours, *(packets or ())):
-            close_in_child(end)
-        self.stream, self.control = FrameStream(ours[0]), FrameStream(ours[1])
-        self._life = ours[2]  # nothing is sent on it: the system closes it when this process ends, in whatever way
+        with contextlib.ExitStack() as own_ends, contextlib.ExitStack() as worker_ends:
+
+            def pair() -> tuple[socket.socket, socket.socket]:
+                own, workers = socket.socketpair()
+                return own_ends.enter_context(close_in_child(own)), worker_ends.enter_context(workers)
+
+            stream, workers_stream = pair()
+            control, workers_control = pair()
+            # Nothing is sent on this one: the system closes the parent's end when the parent ends, in whatever way.
+            _, workers_life = pair()
+            packets = packet_pair()
+            for end in packets or ():
+                own_ends.enter_context(close_in_child(end))
+            workers_packets = None if packets is None else worker_ends.enter_context(packets[1].dup())
+            self.process: Any = context.Process(  # type: ignore[attr-defined]
+                target=main,
+                args=(settings, workers_stream, workers_control, workers_life, workers_packets, self._progress_mark),
+                name="flask-executor-worker",
+                daemon=False,
+            )
+            forking.worker = workers_life
+            try:
+                with _allow_daemon_children():
+                    self.process.start()
+            finally:
+                forking.worker = None
+            self._sockets = own_ends.pop_all()
+        self.stream, self.control = FrameStream(stream), FrameStream(control)
         self.calls = CallSender(self.stream, packets)
-        their_packets = None if packets is None else packets[1].dup()
-        self.process: Any = context.Process(  # type: ignore[attr-defined]
-            target=main,
-            args=(settings, *theirs, their_packets, self._progress_mark),
-            name="flask-executor-worker",
-            daemon=False,
-        )
-        forking.worker = theirs[2]
-        try:
-            with _allow_daemon_children():
-                self.process.start()
-        except BaseException:
-            self._close_sockets()
-            raise
-        finally:
-            forking.worker = None
-            for end in (*theirs, their_packets):
-                if end is not None:
-                    end.close()
         self._pidfd: int | None = None
         forget_in_child(self.process)
         # Readable when the process has ended. multiprocessing's own sentinel is a pipe, which what the job has
@@ -198,13 +201,9 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Close the parent's ends of its sockets."""
-        self._close_sockets()
+        self._sockets.close()
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
         if self._kill_timer is not None:
             self._kill_timer.cancel()
-
-    def _close_sockets(self) -> None:
-        for end in (self.stream, self.control, self.calls, self._life):
-            end.close()
