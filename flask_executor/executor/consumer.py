@@ -73,7 +73,7 @@ class Consumer:
             call.backend = workers = self._workers()  # once the job is ours it may get messages
             if not self._acquire(call, sender):
                 return None
-        except ExecutorShutdown as error:  # somebody else may have it
+        except ExecutorShutdown as error:  # another worker may run it
             logger.warning("Job %s has to wait: %s", id, error)
             return _RETRY_DELAY
         call.enter(CallState.QUEUED)
@@ -92,15 +92,15 @@ class Consumer:
         return again
 
     def _acquire(self, call: Call, sender: str) -> bool:
-        """Have the job; False when it was cancelled, or somebody else has it.
+        """Acquire the job; False when it was cancelled, or another worker has it.
 
-        When the store is away this waits, for perhaps it has taken down that the job is ours and only its answer was
-        lost; then nobody else could have it.
+        While the store is away this waits: perhaps it has written that the job is this process's and only its answer
+        was lost, and then no other worker can acquire the job.
 
         :raises ExecutorShutdown: when this process ends.
         """
         while not (self._closed or entrypoint.shutting_down.is_set() or call.future.done()):
-            self._app_executor.in_flight.add(call, None)  # first: once it is ours it may get messages
+            self._app_executor.in_flight.add(call, None)  # first: once it is acquired, messages may come for it
             acquired = False
             try:
                 acquired = self.handover.acquire(call, sender)
@@ -109,7 +109,7 @@ class Consumer:
                 logger.warning("Job %s has to wait: %s", call.job.id, error)
             finally:
                 if not acquired:
-                    self._app_executor.in_flight.discard(call.future)
+                    self._app_executor.in_flight.remove(call.future)
             time.sleep(_RETRY_DELAY)
         raise ExecutorShutdown("this worker is ending")
 
@@ -118,7 +118,7 @@ class Consumer:
         if not self.handover.is_acquired(call.job.id):
             return False
         self._retry_delays[call.job.id] = delay
-        # Only to wake up run(): the handle is not the one that somebody waits with, and nothing is reported.
+        # Only to wake up run(): no user waits with this handle, and nothing is reported.
         Future.set_exception(call.future, ExecutorShutdown("the engine has the job again"))
         return True
 

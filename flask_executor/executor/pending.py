@@ -67,14 +67,19 @@ class InFlight:
 
     def discard(self, future: Any) -> None:
         """The future is settled, and its callbacks have run."""
-        self._deferred.discard(future)  # first: wait() may count in between
-        call = self._calls.pop(future, None)
+        call = self.remove(future)
         if call is not None:
             call.enter(CallState.SETTLED)
-            if self._by_id.get(call.job.id) is future:
-                del self._by_id[call.job.id]
+
+    def remove(self, future: Any) -> Call | None:
+        """Take out a call that is not settled; None when it was not here."""
+        self._deferred.discard(future)  # first: wait() may count in between
+        call = self._calls.pop(future, None)
+        if call is not None and self._by_id.get(call.job.id) is future:
+            del self._by_id[call.job.id]
         self._uncounted.discard(future)
         self._notify()
+        return call
 
     def _notify(self) -> None:
         if self._watchers:

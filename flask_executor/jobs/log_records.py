@@ -9,29 +9,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.model import LogLine
 
+if TYPE_CHECKING:
+    from flask_executor.jobs.current import RunningJob
+
 _FIELDS = ("job_id", "job_key")
-
-
-class LoggingJob(Protocol):
-    """Whoever log records belong to: a job."""
-
-    @property
-    def id(self) -> str:
-        """The id of the job."""
-
-    @property
-    def key(self) -> Hashable | None:
-        """Its key."""
-
-    def logged(self, record: logging.LogRecord) -> None:
-        """A record was made."""
 
 
 def log_failure(app: Flask | None, name: str, id: str, key: Hashable | None, error: BaseException) -> None:
@@ -54,9 +42,15 @@ def log_failure(app: Flask | None, name: str, id: str, key: Hashable | None, err
 
 
 class _JobRecordMixin:
-    """Mixed into the class of each record: the fields are there, but come last.
+    """Mixed into the class of each record: gives it ``job_id`` and ``job_key`` when they are asked for.
 
-    Were they set when the record is made, ``log.info(..., extra={"job_id": 5})`` would raise a :exc:`KeyError` in an
+    .. code-block:: python
+
+        logging.basicConfig(format="%(job_id)s %(message)s")
+        log.info("page %d", 4)                      # 5f0c... page 4
+        log.info("started", extra={"job_id": 5})    # 5 started: what the app sets itself has precedence
+
+    Were the fields set when the record is made, ``log.info(..., extra={"job_id": 5})`` would raise a :exc:`KeyError` in an
     app that has jobs of its own: :mod:`logging` refuses to overwrite what is there.
     """
 
@@ -91,7 +85,7 @@ def _with_fields(base: Any) -> Any:
 class _Factory:
     """Makes log records in the way it was done before, and notes which job they belong to."""
 
-    def __init__(self, make: Callable[..., logging.LogRecord], running_job: Callable[[], LoggingJob | None]) -> None:
+    def __init__(self, make: Callable[..., logging.LogRecord], running_job: Callable[[], RunningJob | None]) -> None:
         self._make = make
         self._running_job = running_job
 
@@ -107,7 +101,7 @@ class _Factory:
         return record
 
 
-def install_record_factory(running_job: Callable[[], LoggingJob | None]) -> None:
+def install_record_factory(running_job: Callable[[], RunningJob | None]) -> None:
     """From now on log records know the job that they are made in.
 
     :param running_job: gives the job that the calling code runs in.

@@ -16,7 +16,7 @@ from flask_executor.backends.engine import entrypoint
 from flask_executor.exceptions import EngineUnavailable, ExecutorShutdown, StoreUnavailable
 from flask_executor.executor.consumer import Consumer
 from flask_executor.futures import FutureProxy
-from flask_executor.jobs.call import Call
+from flask_executor.jobs.call import Call, CallState
 from flask_executor.jobs.model import Job, JobState, JobStatus
 from flask_executor.stores.leases import engine_holder, new_holder_id
 from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, wait_until
@@ -376,3 +376,22 @@ def test_a_hand_over_while_a_worker_takes_the_job(worker: Worker) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "transfer", take_and_hand_over)
         assert worker.adopt(job)
+
+
+def test_a_call_that_has_to_wait_for_the_store_is_not_settled(worker: Worker) -> None:
+    store, consumer = worker.tracker.store, Consumer(worker.binding, worker.tracker, worker.handover)
+    call = worker.call(worker.queued())
+    transfer, asked = store.transfer, []
+
+    def fail_once(*entry: Any, **how: Any) -> Job | None:
+        asked.append(call.state)
+        if len(asked) == 1:
+            raise StoreUnavailable(store.where, "it is away")
+        return transfer(*entry, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "transfer", fail_once)
+        assert consumer._acquire(call, ENGINE)
+    assert set(asked) == {CallState.ACCEPTED}
+    worker.binding.in_flight.discard(call.future)
+    assert call.state is CallState.SETTLED
