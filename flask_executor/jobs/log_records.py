@@ -50,8 +50,8 @@ class _JobRecordMixin:
         log.info("page %d", 4)                      # 5f0c... page 4
         log.info("started", extra={"job_id": 5})    # 5 started: what the app sets itself has precedence
 
-    Were the fields set when the record is made, ``log.info(..., extra={"job_id": 5})`` would raise a :exc:`KeyError` in an
-    app that has jobs of its own: :mod:`logging` refuses to overwrite what is there.
+    Were the fields set when the record is made, the second call would raise a :exc:`KeyError`: :mod:`logging` refuses
+    to overwrite what is there.
     """
 
     _job: tuple[str | None, Hashable | None]
