@@ -20,7 +20,7 @@ _INFO = "flask_executor_commits"  # in session.info
 
 
 class AfterCommit:
-    """What waits for the transactions of one session. It lives as long as that, and listens once.
+    """The calls that wait for the transactions of one session. It lives as long as the session, and listens once.
 
     It refers to transactions, and these to their session; so it must be found from the session only, or neither would
     ever be collected.
@@ -63,7 +63,7 @@ class AfterCommit:
 
 
 def commits_of(session: Session | scoped_session[Any]) -> AfterCommit:
-    """What waits for the transactions of this session, which is in one from now on.
+    """Return what waits for the transactions of this session, which is in one from now on.
 
     Otherwise nothing would tell of a rollback, or of the session being closed, before there was any SQL.
 

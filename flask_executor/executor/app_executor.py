@@ -58,7 +58,7 @@ Callback = Callable[[Future[Any]], object]
 
 
 class AppExecutor:
-    """What :meth:`flask_executor.Executor.init_app` makes for an app.
+    """One executor in one app; :meth:`flask_executor.Executor.init_app` makes it.
 
     The backend is made when it is first needed and belongs to this process: in the child of a fork :meth:`after_fork`
     drops it, and the jobs of the parent with it.
@@ -224,7 +224,7 @@ class AppExecutor:
         """A request has come: this process serves, and is no reloader or master. Receives ``request_started``."""
         try:
             self.services.start()
-        except Exception:  # not this request's fault, and who uses a service gets the error as well
+        except Exception:  # not this request's fault, and code that uses a service gets the error as well
             logger.exception("The services cannot be started.")
 
     @property
@@ -265,7 +265,7 @@ class AppExecutor:
         return self.producer is None or self.producer.wait(left)
 
     def health(self) -> Health:
-        """How it is doing now."""
+        """Return its health: workers, jobs running and waiting."""
         jobs = [future.record() for future in self.in_flight.futures()]
         waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
         health = Health(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AppChannel(JobChannel):
-    """What the calls and futures of one app's executor report to, and what futures ask.
+    """Connects the calls and futures of one app's executor with its parts.
 
     The worker that runs the call calls the first half; the second half may be called from any thread.
     """

@@ -193,7 +193,7 @@ def _key(name: str, default: object, coerce: Callable[[object], Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """What an app's config says about one executor.
+    """The settings of one executor in an app's config.
 
     Each key is read with the executor's name as prefix, in capitals: ``REPORTS_EXECUTOR_TYPE`` for
     ``Executor(app, name="reports")``. A named executor does not look at the keys without prefix.
@@ -293,7 +293,7 @@ class Config:
         return self.prefix + name
 
     def tracking_options(self) -> TrackingOptions:
-        """What handles and records are kept by."""
+        """Return the settings for handles and records."""
         return TrackingOptions(
             store=self.store,
             track=self.track,
@@ -307,7 +307,7 @@ class Config:
     def backend_options(
         self, app: weakref.ref[Flask] | None = None, initializers: Sequence[Callable[[], object]] = ()
     ) -> BackendOptions:
-        """What the backend is made from.
+        """Return the options that the backend is made from.
 
         :param app: the app whose config this is.
         :param initializers: called in each worker process before its first job.

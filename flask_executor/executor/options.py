@@ -15,7 +15,7 @@ Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 class OptionValues(TypedDict, total=False):
-    """What can be asked for one job; :meth:`Executor.options` says what each means."""
+    """The options of one job; :meth:`Executor.options` says what each means."""
 
     name: str | None
     key: Hashable | None

@@ -131,7 +131,7 @@ class DeferredCall:
 
     @property
     def undecided(self) -> bool:
-        """Return whether neither :meth:`start` nor :meth:`drop` was called yet."""
+        """If true, neither :meth:`start` nor :meth:`drop` was called yet."""
         return self._call is not None
 
     def start(self) -> None:

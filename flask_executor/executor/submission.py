@@ -87,7 +87,7 @@ class Submission:
     def submit_once(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> FutureProxy[Any]:
-        """The job under the key in the options, started if there is none."""
+        """Return the job under the key in the options; start it if there is none."""
         found, call = self._find_or_claim(
             options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit())
         )
@@ -195,7 +195,7 @@ class Submission:
             return call.future, call
 
     def _claiming(self) -> AbstractContextManager[object]:
-        """What one thread at a time may enter, to claim a key.
+        """Return the context within which a key is claimed; one thread at a time may enter it.
 
         With a bound for the queue only one of many threads that ask at once takes a place in it. Without one a shared
         store needs no lock: its claim is atomic, and threads with other keys need not wait for each other's.

@@ -128,7 +128,7 @@ class _RequestFromSnapshot:
         self.globals = globals
 
     def contents(self) -> dict[str, Any]:
-        """What a request context lacks: its request, session and the rest."""
+        """Return what a request context lacks: its request, session and the rest."""
         sent: RequestSnapshot = pickle.loads(self.request or b"")
         # Bodies are sent as attributes, so there is nothing to read from the environ.
         environ = PartialEnviron(sent.environ, **{"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr})

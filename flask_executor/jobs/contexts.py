@@ -159,7 +159,7 @@ class CapturedContext:
         return app_context, request_context
 
     def contents(self) -> dict[str, Any]:
-        """What a request context made by :meth:`make_contexts` lacks: its request, session and the rest."""
+        """Return what a request context of :meth:`make_contexts` lacks: its request, session and the rest."""
         request = object.__new__(self.request_class)
         request.__dict__.update(self.request)
         request.environ = request.environ.copy()

@@ -72,7 +72,7 @@ JobStatus.RUNNING.successors = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobOptions:
-    """What is asked for one job beside its function and arguments; None leaves it to the executor."""
+    """The options of one job; None means the executor's setting."""
 
     name: str | None = None
     key: Hashable | None = None
@@ -97,7 +97,7 @@ class JobOptions:
 
 @dataclass(frozen=True, slots=True)
 class JobMessage:
-    """What was sent to a running job with :meth:`future.send() <flask_executor.FutureProxy.send>`."""
+    """A message that was sent to a job with :meth:`future.send() <flask_executor.FutureProxy.send>`."""
 
     type: str
     body: Any = None
@@ -105,7 +105,7 @@ class JobMessage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogLine:
-    """What a job has written to the log: one record, formatted."""
+    """One log record of a job, formatted."""
 
     #: Seconds since the epoch.
     time: float

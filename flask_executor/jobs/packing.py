@@ -245,7 +245,7 @@ def unpack_error(payload: bytes) -> BaseException:
 
 
 def unpack_meta(payload: bytes) -> dict[str, Any]:
-    """What a job has reported, by name."""
+    """Return the ``meta`` that a job has reported."""
     try:
         meta: dict[str, Any] = pickle.loads(payload)
     except BaseException as error:  # classes that this process cannot import

@@ -156,7 +156,7 @@ class _Reader(io.RawIOBase):
 
 
 def _content(file: FileStorage) -> bytes | int | None:
-    """What independent streams can be made from: bytes, the descriptor of a large file, None where neither can be."""
+    """Return what new streams can be made from: bytes, the descriptor of a large file, or None without either."""
     # Through the FileStorage: on Python 3.10 a SpooledTemporaryFile has no seekable() of its own.
     if not file.seekable():
         return None

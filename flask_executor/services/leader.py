@@ -50,7 +50,7 @@ class FollowerConnection(FrameSender):
         self.grants: dict[str, Callable[[int], object]] = {}
 
     def grant(self, service: str) -> Callable[[int], object]:
-        """What grants credits for messages to this service."""
+        """Return a function that grants credits for messages to this service."""
         if service not in self.grants:
             self.grants[service] = functools.partial(self.send, Reply.CREDIT, [service.encode()])
         return self.grants[service]

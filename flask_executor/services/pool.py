@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ServiceHost(Protocol):
-    """What services need of the executor that they belong to."""
+    """A port: what services need of the executor that they belong to."""
 
     @property
     def app(self) -> Flask | None:
@@ -39,7 +39,7 @@ class ServiceHost(Protocol):
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What distinguishes the app, and this executor of it, from others on this machine."""
+        """Distinguishes the app, and this executor of it, from others on this machine."""
 
     def register_for_shutdown(self) -> None:
         """Have services end before the process does."""
@@ -221,7 +221,7 @@ class ServicePool:
 
     @property
     def busy(self) -> bool:
-        """Whether there are messages to be handled."""
+        """If true, there are messages to be handled."""
         return self._waiting() > 0 or any(worker.busy for worker in self._backend.worker_states())
 
     def close(self, *, wait: bool) -> None:

@@ -93,7 +93,7 @@ Operation = Literal["send", "broadcast", "call", "stop", "deliver", "request_sto
 
 @dataclass(slots=True)
 class Request(CompactPickle):
-    """What a follower wants of the leader."""
+    """A request of a follower to the leader."""
 
     operation: Operation
     #: The name of the service.
@@ -134,7 +134,7 @@ class FrameSender:
 
     @property
     def pending(self) -> bool:
-        """Whether something is left to be sent."""
+        """If true, something is left to be sent."""
         return self.stream.pending > 0
 
     def flush(self) -> None:
@@ -144,5 +144,5 @@ class FrameSender:
 
     @property
     def events(self) -> int:
-        """What to wait for."""
+        """The events to wait for, as a mask for selectors."""
         return selectors.EVENT_READ | (selectors.EVENT_WRITE if self.pending else 0)

@@ -15,7 +15,7 @@ WINDOW_SIZE = 4096
 
 
 class CallProgress(Enum):
-    """How far a call is, as the follower knows."""
+    """The progress of a call, as far as the follower knows."""
 
     QUEUED = auto()  # in the follower
     SENT = auto()  # to the leader
@@ -47,7 +47,7 @@ Item = PendingCall | Request
 
 
 class SendWindow:
-    """What waits for one service, in its order, and how many messages may be sent now.
+    """The calls and messages that wait for one service, in order, and the number that may be sent now.
 
     Everything happens under the lock of the :class:`~flask_executor.services.follower.LeaderClient`. Messages that were
     sent and not handled are kept, as the leader may be shutting down and not accept the last of them.
@@ -61,7 +61,7 @@ class SendWindow:
         self._unhandled: deque[_SentMessage] = deque()
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Number of those that wait."""
         return len(self._queue)
 
     def put(self, item: Item) -> None:
@@ -88,7 +88,7 @@ class SendWindow:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the first, if there is one, may be sent. Only ``send`` has to wait for a credit."""
+        """If true, there is a first one and it may be sent. Only ``send`` has to wait for a credit."""
         if not self._queue:
             return False
         first = self._queue[0]

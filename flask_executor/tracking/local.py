@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingOptions:
-    """What the configuration says about handles and records."""
+    """The settings for handles and records."""
 
     #: ``EXECUTOR_STORE``.
     store: str

@@ -276,7 +276,7 @@ class SharedJobTracker(JobTracker):
 
     @property
     def channel(self) -> JobChannel:
-        """What the handles of jobs of other processes report to."""
+        """The channel to which the handles of jobs of other processes report."""
         channel = self._channel()
         if channel is None:
             raise RuntimeError("the app of this job is gone")

@@ -20,7 +20,7 @@ OUTCOME, CALL, MESSAGE = "outcome", "call", "message"
 
 
 class PayloadKind(enum.IntEnum):
-    """What the payload is. The numbers stand in stores and in the queues of engines."""
+    """The kind of a payload. The numbers stand in stores and in the queues of engines."""
 
     RESULT = Outcome.RESULT
     ERROR = Outcome.ERROR

@@ -129,7 +129,7 @@ class LogsDropped(CompactPickle):
 
 
 class FrameKind(enum.IntEnum):
-    """What the body of a frame is. The first three are the outcome of the call that the worker runs."""
+    """The kind of a frame's body. The first three are the outcome of the call that the worker runs."""
 
     RESULT = Outcome.RESULT
     ERROR = Outcome.ERROR

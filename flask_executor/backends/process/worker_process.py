@@ -41,7 +41,7 @@ def _allow_daemon_children() -> Iterator[None]:
 
 
 class WorkerPhase(enum.IntEnum):
-    """How far a worker process is. It only ever goes on to a later phase."""
+    """The phase of a worker process. It only ever goes on to a later one."""
 
     #: Gets its app.
     STARTING = 0
