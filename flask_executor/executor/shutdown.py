@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # In the order in which they had their first jobs: those of the first may still have some for the others.
 _app_executors: weakref.WeakKeyDictionary[AppExecutor, None] = weakref.WeakKeyDictionary()
 _registered = False
+_finalized_pid = 0  # of the process of multiprocessing that has the finalizer: each job asks for it, and once is enough
 
 
 def register_for_shutdown(app_executor: AppExecutor) -> None:
@@ -29,7 +30,7 @@ def register_for_shutdown(app_executor: AppExecutor) -> None:
 
     :raises ExecutorShutdown: when it is ending already.
     """
-    global _registered  # forked children inherit the registration
+    global _registered, _finalized_pid  # forked children inherit the registration, but not the finalizer
     if not _registered:
         # Before the standard library's pools refuse work, which jobs that still run may have for them; atexit would be
         # too late for that.
@@ -39,9 +40,10 @@ def register_for_shutdown(app_executor: AppExecutor) -> None:
             raise ExecutorShutdown(f"the process is ending and starts no more jobs: {error}") from error
         _registered = True
     _app_executors.setdefault(app_executor)
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None and _finalized_pid != os.getpid():
         # A process of multiprocessing waits for its children before all else, and our workers wait for us.
         Finalize(None, _leave, exitpriority=100)
+        _finalized_pid = os.getpid()
 
 
 def _leave() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import multiprocessing
+import os
 import threading
 import time
 import weakref
@@ -25,6 +27,7 @@ from flask_executor import (
     NotPicklable,
     QueueFull,
 )
+from flask_executor.executor import shutdown
 from flask_executor.helpers import InstanceProxy
 from flask_executor.testing import drain
 from flask_executor.testing.contract.fixtures import MakeExecutor, run_in_threads, wait_until
@@ -464,3 +467,15 @@ def test_the_type_may_become_an_engine_s_and_back(app: Flask, redis_url: str) ->
     executor.init_app(app)
     assert executor.submit(add, 2).result(10) == 2
     executor.shutdown()
+
+
+def test_many_jobs_give_a_process_of_multiprocessing_one_finalizer(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(shutdown, "Finalize", lambda *_, **options: made.append(options))
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    monkeypatch.setattr(shutdown, "_finalized_pid", os.getppid())
+    for _ in range(3):
+        shutdown.register_for_shutdown(executor._app_executor()[1])
+    assert made == [{"exitpriority": 100}]
