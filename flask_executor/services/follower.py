@@ -361,6 +361,7 @@ class LeaderClient(CallControl):
         """Give up what was not sent, and close what is open. The thread has ended."""
         with self._lock:
             items = [item for window in self._windows.values() for item in window.clear()]
+            self._calls.clear()
         messages = sum(isinstance(item, Request) for item in items)
         if messages:
             logger.error("%d messages for services are lost, as the process ended.", messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flask_executor.jobs.call import PlainCall
+from flask_executor.services.follower import LeaderClient
 from flask_executor.services.protocol import Operation, Request
 from flask_executor.services.send_window import PendingCall, SendWindow
 
@@ -70,3 +71,19 @@ def test_credits_that_a_leader_grants_after_its_goaway_are_not_too_many() -> Non
     for number in range(3):
         window.put(message(number))
     assert send_all(window) == ["0", "1"]
+
+
+def test_a_call_that_is_cancelled_while_its_process_gives_it_up() -> None:
+    client = LeaderClient()
+
+    class CancelledMeanwhile(PlainCall):
+        def begin(self) -> bool:
+            assert client.withdraw(self)
+            assert self.future.cancel()
+            return super().begin()
+
+    call = CancelledMeanwhile(len, ("Counter", "note", b""), {})
+    client.open_window("Counter", 1)
+    client.enqueue(call)
+    client.close()
+    assert call.future.cancelled()
