@@ -83,9 +83,12 @@ class AppExecutor:
         self._open(config, app)
         self._executor = executor
         self._app = weakref.ref(app)
-        self._callbacks = default_callbacks
+        #: What every future gets as done callbacks: the executor's own, and those of the app, which may become more.
+        self.own_callbacks: tuple[Callback, ...] = ()
+        self.app_callbacks = default_callbacks
         self._initializers = initializers
-        self._backend: Backend | None = None
+        #: The backend of this process, if it was needed yet; otherwise :attr:`backend` makes it.
+        self.backend_or_none: Backend | None = None
         self._lock = threading.RLock()
         self.services = self._make_services()
         self._set_config(config)
@@ -110,6 +113,7 @@ class AppExecutor:
         self.backend_class = backend_class_of(config)
         self.config = config
         self.tracker.reconfigure(config.tracking_options())
+        self.own_callbacks = (propagate_exceptions_callback,) if config.propagate_exceptions else ()
         self.wait_slots = WaitSlots(config.events_max)
         self._closed = False
 
@@ -127,7 +131,7 @@ class AppExecutor:
                 self.services = self._make_services()
             former = self._change_engine(config)
             self._set_config(config)
-            backend, self._backend = self._backend, None
+            backend, self.backend_or_none = self.backend_or_none, None
         if backend is not None:
             backend.shutdown(wait=False)
         if former is not None:
@@ -166,18 +170,13 @@ class AppExecutor:
     @property
     def backend(self) -> Backend:
         """The backend of this process, made now if there was none."""
-        backend = self._backend
+        backend = self.backend_or_none
         if backend is None:
             with self._lock:
-                backend = self._backend
+                backend = self.backend_or_none
                 if backend is None:
-                    backend = self._backend = self._make_backend()
+                    backend = self.backend_or_none = self._make_backend()
         return backend
-
-    @property
-    def backend_or_none(self) -> Backend | None:
-        """The backend of this process, if it was needed yet."""
-        return self._backend
 
     def _make_backend(self) -> Backend:
         register_for_shutdown(self)
@@ -193,12 +192,6 @@ class AppExecutor:
     def worker_options(self) -> BackendOptions:
         """Return what worker processes are made from."""
         return self.config.backend_options(self._app, self._initializers)
-
-    @property
-    def default_callbacks(self) -> Sequence[Callback]:
-        """The done callbacks that every future gets."""
-        own = (propagate_exceptions_callback,) if self.config.propagate_exceptions else ()
-        return (*own, *self._callbacks) if self._callbacks else own
 
     @property
     def remote(self) -> bool:
@@ -269,7 +262,7 @@ class AppExecutor:
         jobs = [future.record() for future in self.in_flight.futures()]
         waiting = [job for job in jobs if job.status == JobStatus.QUEUED]
         health = Health(
-            workers=self._backend.workers if self._backend and self.producer is None else 0,
+            workers=self.backend_or_none.workers if self.backend_or_none and self.producer is None else 0,
             busy=sum(job.status == JobStatus.RUNNING for job in jobs),
             waiting=len(waiting),
             oldest_wait=oldest_wait(waiting),
@@ -302,7 +295,7 @@ class AppExecutor:
     def _close(self, *, wait: bool, cancel_futures: bool = False) -> None:
         with self._lock:
             self._closed = True
-            backend = self._backend
+            backend = self.backend_or_none
         self.submission.close()
         if self.consumer is not None:
             self.consumer.close(wait=wait)
@@ -320,8 +313,8 @@ class AppExecutor:
             if not self.in_flight.wait(deadline - time.monotonic()):
                 self.stopping.cut_off()
         grace = 0.0 if self.in_flight.futures() else self.config.stop_grace
-        if self._backend is not None:
-            self._backend.terminate(grace)
+        if self.backend_or_none is not None:
+            self.backend_or_none.terminate(grace)
         if self.consumer is not None:
             self.consumer.terminate(grace)
         self.services.terminate(max(deadline, time.monotonic() + self.config.stop_grace))
@@ -333,7 +326,7 @@ class AppExecutor:
         self._lock = threading.RLock()
         self.scheduled = ScheduledCalls()
         self.submission.after_fork()
-        self._backend = None
+        self.backend_or_none = None
         if self.producer is not None:
             self.producer.after_fork()
         if self.consumer is not None:

@@ -395,10 +395,6 @@ class Executor(Submitter, InstanceProxy, concurrent.futures.Executor):
 
     # ---- the work ----
 
-    @property
-    def _executor(self) -> Executor:
-        return self
-
     def _app_executors(self) -> list[tuple[Flask, AppExecutor]]:
         found = [(app, self._app_executor_of(app)) for app in list(self._apps)]
         return [(app, app_executor) for app, app_executor in found if app_executor is not None]

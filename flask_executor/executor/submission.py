@@ -300,8 +300,9 @@ class Submission:
 
     def _announce(self, call: Call) -> None:
         self._app_executor.tracker.add(call)
-        for callback in self._app_executor.default_callbacks:
-            call.future.add_done_callback(callback)
+        if self._app_executor.own_callbacks or self._app_executor.app_callbacks:
+            for callback in (*self._app_executor.own_callbacks, *self._app_executor.app_callbacks):
+                call.future.add_done_callback(callback)
         if job_queued.receivers:
             self._app_executor.channel.send(job_queued, call.job.record())
 

@@ -27,10 +27,11 @@ class Submitter:
     """The ways to start jobs: of an executor, and of one with options for the next jobs."""
 
     _options: JobOptions
-
-    @property
-    def _executor(self) -> Executor:
-        raise NotImplementedError
+    #: The work: methods of the executor.
+    _submit: Callable[..., FutureProxy[Any]]
+    _submit_after_commit: Callable[..., FutureProxy[Any]]
+    _result_or_202: Callable[..., Any]
+    _map: Callable[..., Iterator[Any]]
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """Run ``fn(*args, **kwargs)`` in the background.
@@ -42,7 +43,7 @@ class Submitter:
         :raises QueueFull: if ``EXECUTOR_MAX_PENDING`` jobs wait.
         :raises ExecutorShutdown: after :meth:`shutdown`.
         """
-        return self._executor._submit(self._options, fn, args, kwargs)
+        return self._submit(self._options, fn, args, kwargs)
 
     def submit_stored(
         self, /, future_key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -52,7 +53,7 @@ class Submitter:
         :param future_key: the key, free again when it was popped from :attr:`futures`.
         :raises KeyExists: if the key is taken (a :exc:`ValueError`); ``fn`` does not run.
         """
-        return self._executor._submit(self._with_key(future_key), fn, args, kwargs)
+        return self._submit(self._with_key(future_key), fn, args, kwargs)
 
     def submit_once(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """The job under this key, started now if there is none.
@@ -61,7 +62,7 @@ class Submitter:
         record has expired; with a shared store from however many processes. Also a job that has failed is found;
         ``options(again=True).submit_once(...)`` starts it anew.
         """
-        return self._executor._submit(self._with_key(key), fn, args, kwargs, once=True)
+        return self._submit(self._with_key(key), fn, args, kwargs, once=True)
 
     def submit_later(self, /, seconds: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> FutureProxy[T]:
         """As :meth:`submit`, with a job that does not start before ``seconds`` have passed; it is queued until then.
@@ -72,7 +73,7 @@ class Submitter:
 
         :raises ValueError: for a number of seconds that cannot be used.
         """
-        return self._executor._submit(delayed(self._options, seconds), fn, args, kwargs)
+        return self._submit(delayed(self._options, seconds), fn, args, kwargs)
 
     def submit_after_commit(
         self, /, session: Session | scoped_session[Any], fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -109,7 +110,7 @@ class Submitter:
         :raises MissingExtra: without SQLAlchemy.
         :raises NotPicklable: for a job that cannot be sent to a worker process.
         """
-        return self._executor._submit_after_commit(self._options, session, fn, args, kwargs)
+        return self._submit_after_commit(self._options, session, fn, args, kwargs)
 
     def result_or_202(self, /, key: Hashable, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of the job under this key, started now if there is none; in a view.
@@ -130,7 +131,7 @@ class Submitter:
         :raises RuntimeError: outside of a request, and for a POST where no controller is mounted.
         """
         options = self._with_key(key)
-        return self._executor._result_or_202(options, fn, args, kwargs)  # type: ignore[no-any-return]
+        return self._result_or_202(options, fn, args, kwargs)  # type: ignore[no-any-return]
 
     def map(
         self, /, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
@@ -147,7 +148,7 @@ class Submitter:
         """
         if self._options.key is not None:
             raise ValueError(f"map() starts many jobs, which cannot all have the key {self._options.key!r}")
-        return self._executor._map(self._options, fn, iterables, timeout, chunksize)
+        return self._map(self._options, fn, iterables, timeout, chunksize)
 
     def _with_key(self, key: Hashable) -> JobOptions:
         return replace(self._options, key=checked_key(key))
@@ -160,12 +161,11 @@ class ExecutorWithOptions(Submitter):
     """
 
     def __init__(self, executor: Executor, options: JobOptions) -> None:
-        self._given = executor
         self._options = options
-
-    @property
-    def _executor(self) -> Executor:
-        return self._given
+        self._submit = executor._submit
+        self._submit_after_commit = executor._submit_after_commit
+        self._result_or_202 = executor._result_or_202
+        self._map = executor._map
 
 
 class ExecutorJob(Generic[P, T]):

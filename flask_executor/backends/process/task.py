@@ -28,6 +28,8 @@ class TaskState(enum.Enum):
     A task that has been settled keeps the state it had last; the dispatcher does not know it any more.
     """
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and takes longer than the rest of a step
+
     #: In the queue.
     QUEUED = enum.auto()
     #: Sent to a worker ahead of time, behind other calls. Its future is still pending and can be cancelled.
