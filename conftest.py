@@ -55,6 +55,7 @@ _documents = Sybil(parsers=[PythonCodeBlockParser()], pattern="docs/*.rst", setu
 _readme = Sybil(parsers=[MarkdownPythonParser()], filenames={"README.md"}, setup=_set_up, teardown=_tear_down)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the examples of a document together when tests run side by side: later ones build on earlier ones."""
     for item in items:
