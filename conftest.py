@@ -8,7 +8,6 @@ import threading
 import types
 from typing import Any
 
-import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser as MarkdownPythonParser
 from sybil.parsers.rest import PythonCodeBlockParser
@@ -53,14 +52,6 @@ def _tear_down(namespace: dict[str, Any]) -> None:
 
 _documents = Sybil(parsers=[PythonCodeBlockParser()], pattern="docs/*.rst", setup=_set_up, teardown=_tear_down)
 _readme = Sybil(parsers=[MarkdownPythonParser()], filenames={"README.md"}, setup=_set_up, teardown=_tear_down)
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the examples of a document together when tests run side by side: later ones build on earlier ones."""
-    for item in items:
-        if item.path.suffix in (".rst", ".md"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 pytest_collect_file = (_documents + _readme).pytest()
