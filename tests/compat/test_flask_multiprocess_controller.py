@@ -332,6 +332,8 @@ def test_a_burst_never_runs_more_than_max_num_process(serve: Serve, app: Flask, 
     controller = Sample(Gate, max_num_process=3)
     serve(controller)
     gate = tmp_path / "go"
+    with app.app_context():
+        controller.health()  # binds the executor, which Flask allows before the first request only
 
     def open_when_all_are_busy() -> None:  # in the middle of the burst
         with app.app_context():
