@@ -17,7 +17,6 @@ their consumers with :func:`register`.
 
 from __future__ import annotations
 
-import functools
 import threading
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from flask import Flask
 from flask_executor.abc import BackendOptions
 from flask_executor.exceptions import ConfigError
 from flask_executor.helpers.app_import import find_import_string, import_app
+from flask_executor.helpers.fork_hooks import after_fork_in_child
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.contexts import current_app_or_none
 from flask_executor.jobs.model import JobStatus
@@ -132,6 +132,22 @@ def _registered(app: Flask, name: str) -> Consumer | None:
     return consumers.get(name)
 
 
-@functools.cache
+_apps: dict[str, Flask] = {}  # by their import strings; while a job runs, nothing else may refer to its app
+_import_lock = threading.Lock()  # the threads of a worker of Dask may all come with their first jobs
+
+
 def _imported(import_string: str) -> Flask:
-    return import_app(import_string, "EXECUTOR_APP")
+    """Import an app, once in this process."""
+    with _import_lock:
+        if import_string not in _apps:
+            _apps[import_string] = import_app(import_string, "EXECUTOR_APP")
+        return _apps[import_string]
+
+
+def _reset_lock() -> None:
+    """In the child of a fork: another thread of the parent may have held the lock."""
+    global _import_lock
+    _import_lock = threading.Lock()
+
+
+after_fork_in_child(_reset_lock)
