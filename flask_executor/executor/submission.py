@@ -88,16 +88,12 @@ class Submission:
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> FutureProxy[Any]:
         """Return the job under the key in the options; start it if there is none."""
-        found, call = self._find_or_claim(
-            options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit())
-        )
+        found, call = self._find_or_claim(context, options, fn, args, kwargs)
         return found if call is None else self._start(call)
 
     def run_once(self, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs) -> FutureProxy[Any]:
         """The job under the key in the options; if there is none, it runs in this thread, in the caller's contexts."""
-        found, call = self._find_or_claim(
-            options, lambda: self._prepare(CALLER_CONTEXT, options, fn, args, kwargs, None)
-        )
+        found, call = self._find_or_claim(CALLER_CONTEXT, options, fn, args, kwargs)
         if call is not None:
             register_for_shutdown(self._app_executor)
             self._app_executor.tracker.add(call)
@@ -113,7 +109,7 @@ class Submission:
         It does not count against ``EXECUTOR_MAX_PENDING``, and is accepted after a shutdown too, as jobs that are still
         running may call services.
         """
-        return self._start(self._prepare(NO_CONTEXT, options, fn, args, {}, None, uncounted=True), control)
+        return self._start(self._prepare(NO_CONTEXT, options, fn, args, {}, uncounted=True), control)
 
     def defer(
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -168,13 +164,15 @@ class Submission:
         self, context: CapturedContext, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Call:
         if options.key is None:
-            return self._prepare(context, options, fn, args, kwargs, self._limit())
-        _, call = self._find_or_claim(options, lambda: self._prepare(context, options, fn, args, kwargs, self._limit()))
+            return self._prepare(context, options, fn, args, kwargs)
+        _, call = self._find_or_claim(context, options, fn, args, kwargs)
         if call is None:
             raise KeyExists(options.key)
         return call
 
-    def _find_or_claim(self, options: JobOptions, prepare: Callable[[], Call]) -> tuple[FutureProxy[Any], Call | None]:
+    def _find_or_claim(
+        self, context: Any, options: JobOptions, fn: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> tuple[FutureProxy[Any], Call | None]:
         """The handle under the key in the options; and the call to start, if the key was free."""
         tracker, in_flight = self._app_executor.tracker, self._app_executor.in_flight
         self._warn_of_memory()
@@ -183,7 +181,7 @@ class Submission:
                 found = tracker.find(options)
                 if found is not None:  # looked up first, so that a full queue does not refuse a job that exists
                     return found, None
-            call = prepare()
+            call = self._prepare(context, options, fn, args, kwargs)
             try:
                 found = tracker.claim(call)
             except BaseException:
@@ -212,7 +210,6 @@ class Submission:
         fn: Callable[..., Any],
         args: Args,
         kwargs: Kwargs,
-        limit: int | None,
         *,
         uncounted: bool = False,
     ) -> Call:
@@ -233,6 +230,9 @@ class Submission:
         channel = app_executor.channel
         future: FutureProxy[Any] = FutureProxy(job, channel)
         call = Call(future, job, fn, args, kwargs, context, channel, options)
+        limit = (
+            None if uncounted or context is CALLER_CONTEXT else self._limit()
+        )  # what runs in this thread does not wait
         if not app_executor.in_flight.add(call, limit, uncounted=uncounted):
             config = app_executor.config
             raise QueueFull(config.key("EXECUTOR_MAX_PENDING"), config.max_pending or 0)
