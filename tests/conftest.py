@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import re
 import signal
 import threading
@@ -60,9 +61,15 @@ def ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_tests_until_freeze = itertools.cycle(range(20))
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves threads or processes behind."""
+    if next(_tests_until_freeze) == 0:  # what was imported since, and caches: collecting takes a third of the time
+        gc.collect()
+        gc.freeze()
     yield
     assert wait_until(lambda: not left_behind()), f"left behind: {left_behind()}"
 

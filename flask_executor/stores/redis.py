@@ -101,6 +101,7 @@ class RedisStore(SharedStore):
         self._redis: Any = redis.Redis(connection_pool=pool)
         self._script: Any = functools.cache(self._redis.register_script)  # which loads it when Redis does not have it
         self._version_checked = False
+        self._closed = False
 
     # ---- one job ----
 
@@ -354,16 +355,24 @@ class RedisStore(SharedStore):
         self._connect()
 
     def close(self) -> None:
+        self._closed = True  # before looking for connections: those in use are closed by their threads, see reaching()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Close the connections that no thread uses. A thread must not lose one that it reads from."""
         with suppress(redis.RedisError, OSError):
-            self._redis.close()
-            self._redis.connection_pool.disconnect()
+            self._redis.connection_pool.disconnect(inuse_connections=False)
 
     @contextmanager
     def reaching(self, *, writing: bool = False) -> Iterator[None]:
-        with super().reaching():
-            if not self._version_checked:
-                self._check_version()
-            yield
+        try:
+            with super().reaching():
+                if not self._version_checked:
+                    self._check_version()
+                yield
+        finally:
+            if self._closed:
+                self._disconnect()
 
     def _check_version(self) -> None:
         name = f"{self._prefix}version"
@@ -432,7 +441,7 @@ class _Subscription(Watch):
             self._heard.add(message["channel"].decode())
 
     def wake(self) -> None:
-        with suppress(redis.RedisError, OSError):  # the thread that waits gets the same error
+        with suppress(StoreUnavailable), self._store.reaching():  # the thread that waits gets the same error
             self._store._redis.publish(self._wakes, "")
 
     def close(self) -> None:

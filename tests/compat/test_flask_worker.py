@@ -40,7 +40,8 @@ from flask_executor.compat.flask_worker import Manager, RouterMixin, WorkerMixin
 VARIANTS = [
     "executor",
     # On one Python only: they take long, and what differs is not ours.
-    *(pytest.param(name, marks=pytest.mark.web) for name in ("rq and sockets", "rq", "executor and sockets")),
+    pytest.param("rq and sockets", marks=pytest.mark.web),
+    *(pytest.param(name, marks=[pytest.mark.web, pytest.mark.storm]) for name in ("rq", "executor and sockets")),
 ]
 
 
@@ -70,7 +71,7 @@ def test_example_1_runs_once_and_is_remembered(office: Office) -> None:
 
 
 @pytest.mark.web
-@pytest.mark.parametrize("runner", ["rq", "executor"])
+@pytest.mark.parametrize("runner", ["rq", pytest.param("executor", marks=pytest.mark.storm)])
 def test_the_documented_setup_with_eventlet(tmp_path: Path, request: pytest.FixtureRequest, runner: str) -> None:
     require("eventlet")
     redis_url = store_url("redis", request) if runner == "rq" else None

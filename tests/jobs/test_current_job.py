@@ -144,7 +144,9 @@ class TestInterrupt:
         for future in futures:
             error = None if future.cancelled() else future.exception(10)
             assert error is None or (isinstance(error, JobStopped) and future in stopped)
-            assert future.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED, JobStatus.KILLED)
+            # Stopped: it began just then, and left by itself before it was interrupted.
+            over = (JobStatus.SUCCEEDED, JobStatus.CANCELLED, JobStatus.STOPPED, JobStatus.KILLED)
+            assert future.status in over
         assert executor.submit(job, 0).result(10) == 0
 
 

@@ -321,9 +321,15 @@ def expect_status(page: Page | Locator, text: str) -> None:
 
 #: Widths and colours of the pages that people look at, as options of a browser context.
 LOOKS = [
-    pytest.param({"viewport": {"width": width, "height": 800}, "color_scheme": scheme}, id=f"{width}-{scheme}")
-    for width in (360, 1280)
-    for scheme in ("light", "dark")
+    pytest.param(
+        {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}, id=f"{width}-{scheme}", marks=marks
+    )
+    for width, scheme, marks in (
+        (360, "dark", ()),
+        (1280, "light", ()),
+        (360, "light", pytest.mark.storm),
+        (1280, "dark", pytest.mark.storm),
+    )
 ]
 
 

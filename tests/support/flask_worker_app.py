@@ -438,7 +438,9 @@ def _without(text: str, beginnings: tuple[str, ...]) -> str:
 
 @contextmanager
 def _rq_worker(folder: Path, redis_url: str) -> Iterator[None]:
-    command = [str(Path(sys.executable).parent / "rq"), "worker", "my-task-queue", "--url", redis_url]
+    # The child that it forks for each job imports the app: this spares it the libraries.
+    rq = "import flask_executor, flask_socketio, flask_sqlalchemy; from rq.cli import main; main()"
+    command = [sys.executable, "-c", rq, "worker", "my-task-queue", "--url", redis_url]
     environ = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
     with (folder / "worker.log").open("wb") as output:
         worker = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environ)

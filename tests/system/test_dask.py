@@ -191,6 +191,7 @@ def test_the_job_of_a_worker_that_was_killed_is_run_by_another(
         assert future.result(20) == "done"
 
 
+@pytest.mark.storm
 def test_a_scheduler_that_goes_and_comes_back(
     make_executor: MakeExecutor, app: Flask, scheduler: DaskScheduler, config: dict[str, str], tmp_path: Path
 ) -> None:
@@ -229,6 +230,7 @@ def test_what_was_not_accepted_is_not_run(
     assert executor._self.waiting == 1
 
 
+@pytest.mark.storm
 def test_nobody_hears_of_a_connection_that_nobody_waits_for(
     make_executor: MakeExecutor, scheduler: DaskScheduler, config: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -65,7 +65,7 @@ class Demo:
         self._process.wait(60)
 
 
-@pytest.fixture(params=NEEDS)
+@pytest.fixture(params=[pytest.param(kind, marks=() if kind in ("thread", "rq") else pytest.mark.storm) for kind in NEEDS])
 def demo(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Demo]:
     for package in NEEDS[request.param]:
         require(package)
@@ -113,7 +113,7 @@ def test_the_demo(demo: Demo) -> None:
     assert demo.ask("/jobs/health")[0] == 200
 
 
-@pytest.mark.parametrize("demo", ["rq", "celery"], indirect=True)
+@pytest.mark.parametrize("demo", ["rq", pytest.param("celery", marks=pytest.mark.storm)], indirect=True)
 def test_the_demo_ends_while_a_job_runs_that_takes_a_minute(demo: Demo) -> None:
     demo.ask("/stock")
     listed = demo.ask("/jobs/?name=Stocktaking")[1]["jobs"]

@@ -126,11 +126,6 @@ def again(key):
 """
 
 
-@pytest.fixture(params=["thread", "process"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(params=["sqlite-thread", "redis-process"])
 def deployment(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A store and a backend, where all four pairs would show no more."""
@@ -159,9 +154,10 @@ def from_all(port: int, path: str, count: int = 4) -> dict[int, Any]:
 
 
 @pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "preload"])
-def test_the_documented_polling_routes(tmp_path: Path, shared_store: str, options: list[str], backend: str) -> None:
+def test_the_documented_polling_routes(tmp_path: Path, deployment: tuple[str, str], options: list[str]) -> None:
+    store, backend = deployment
     environ = {"AT_IMPORT": "1"} if options else {}
-    with web(tmp_path, shared_store, "-w", "4", *options, TYPE=backend, **environ) as (_, port):
+    with web(tmp_path, store, "-w", "4", *options, TYPE=backend, **environ) as (_, port):
         for _ in range(3):
             assert get(port, "/start-task") == {"result": "success"}
             polls: list[Any] = []

@@ -522,6 +522,7 @@ def test_a_lost_job_does_not_run_again(executor: Executor, run_worker: RunWorker
     assert future.status == "lost"
 
 
+@pytest.mark.storm
 def test_several_processes_end_in_order(executor: Executor, run_worker: RunWorker, path: str) -> None:
     command = [sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker", "--processes", "2"]
     parent = run_worker(*command)

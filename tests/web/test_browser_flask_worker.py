@@ -17,7 +17,7 @@ from flask_executor.testing.contract.fixtures import wait_until
 pytestmark = pytest.mark.web
 
 
-@pytest.fixture(params=["rq", "executor"])
+@pytest.fixture(params=["rq", pytest.param("executor", marks=pytest.mark.storm)])
 def office(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Office]:
     redis_url = store_url("redis", request) if request.param == "rq" else None
     with flask_worker_app.opened(tmp_path, redis_url) as office:

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from flask_executor.abc import Entry, JobStore
@@ -183,6 +184,43 @@ class RecordTests(SharedStoreFixtures):
         run_in_threads(6, work)
         assert errors == []
         assert len(store.list()) == 240
+
+    def test_a_close_cuts_nobody_off(self, store: JobStore) -> None:
+        """A process closes its store while its other threads are in the middle of a look or a wait."""
+        job = ended(store)
+        looking, closed = threading.Event(), threading.Event()
+        errors: list[BaseException] = []
+
+        def until_closed(look: Callable[[], object]) -> None:
+            try:
+                while not closed.is_set():
+                    look()
+                    looking.set()
+                look()
+            except BaseException as error:
+                errors.append(error)
+
+        def watch_until_closed() -> None:
+            watch = store.watch()
+            try:
+                watch.begin({job.id})
+                until_closed(lambda: watch.wait(0.01))
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                watch.close()
+
+        threads = [threading.Thread(target=until_closed, args=[lambda: store.get(job.id)]) for _ in range(3)]
+        threads += [threading.Thread(target=watch_until_closed) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert looking.wait(10)
+        for _ in range(20):
+            store.close()
+        closed.set()
+        for thread in threads:
+            thread.join()
+        assert errors == []
 
     def test_check_and_after_fork(self, store: JobStore) -> None:
         job = started(store, "report")
