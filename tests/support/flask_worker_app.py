@@ -399,7 +399,7 @@ def opened(folder: Path, redis_url: str | None, *, socketio: bool = True, eventl
     office = Office(folder)
     with ExitStack() as stack:
         if redis_url is not None:
-            stack.enter_context(_rq_worker(folder, redis_url))
+            stack.enter_context(_rq_worker(folder, redis_url, eventlet=eventlet))
         mark = " on http://127.0.0.1:"  # each server has another word before it
         _, office.port = stack.enter_context(serving(folder, "", ["app"], mark))
         yield office
@@ -437,9 +437,10 @@ def _without(text: str, beginnings: tuple[str, ...]) -> str:
 
 
 @contextmanager
-def _rq_worker(folder: Path, redis_url: str) -> Iterator[None]:
-    # The child that it forks for each job imports the app: this spares it the libraries.
-    rq = "import flask_executor, flask_socketio, flask_sqlalchemy; from rq.cli import main; main()"
+def _rq_worker(folder: Path, redis_url: str, *, eventlet: bool) -> Iterator[None]:
+    # The child that it forks for each job imports the app. This spares it the libraries; but eventlet has to be first.
+    libraries = "rq" if eventlet else "flask_executor, flask_socketio, flask_sqlalchemy"
+    rq = f"import {libraries}; from rq.cli import main; main()"
     command = [sys.executable, "-c", rq, "worker", "my-task-queue", "--url", redis_url]
     environ = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
     with (folder / "worker.log").open("wb") as output:

@@ -65,7 +65,10 @@ class Demo:
         self._process.wait(60)
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=() if kind in ("thread", "rq") else pytest.mark.storm) for kind in NEEDS])
+STORMS = ("process", "celery", "dask")
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.storm if kind in STORMS else ()) for kind in NEEDS])
 def demo(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Demo]:
     for package in NEEDS[request.param]:
         require(package)
