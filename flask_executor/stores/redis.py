@@ -470,6 +470,7 @@ def _fields(entry: Entry) -> dict[str, Any]:
         "record": encode_job(job, holder=entry.holder),
         "holder": entry.holder,
         "names": _names(job),
+        "queued": job.queued_at,
         "log": [encode_line(line) for line in entry.log],
         "key": None if job.key is None else encode_key(job.key),
         "owner": replace_surrogates(job.owner) or None,

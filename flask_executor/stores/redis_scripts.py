@@ -10,9 +10,10 @@ All scripts are called alike:
 
 Five of them write entries: CLAIM, WRITE, TRANSFER, REVIVE and MARK_LOST. They begin with the same functions, and
 differ in what has to be true beforehand. An entry has ``id``, ``record`` (as JSON), ``holder``, ``names`` (how the job
-stands in ``ended``) and ``log`` (lines as JSON), and where they are not None ``key``, ``owner`` and ``ended`` (seconds
-since the epoch). Beside it come ``now`` (seconds since the epoch), and ``ttl`` and ``memory``: milliseconds that the
-record of an ended job is kept, and that it is known to have been there.
+stands in ``ended``), ``queued`` (seconds since the epoch, which lists are ordered by) and ``log`` (lines as JSON), and
+where they are not None ``key``, ``owner`` and ``ended`` (seconds since the epoch). Beside it come ``now`` (seconds since
+the epoch), and ``ttl`` and ``memory``: milliseconds that the record of an ended job is kept, and that it is known to
+have been there.
 
 A script that answers with a record has not done what it was called for; that record is why.
 """
@@ -44,8 +45,8 @@ local function forget_former_holder(entry, record)
 end
 
 local function put_in_lists(entry)
-    redis.call('ZADD', p .. 'jobs', call.now, entry.id)
-    if entry.owner then redis.call('ZADD', p .. 'of:' .. entry.owner, call.now, entry.id) end
+    redis.call('ZADD', p .. 'jobs', entry.queued, entry.id)
+    if entry.owner then redis.call('ZADD', p .. 'of:' .. entry.owner, entry.queued, entry.id) end
     if entry.key then
         redis.call('SET', p .. 'last:' .. entry.key, entry.id)
         if not entry.ended and redis.call('SET', p .. 'key:' .. entry.key, entry.id, 'NX') then

@@ -185,6 +185,16 @@ class RecordTests(SharedStoreFixtures):
         assert errors == []
         assert len(store.list()) == 240
 
+    def test_what_is_written_at_once_is_listed_youngest_first(self, make_store: MakeStore) -> None:
+        store = make_store(max_records=100)
+        jobs = [JobState("render", owner="ada") for _ in range(30)]
+        for number, job in enumerate(jobs):
+            job.queued_at += number / 1000
+        store.write([Entry(job=job.record(), holder=HERE) for job in jobs])
+        youngest = [job.id for job in jobs[::-1]]
+        assert [job.id for job in store.list()] == youngest
+        assert [job.id for job in store.list(owner="ada", limit=3)] == youngest[:3]
+
     def test_a_close_cuts_nobody_off(self, store: JobStore) -> None:
         """A process closes its store while its other threads are in the middle of a look or a wait."""
         job = ended(store)
