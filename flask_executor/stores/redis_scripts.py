@@ -10,10 +10,9 @@ All scripts are called alike:
 
 Five of them write entries: CLAIM, WRITE, TRANSFER, REVIVE and MARK_LOST. They begin with the same functions, and
 differ in what has to be true beforehand. An entry has ``id``, ``record`` (as JSON), ``holder``, ``names`` (how the job
-stands in ``ended``), ``queued`` (seconds since the epoch, which lists are ordered by) and ``log`` (lines as JSON), and
-where they are not None ``key``, ``owner`` and ``ended`` (seconds since the epoch). Beside it come ``now`` (seconds since
-the epoch), and ``ttl`` and ``memory``: milliseconds that the record of an ended job is kept, and that it is known to
-have been there.
+stands in ``ended``), ``queued`` (by which lists are ordered) and ``log`` (lines as JSON), and where they are not None
+``key``, ``owner`` and ``ended``. Beside it come ``now``, and ``ttl`` and ``memory``: milliseconds that the record of an
+ended job is kept, and that it is known to have been there. Times are seconds since the epoch.
 
 A script that answers with a record has not done what it was called for; that record is why.
 """

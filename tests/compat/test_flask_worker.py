@@ -74,7 +74,8 @@ def test_example_1_runs_once_and_is_remembered(office: Office) -> None:
 @pytest.mark.parametrize("runner", ["rq", pytest.param("executor", marks=pytest.mark.storm)])
 def test_the_documented_setup_with_eventlet(tmp_path: Path, request: pytest.FixtureRequest, runner: str) -> None:
     require("eventlet")
-    redis_url = store_url("redis", request) if runner == "rq" else None
+    # Another database: the office's worker looks at a queue of the same name.
+    redis_url = store_url("redis", request).removesuffix("0") + "1" if runner == "rq" else None
     with flask_worker_app.opened(tmp_path, redis_url, eventlet=True) as office:
         assert office.wait_at("/example1").follow() == "Example 1 finished"
         assert "wsgi starting up" in (tmp_path / "log").read_text(), "it is the server of eventlet"
