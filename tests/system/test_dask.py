@@ -107,7 +107,10 @@ class TestClusterOfItsOwn:
         quiet = ["-W", "ignore:This process:DeprecationWarning"]  # of forks with threads, as servers do them
         command = [sys.executable, *quiet, "-c", _PARENT_AND_CHILD]
         done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-        assert (done.stdout, done.stderr) == ("child: 2, exit code 0\nparent: the same workers\n", "")
+        assert done.stdout == "child: 2, exit code 0\nparent: the same workers\n", done.stderr
+        assert done.returncode == 0
+        # A worker of Dask may say that its scheduler has gone in the middle of a heartbeat.
+        assert "flask_executor" not in done.stderr
 
     def test_without_a_store_it_is_sqlite(self, make_executor: MakeExecutor, app: Flask) -> None:
         make_executor(type="dask", url=None).jobs.list()
