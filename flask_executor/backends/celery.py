@@ -29,7 +29,7 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.backends.engine.entrypoint import Address, address_of, requeue_elsewhere
+from flask_executor.backends.engine.entrypoint import Destination, decode, destination_of, requeue_elsewhere
 from flask_executor.backends.engine.entrypoint import run as run_sent
 from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorShutdown, MissingExtra, StoreUnavailable
 from flask_executor.helpers.fork_hooks import after_fork_in_child
@@ -98,8 +98,8 @@ class CeleryBackend(Backend):
         return str(url)
 
     @cached_property
-    def _address(self) -> Address:
-        return address_of(self._options)
+    def _destination(self) -> Destination:
+        return destination_of(self._options)
 
     @cached_property
     def _celery(self) -> celery.Celery:
@@ -130,7 +130,7 @@ class CeleryBackend(Backend):
             limit = math.ceil(call.timeout + self._options.exit_grace + _TIME_LIMIT_MARGIN)
         with self._translate_errors(), self._connections.acquire(block=True) as connection:
             self._celery.tasks[TASK].apply_async(
-                (self._address, call.job.id, base64.b64encode(call.packed).decode()),
+                (self._destination, call.job.id, base64.b64encode(call.packed).decode()),
                 task_id=call.job.id,
                 shadow=call.job.name,
                 argsrepr=f"({len(call.packed)} bytes)",
@@ -288,12 +288,11 @@ def _leave_logging_alone(**_: object) -> None:
 @celery.shared_task(  # type: ignore[untyped-decorator]
     bind=True, name=TASK, acks_late=True, reject_on_worker_lost=True, ignore_result=True, max_retries=None
 )
-def run(task: Any, address: Address, id: str, data: str) -> None:
+def run(task: Any, destination: object, id: str, data: str) -> None:
     """The task of all jobs. Called in a pool process of Celery's worker."""
-    import_string, app_name, name = address
     delay: float | None
     try:
-        delay = run_sent((import_string, app_name, name), id, base64.b64decode(data))
+        delay = run_sent(*decode(destination, id, data))
     except StoreUnavailable as error:
         logger.warning("Job %s has to wait: %s", id, error)
         delay = _STORE_RETRY_DELAY

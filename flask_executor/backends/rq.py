@@ -1,6 +1,7 @@
 """Jobs run by workers of RQ, on any number of machines.
 
-``flask executor worker`` runs RQ's own worker with the app loaded; ``rq worker`` imports the app for each job.
+``flask executor worker`` runs RQ's own worker with the app loaded; ``rq worker`` imports it for each job, from
+``FLASK_APP``.
 
 .. code-block:: text
 
@@ -31,8 +32,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
 from flask_executor.backends.engine.entrypoint import (
-    Address,
-    address_of,
+    Destination,
+    decode,
+    destination_of,
     is_lost,
     refuse,
     requeue_elsewhere,
@@ -99,8 +101,8 @@ class RQBackend(Backend):
         return options.url or _DEFAULT_URL
 
     @cached_property
-    def _address(self) -> Address:
-        return address_of(self._options)
+    def _destination(self) -> Destination:
+        return destination_of(self._options)
 
     @cached_property
     def _queues(self) -> list[rq.Queue]:
@@ -122,7 +124,7 @@ class RQBackend(Backend):
         queue = self._queues[1 - (call.priority > 0) + (call.priority < 0)]
         job = queue.create_job(
             _RUN,
-            (self._address, call.job.id, base64.b64encode(call.packed).decode()),
+            (self._destination, call.job.id, base64.b64encode(call.packed).decode()),
             timeout=-1,  # none of RQ's: it would interrupt run(), which enforces the timeout of the job
             result_ttl=_ENDED_JOB_TTL,
             failure_ttl=_ENDED_JOB_TTL,
@@ -190,16 +192,15 @@ class RQBackend(Backend):
         return None
 
 
-def run(address: Address, id: str, data: str) -> rq.Retry | None:
+def run(destination: object, id: str, data: str) -> rq.Retry | None:
     """The function of all jobs in RQ. Called in the main thread of its worker."""
-    import_string, app_name, name = address
-    address = import_string, app_name, name  # a list, as it comes from JSON
     job = rq.get_current_job()
     try:
+        to, id, call = decode(destination, id, data)
         redelivered = job is not None and job.retries_left is not None and job.retries_left < _MAX_REDELIVERIES
-        if job is not None and redelivered and is_lost(address, id):
+        if job is not None and redelivered and is_lost(to, id):
             raise WorkerLost(f"Job {job.description} is lost: it had begun when its worker died.")
-        delay: float | None = run_sent(address, id, base64.b64decode(data))
+        delay: float | None = run_sent(to, id, call)
     except StoreUnavailable as error:
         logger.warning("Job %s has to wait: %s", id, error)
         delay = _STORE_RETRY_DELAY
@@ -218,11 +219,11 @@ def on_failure(job: Any, connection: Any, kind: type[BaseException], error: Base
     After the last delivery the job fails, unless the store knows that it has begun: then its record is left alone.
     """
     if not job.should_retry:
-        (import_string, app_name, name), id, _ = job.args
+        to, id, call = decode(*job.args)
         why = WorkerLost(
             f"Job {job.description} is lost: no worker of RQ could begin with it ({kind.__name__}: {error})."
         )
-        refuse((import_string, app_name, name), id, why, job.description)
+        refuse(to, id, call, why)
 
 
 given_up = on_failure  # the name that jobs have in Redis which were queued before it was changed

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flask_executor.backends.engine import entrypoint
 from flask_executor.backends.process.backend import ProcessBackend
 from flask_executor.exceptions import ExecutorShutdown, NotPicklable, StoreUnavailable, UntrustedResult
-from flask_executor.executor.engine_message import unpack_engine_message
-from flask_executor.executor.producer import call_signer
+from flask_executor.executor.engine_message import EngineMessage, unpack_engine_message
+from flask_executor.executor.producer import call_signer, destination_of
 from flask_executor.executor.shutdown import register_for_shutdown
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers.log import logger
@@ -125,7 +125,7 @@ class Consumer:
     def _unpack(self, id: str, data: bytes) -> tuple[Call, str]:
         """The call, which its worker process unpacks, and the holder that has sent it."""
         try:
-            message = unpack_engine_message(id, data, call_signer(self._app_executor.app))
+            message = self._open(id, data)
         except (NotPicklable, UntrustedResult) as error:
             logger.error("Job %s is refused: %s", id, error)  # what engines make of it is their own
             self.handover.refuse(id, error)
@@ -141,6 +141,22 @@ class Consumer:
         call = Call(future, job, _unopened, (), {}, contexts, channel, options)
         call.packed = [message.call]
         return call, message.sender
+
+    def _open(self, id: str, data: bytes) -> EngineMessage:
+        signer = call_signer(self._app_executor.app)
+        return unpack_engine_message(id, data, destination_of(self._app_executor), signer)
+
+    def refuse(self, id: str, data: bytes, error: Exception) -> None:
+        """The engine has given up a job: it fails with ``error``, unless a worker has begun it.
+
+        :raises StoreUnavailable: if the failure cannot be written to the store.
+        """
+        try:
+            name = self._open(id, data).options.name
+        except (NotPicklable, UntrustedResult) as refused:  # nobody knows its name, and why it fails is known
+            self.handover.refuse(id, refused)
+        else:
+            self.handover.refuse(id, error, name or id)
 
     def _workers(self) -> ProcessBackend:
         with self._lock:

@@ -242,6 +242,16 @@ def test_what_is_cancelled_does_not_run(workers: Workers, executor: Executor, tm
     assert not (tmp_path / "file").exists()
 
 
+def test_a_message_makes_no_worker_import_anything(workers: Workers, executor: Executor, tmp_path: Path) -> None:
+    command = f"subprocess:getoutput('touch {tmp_path / 'pwned'}')"
+    celery_app = executor._self._celery
+    for arguments in ([command, "nope", ""], "id", ""), ([command, ""], "id", ""), (["nope", command], "id", ""):
+        celery_app.send_task("flask_executor.run", arguments, queue="default")
+    workers.ours("--processes", "4")  # each holds one that it leaves to other workers
+    assert executor.submit(add, 1).result(30) == 1
+    assert not (tmp_path / "pwned").exists()
+
+
 def test_a_broker_that_is_gone_and_comes_back(workers: Workers, executor: Executor) -> None:
     workers.ours()
     assert executor.submit(add, 1).result(20) == 1
@@ -280,7 +290,7 @@ def test_a_retry_that_cannot_be_sent_is_not_lost(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(celery, "run_sent", lambda *_: 1.0)
     monkeypatch.setattr(celery.run._get_current_object(), "retry", cannot_send)
     with pytest.raises(Reject) as info:
-        celery.run.run((None, "shop", ""), "id", "")
+        celery.run.run(("shop", ""), "id", "")
     assert info.value.requeue
 
 
@@ -315,5 +325,5 @@ def test_a_job_comes_again_when_its_worker_had_no_store(monkeypatch: pytest.Monk
     from flask_executor.backends.celery import run
 
     monkeypatch.setattr("flask_executor.backends.celery.run_sent", run_sent)
-    assert run.apply(args=(("shop:app", "shop", "executor"), "id", "")).state == "SUCCESS"
+    assert run.apply(args=(("shop", "executor"), "id", "")).state == "SUCCESS"
     assert not answers

@@ -169,10 +169,9 @@ def test_a_job_that_waits_for_its_retry_lets_others_run(executor: Executor, tmp_
 
 
 def test_what_no_worker_can_run_fails(make_executor: MakeExecutor, app: Flask) -> None:
-    app.config["EXECUTOR_APP"] = "tasks:nowhere"
     app.name = "another"
     future = make_executor(type="dask").submit(add, 1)
-    with pytest.raises(ExecutorError, match="EXECUTOR_APP is 'tasks:nowhere'"):
+    with pytest.raises(ExecutorError, match="it must be where the app 'another' is"):
         future.result(20)
     assert future.status == "failed"
 
@@ -327,7 +326,7 @@ def test_only_workers_that_have_the_resource_run_the_jobs_of_a_queue(
 def test_workers_of_dask_itself(
     make_executor: MakeExecutor, app: Flask, config: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app.config["EXECUTOR_APP"] = "tasks:create_app()"
+    monkeypatch.setenv("FLASK_APP", "tasks:create_app()")
     for key, value in config.items():
         monkeypatch.setenv(f"FLASK_EXECUTOR_{key.upper()}", value)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(tasks.__file__).parent), *sys.path]))

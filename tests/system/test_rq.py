@@ -25,10 +25,20 @@ from requirements import require
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from flask_executor import EngineUnavailable, Executor, JobStopped, StoreUnavailable, UntrustedResult, WorkerLost
+from flask_executor import (
+    EngineUnavailable,
+    Executor,
+    JobStopped,
+    NotPicklable,
+    StoreUnavailable,
+    UntrustedResult,
+    WorkerLost,
+)
 from flask_executor.abc import PreparedCall
 from flask_executor.exceptions import ConfigError
+from flask_executor.executor.producer import call_signer
 from flask_executor.testing.contract.fixtures import MakeExecutor, wait_until
+from flask_executor.tracking.signing import PayloadKind
 
 require("rq")
 
@@ -57,11 +67,12 @@ def run_worker(redis_server: RedisServer, tmp_path: Path) -> Iterator[RunWorker]
     """Starts a worker: ours, or with a command of RQ's. What it writes is in the file ``log``."""
     running = []
 
-    def run(*command: str, store: str = "memory") -> subprocess.Popen[bytes]:
+    def run(*command: str, store: str = "memory", app: str = "tasks:create_app()") -> subprocess.Popen[bytes]:
         if not command:
             command = (sys.executable, "-m", "flask", "--app", "tasks:create_app()", "executor", "worker")
         environ = {**os.environ, "FLASK_EXECUTOR_TYPE": "rq", "FLASK_EXECUTOR_URL": redis_server.url}
         environ["FLASK_EXECUTOR_STORE"] = store
+        environ["FLASK_APP"] = app
         environ["PYTHONPATH"] = os.pathsep.join([str(Path(tasks.__file__).parent), *sys.path])
         with (tmp_path / "log").open("ab") as log:
             running.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
@@ -402,17 +413,29 @@ def test_what_was_not_signed_is_not_run(executor: Executor, run_worker: RunWorke
     assert not Path(path).exists()
 
 
-def test_a_worker_of_another_version_says_so(executor: Executor, run_worker: RunWorker) -> None:
+def test_a_worker_of_another_version_says_so(executor: Executor, run_worker: RunWorker, app: Flask) -> None:
     future = executor.submit_stored("report", tasks.add, 1)
     queue = executor._queues[1]
     job = fetch(executor, future.job_id)
-    address, id, data = job.args
+    destination, id, _ = job.args
     job.delete()
-    other = base64.b64encode(b"FE99" + base64.b64decode(data)[4:]).decode()
-    queue.enqueue_call(job.func_name, (address, id, other), job_id=id)
+    other = call_signer(app).sign(id, PayloadKind.CALL, b"FE99" + b"...")
+    queue.enqueue_call(job.func_name, (destination, id, base64.b64encode(other).decode()), job_id=id)
     run_worker()
-    with pytest.raises(UntrustedResult, match="another version"):
+    with pytest.raises(NotPicklable, match="another version"):
         future.result(30)
+
+
+def test_a_message_makes_no_worker_import_anything(
+    executor: Executor, redis_server: RedisServer, run_worker: RunWorker, path: str
+) -> None:
+    queue, command = executor._queues[1], f"subprocess:getoutput('touch {path}')"
+    for arguments in ([command, "nope", ""], "id", ""), ([command, ""], "id", ""), (["nope", command], "id", ""):
+        queue.enqueue_call("flask_executor.backends.rq.run", arguments)
+    run_worker()
+    run_worker(rq_program(), *PLAIN, "--url", redis_server.url, "default")
+    assert [executor.submit(tasks.add, n).result(30) for n in range(9)] == list(range(9))
+    assert not Path(path).exists()
 
 
 @pytest.mark.parametrize(
@@ -472,9 +495,9 @@ def create_app():
         os.kill(os.getpid(), signal.SIGKILL)
     return tasks.create_app()
 """)
-    app.config["EXECUTOR_APP"] = "dying:create_app()"
     executor = make_executor(type="rq", url=redis_server.url)
-    run_worker(rq_program(), *PLAIN, "--path", str(tmp_path), "--url", redis_server.url, "default")
+    plain = [rq_program(), *PLAIN, "--path", str(tmp_path), "--url", redis_server.url, "default"]
+    run_worker(*plain, app="dying:create_app()")
     assert executor.submit(tasks.add, 1).result(40) == 1
     assert (tmp_path / "first").exists()
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import ParamSpec, TypeVar
 
 from flask_executor.abc import Backend, BackendOptions, PreparedCall
-from flask_executor.backends.engine.entrypoint import Address, address_of
+from flask_executor.backends.engine.entrypoint import Destination, destination_of
 from flask_executor.backends.engine.prefork import run_processes
 from flask_executor.exceptions import ConfigError, EngineUnavailable, ExecutorError, ExecutorShutdown, MissingExtra
 from flask_executor.helpers import redact_url
@@ -65,8 +65,8 @@ class DaskBackend(Backend):
         return None if options.url else "sqlite"  # the workers of a local cluster are on this machine
 
     @cached_property
-    def _address(self) -> Address:
-        return address_of(self._options)
+    def _destination(self) -> Destination:
+        return destination_of(self._options)
 
     @cached_property
     def _resources(self) -> dict[str, float] | None:
@@ -98,7 +98,7 @@ class DaskBackend(Backend):
 
     def enqueue(self, call: PreparedCall) -> None:
         at = time.time() + call.delay if call.delay else 0.0
-        arguments = (self._address, call.job.id, call.packed, at)
+        arguments = (self._destination, call.job.id, call.packed, at)
         sent = SubmittedCall(
             call.job.id, call.job.name, arguments, call.priority, self._resources, weakref.ref(call.future)
         )

@@ -18,6 +18,7 @@ import distributed
 from flask_executor.abc import BackendOptions
 from flask_executor.backends.dask.after_fork import forget_in_child
 from flask_executor.exceptions import ExecutorShutdown
+from flask_executor.helpers.app_import import import_string_of
 
 T = TypeVar("T")
 
@@ -128,6 +129,10 @@ class SchedulerConnection(threading.Thread):
         return self.client
 
     async def _start_cluster(self) -> distributed.LocalCluster:
+        options = self._options
+        app = None if options.app is None else options.app()
+        key = options.config_key("EXECUTOR_APP")
+        env = {"FLASK_APP": import_string_of(app, options.app_import, key, "Dask's workers")}
         with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # or priorities would not hold
             cluster = distributed.LocalCluster(
                 n_workers=self._options.max_workers or os.cpu_count() or 1,
@@ -135,6 +140,7 @@ class SchedulerConnection(threading.Thread):
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
                 asynchronous=True,
+                env=env,
             )
             try:
                 return await cluster

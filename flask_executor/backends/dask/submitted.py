@@ -29,7 +29,7 @@ from dask._task_spec import Task
 from flask_executor.abc import BackendOptions
 from flask_executor.backends.dask.connection import RECONNECT_DELAY, SchedulerConnection
 from flask_executor.backends.dask.worker import run
-from flask_executor.backends.engine.entrypoint import Address
+from flask_executor.backends.engine.entrypoint import Destination
 from flask_executor.exceptions import WorkerLost
 from flask_executor.helpers.log import logger
 from flask_executor.jobs.model import Job
@@ -48,7 +48,7 @@ class SubmittedCall:
 
     id: str
     name: str
-    arguments: tuple[Address, str, bytes, float]
+    arguments: tuple[Destination, str, bytes, float]
     priority: int
     resources: dict[str, float] | None
     future: Callable[[], Any]

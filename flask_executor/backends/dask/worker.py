@@ -15,7 +15,7 @@ import distributed
 from distributed.core import Status
 
 from flask_executor.abc import BackendOptions
-from flask_executor.backends.engine.entrypoint import Address
+from flask_executor.backends.engine.entrypoint import Destination
 from flask_executor.backends.engine.entrypoint import run as run_sent
 from flask_executor.helpers.log import logger
 
@@ -28,13 +28,13 @@ _RESTART_DELAY = 1.0  # seconds between a failed start of a worker and the next 
 _running: dict[str, Future[None]] = {}  # by the id of a job that runs in this process: completed when run() is over
 
 
-def run(address: Address, id: str, data: bytes, at: float = 0.0) -> None:
+def run(destination: Destination, id: str, data: bytes, at: float = 0.0) -> None:
     """The task of a call. Runs in a thread of a worker.
 
     :param at: the time at which the call is to run (:func:`time.time`); 0.0 for at once.
     """
     early = at - time.time()
-    seconds = early if early > 0 else _run_now(address, id, data)
+    seconds = early if early > 0 else _run_now(destination, id, data)
     if seconds is None:
         return
     if seconds > 0:
@@ -43,15 +43,13 @@ def run(address: Address, id: str, data: bytes, at: float = 0.0) -> None:
     raise distributed.Reschedule
 
 
-def _run_now(address: Address, id: str, data: bytes) -> float | None:
+def _run_now(destination: Destination, id: str, data: bytes) -> float | None:
     """Run a call: None, or seconds until it is to run again."""
     os.environ.setdefault(SCHEDULER, distributed.get_worker().scheduler.address)
-    if address[0] is not None:  # processes that a nanny has started spawn their worker processes, which import the app
-        os.environ.setdefault("FLASK_APP", address[0])
     ended = _running[id] = Future()
     try:
         # In an empty context, or a process that is forked here would act as this worker without its event loop.
-        return contextvars.Context().run(run_sent, address, id, data)
+        return contextvars.Context().run(run_sent, destination, id, data)
     finally:
         _running.pop(id, None)  # the scheduler may have given the call to two threads
         ended.set_result(None)
