@@ -24,6 +24,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 import threading
 import urllib.request
 import uuid
@@ -189,7 +190,7 @@ class MetaMPController:
         self._numbers = itertools.count(1)
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         self._prefix = re.sub(r"\W", "_", self._name, flags=re.ASCII)
-        name = _name_for(self._prefix, target_task)
+        name = _name_for(self._prefix, _place_of(self, target_task))
         self._executor = Executor(name=name)
         self._callbacks = Executor(name=f"{name}_callback")
         if callback_url:
@@ -394,20 +395,25 @@ class TemplateFactory:
 
 _binding = threading.Lock()
 _configured: set[type] = set()
-_tasks: dict[str, list[tuple[str, str]]] = {}  # the tasks of the controllers with the same name
+_Place = tuple[str, int, int, str]  # a file, a line and an instruction there, and the task
+_places: dict[str, list[_Place]] = {}  # where controllers of the same name are made
 
 
-def _name_for(name: str, task: type[MetaMPTask]) -> str:
+def _place_of(controller: MetaMPController, task: type[MetaMPTask]) -> _Place:
+    """Where a controller is made, and for what: an app factory that is called again makes the same ones again."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_locals.get("self") is controller:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_lasti, f"{task.__module__}.{task.__qualname__}"
+
+
+def _name_for(name: str, place: _Place) -> str:
     """The executor's name: the controller's, with a number if several have that name; the same in all processes."""
     with _binding:
-        tasks = _tasks.setdefault(name, [])
-        this = (
-            task.__module__,
-            task.__qualname__,
-        )  # an app factory that is called again makes the same controllers again
-        if this not in tasks:
-            tasks.append(this)
-        number = tasks.index(this) + 1
+        places = _places.setdefault(name, [])
+        if place not in places:
+            places.append(place)
+        number = places.index(place) + 1
     return name if number == 1 else f"{name}_{number}"
 
 

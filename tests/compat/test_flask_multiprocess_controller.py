@@ -175,6 +175,41 @@ def test_the_documented_examples(code: str, tmp_path: Path, monkeypatch: pytest.
         shut_down(module.app)
 
 
+class Both(MetaMPTask):
+    def execute(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def make_several(names: list[str]) -> tuple[Flask, list[str]]:
+    """An app with several controllers of the same name and task, one for each path."""
+    api, app = Api(), Flask("Sample")
+    declared = types.new_class(names[0], (MetaMPController,), {"controller_name": "Sample"})
+    controllers = [
+        declared(target_task=Both),
+        TemplateFactory.MPController(name=names[1])(target_task=Both),
+        TemplateFactory.MPController(name=names[1])(target_task=Both, max_num_process=2),
+    ]
+    for number, controller in enumerate(controllers):
+        api.add_resource(TemplateFactory.MPResource(), f"/{number}", resource_class_args=(controller,))
+    api.init_app(app)
+    with app.app_context():
+        return app, [controller.executor.name for controller in controllers]
+
+
+def test_controllers_of_the_same_name_in_one_app() -> None:
+    apps, found = zip(*(make_several(["SampleController", "Sample"]) for _ in range(2)), strict=True)
+    try:
+        assert len(set(found[0])) == 3
+        assert found[0] == found[1], "an app factory that is called again makes the same ones"
+        for app in apps:
+            for number in range(3):
+                ask = asking(app.test_client(), f"/{number}")
+                assert ends(ask, ask("POST")["uuid"], "succeeded")
+    finally:
+        for app in apps:
+            shut_down(app)
+
+
 def test_the_first_example_as_a_script(tmp_path: Path) -> None:
     code = FIRST.replace(RUN, "app.run(port=0)\n")  # any that is free
     with serving(tmp_path, code, ["served"], "Running on http://127.0.0.1:") as (server, port):
