@@ -81,7 +81,7 @@ def jsonable(value: object) -> Any:
         return value
     try:
         return json.loads(json.dumps(value, default=safe_repr, allow_nan=False))
-    except (ValueError, RecursionError):  # it contains itself, or is not a number
+    except Exception:  # it contains itself, is not a number, has keys that are no text, or methods that raise
         return safe_repr(value)
 
 

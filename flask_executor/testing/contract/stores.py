@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import math
 import os
 import threading
 import time
@@ -19,6 +22,7 @@ from flask_executor.jobs.model import Job, JobStatus
 from flask_executor.testing import drain
 from flask_executor.testing.contract.fixtures import ExecutorFixtures, MakeExecutor, run_in_threads, wait_until
 from flask_executor.testing.jobs import add, fail
+from flask_executor.web.status import job_document
 
 MakeStored = Callable[..., Executor]
 
@@ -196,6 +200,53 @@ class StoreContract(ExecutorFixtures):
         assert executor.futures.message("report") == "half"
         assert executor.futures.meta("report")["pages"] == 4
         assert [line.text for line in executor.jobs.log(future.job_id)] == ["something"]
+
+    def test_a_value_of_meta_that_cannot_be_shown_costs_that_value_alone(
+        self, executor: Executor, gate: threading.Event
+    ) -> None:
+        class Silent:
+            def __repr__(self) -> str:
+                raise ValueError("no words")
+
+        class Odd(dict[str, Any]):
+            def items(self) -> Any:
+                raise LookupError("nothing to see")
+
+        loop: list[Any] = []
+        loop.append(loop)
+        day = datetime.date(2026, 11, 30)
+        odd = {
+            "dates": {day: 1},
+            "days": day,
+            "tuples": {(1, 2): 3},
+            "bytes": {b"x": b"y"},
+            "statuses": {JobStatus.FAILED: JobStatus.LOST},
+            "nobody": Silent(),
+            "nested": [{day: [Silent()]}],
+            "items": Odd(a=1),
+            "loop": loop,
+            "infinite": math.inf,
+            "digits": 10**5000,
+            "surrogate": "\udc80",
+        }
+
+        def work() -> None:
+            current_job.update(0.5, "half", pages=4, **odd)
+            gate.wait(10)
+
+        future = executor.submit_stored("report", work)
+        assert wait_until(lambda: executor.futures.progress("report") == 0.5)
+        assert executor.jobs.find("report") is not None
+        assert [job.id for job in executor.jobs.list()] == [future.job_id]
+        gate.set()
+        drain(executor)
+        for job in (executor.jobs.get(future.job_id), executor.jobs.list()[0]):
+            assert job is not None
+            assert job.status == "succeeded"
+            assert job.meta["pages"] == 4
+            assert set(job.meta) == {"pages", *odd}
+            assert json.loads(json.dumps(job_document(job)))["meta"]["pages"] == 4
+            assert job_document(job)["meta"]["days"] == repr(day)
 
     def test_records_expire_and_are_remembered(self, make_stored: MakeStored, gate: threading.Event) -> None:
         executor = make_stored(result_ttl=0.3)
