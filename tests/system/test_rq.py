@@ -594,6 +594,7 @@ def test_what_cannot_travel_is_refused(executor: Executor) -> None:
     assert executor.waiting == 0
 
 
+@pytest.mark.storm
 def test_many_handles_cost_little(executor: Executor, run_worker: RunWorker) -> None:
     futures = [executor.submit(tasks.add, n) for n in range(500)]
     done: list[int] = []

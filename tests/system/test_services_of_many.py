@@ -109,7 +109,11 @@ def until_all_have(port: int, path: str, workers: int) -> list[dict[str, Any]]:
     return answers
 
 
-@pytest.mark.parametrize("options", [(), ("--preload",), ("-k", "gthread", "--threads", "4")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--preload",), pytest.param(("-k", "gthread", "--threads", "4"), marks=pytest.mark.storm)],
+    ids=str,
+)
 def test_one_set_of_workers(tmp_path: Path, options: tuple[str, ...]) -> None:
     with gunicorn(tmp_path, APP, "-w", "3", *options, INSTANCE=str(tmp_path)) as (server, port):
         answers = until_all_have(port, "/kept", 3)

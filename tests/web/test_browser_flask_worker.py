@@ -63,7 +63,7 @@ def test_browser_goes_on_to_the_callback(tabs: Tabs, office: Office) -> None:
     assert page.url == f"{office.url}/work/Ada?done"
 
 
-@pytest.mark.parametrize("template", ["", "own.html"])
+@pytest.mark.parametrize("template", ["", pytest.param("own.html", marks=pytest.mark.storm)])
 def test_browser_sees_that_a_job_has_failed(tabs: Tabs, office: Office, template: str) -> None:
     office.get(f"/hire/Ada?method=fail&template={template}")
     page = tabs.open(f"{office.url}/work/Ada")
