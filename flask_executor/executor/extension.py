@@ -33,6 +33,7 @@ from flask_executor.executor.shutdown import exit_on_sigterm
 from flask_executor.executor.submitters import ExecutorJob, ExecutorWithOptions, Submitter, results_in_order
 from flask_executor.futures import FutureCollection, FutureProxy, propagate_exceptions_callback
 from flask_executor.helpers import InstanceProxy
+from flask_executor.helpers.app_import import name_as_in_parent
 from flask_executor.helpers.fork_hooks import after_fork_in_child, run_missed_hooks
 from flask_executor.jobs.contexts import CapturedContext, current_app_or_none
 from flask_executor.jobs.model import JobOptions
@@ -102,6 +103,7 @@ class Executor(Submitter, InstanceProxy, concurrent.futures.Executor):
         :raises ConfigError: for a value in ``app.config`` that cannot be used.
         :raises ValueError: for an app that has another executor of the same name, unless that was shut down.
         """
+        name_as_in_parent(app)
         config = Config.read(app.config, self.name)
         # The app owns what is bound to it, so that an app that is thrown away takes its jobs and threads along.
         app_executors: dict[Executor, AppExecutor] = app.extensions.setdefault(_APP_EXECUTORS, {})

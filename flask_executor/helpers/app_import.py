@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from flask import Flask
 from flask.cli import NoAppException, ScriptInfo
@@ -54,10 +55,18 @@ def import_app(import_string: str, config_key: str) -> Flask:
     except NoAppException as error:
         wanted = f"the import string of the app or its factory, as for 'flask --app' ({error.format_message()})"
         raise ConfigError(config_key, import_string, wanted) from error
-    if (
-        app.import_name == "__mp_main__"
-    ):  # what multiprocessing calls the main module here: the logger is named after it
-        app.import_name = "__main__"
-        for name in ("name", "logger"):
-            app.__dict__.pop(name, None)
+    name_as_in_parent(app)
     return app
+
+
+def name_as_in_parent(app: Flask) -> None:
+    """Give the app of a main module the name that it has in the process which was started with that module.
+
+    Here multiprocessing calls the module ``__mp_main__``, and while it runs there is another ``__main__``. The logger
+    and the records of jobs are named after the app.
+    """
+    if app.import_name == "__mp_main__":
+        app.import_name = "__main__"
+        file = getattr(sys.modules["__mp_main__"], "__file__", None)
+        app.__dict__["name"] = "__main__" if file is None else Path(file).stem
+        app.__dict__.pop("logger", None)

@@ -112,11 +112,46 @@ class TestClusterOfItsOwn:
         # A worker of Dask may say that its scheduler has gone in the middle of a heartbeat.
         assert "flask_executor" not in done.stderr
 
+    def test_an_app_that_workers_cannot_import_leaves_nothing_behind(
+        self, make_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("FLASK_APP", raising=False)
+        executor = make_executor(type="dask", url=None)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"EXECUTOR_APP is None.*Dask's workers import it, and app 'shop'"):
+                executor.submit_stored("key", add, 1)
+            assert executor.health().workers == 0
+        assert [thread.name for thread in threading.enumerate() if "dask" in thread.name] == []
+
+    def test_an_app_in_the_main_module(self, tmp_path: Path) -> None:
+        (tmp_path / "shop.py").write_text(_MAIN)
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "shop.py"]
+        done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.stdout == "42 in the app shop\n", done.stderr
+
     def test_without_a_store_it_is_sqlite(self, make_executor: MakeExecutor, app: Flask) -> None:
         make_executor(type="dask", url=None).jobs.list()
         assert Path(app.instance_path, "executor.sqlite").exists()
 
 
+_MAIN = """
+from flask import Flask, current_app
+from flask_executor import Executor
+
+app = Flask(__name__)
+app.config.update(EXECUTOR_TYPE="dask", EXECUTOR_MAX_WORKERS=1, SECRET_KEY="not a secret in a test")
+executor = Executor(app)
+
+@executor.job
+def double(n):
+    return f"{2 * n} in the app {current_app.name}"
+
+if __name__ == "__main__":
+    with app.app_context():
+        print(double.submit(21).result(30))
+    executor.shutdown()
+"""
 _PARENT_AND_CHILD = """
 import os, sys
 from multiprocessing import active_children

@@ -41,6 +41,10 @@ class SchedulerConnection(threading.Thread):
         super().__init__(name="flask-executor-dask", daemon=True)
         self._url = url
         self._options = options
+        if url is None:  # before there is a thread: whoever submits is told, and nothing is left behind
+            app = None if options.app is None else options.app()
+            key = options.config_key("EXECUTOR_APP")
+            self._app_import = import_string_of(app, options.app_import, key, "Dask's workers")
         self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._lock = threading.Lock()
         self._requests: set[concurrent.futures.Future[Any]] = set()
@@ -129,10 +133,6 @@ class SchedulerConnection(threading.Thread):
         return self.client
 
     async def _start_cluster(self) -> distributed.LocalCluster:
-        options = self._options
-        app = None if options.app is None else options.app()
-        key = options.config_key("EXECUTOR_APP")
-        env = {"FLASK_APP": import_string_of(app, options.app_import, key, "Dask's workers")}
         with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # or priorities would not hold
             cluster = distributed.LocalCluster(
                 n_workers=self._options.max_workers or os.cpu_count() or 1,
@@ -140,7 +140,7 @@ class SchedulerConnection(threading.Thread):
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
                 asynchronous=True,
-                env=env,
+                env={"FLASK_APP": self._app_import},  # which these workers are started with
             )
             try:
                 return await cluster
