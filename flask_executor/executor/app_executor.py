@@ -19,10 +19,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from flask_executor.abc import Backend, BackendOptions, Health
-from flask_executor.backends.engine.entrypoint import register
+from flask_executor.backends.engine.entrypoint import Destination, destination_of, register
 from flask_executor.backends.process.after_fork import forking, root_pid
 from flask_executor.exceptions import ConfigError, StoreUnavailable
 from flask_executor.executor.channel import AppChannel
@@ -192,6 +193,11 @@ class AppExecutor:
     def worker_options(self) -> BackendOptions:
         """Return what worker processes are made from."""
         return self.config.backend_options(self._app, self._initializers)
+
+    @cached_property
+    def destination(self) -> Destination:
+        """What the calls of this executor are for, in the queue of an engine."""
+        return destination_of(self.worker_options())
 
     @property
     def remote(self) -> bool:

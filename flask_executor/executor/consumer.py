@@ -24,7 +24,7 @@ from flask_executor.backends.engine import entrypoint
 from flask_executor.backends.process.backend import ProcessBackend
 from flask_executor.exceptions import ExecutorShutdown, NotPicklable, StoreUnavailable, UntrustedResult
 from flask_executor.executor.engine_message import EngineMessage, unpack_engine_message
-from flask_executor.executor.producer import call_signer, destination_of
+from flask_executor.executor.producer import call_signer
 from flask_executor.executor.shutdown import register_for_shutdown
 from flask_executor.futures import FutureProxy
 from flask_executor.helpers.log import logger
@@ -144,7 +144,7 @@ class Consumer:
 
     def _open(self, id: str, data: bytes) -> EngineMessage:
         signer = call_signer(self._app_executor.app)
-        return unpack_engine_message(id, data, destination_of(self._app_executor), signer)
+        return unpack_engine_message(id, data, self._app_executor.destination, signer)
 
     def refuse(self, id: str, data: bytes, error: Exception) -> None:
         """The engine has given up a job: it fails with ``error``, unless a worker has begun it.

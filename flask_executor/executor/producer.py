@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flask_executor.abc import Health
-from flask_executor.backends.engine.entrypoint import Destination
 from flask_executor.exceptions import ConfigError, EngineUnavailable, QueueFull, ResultExpired, StoreUnavailable
 from flask_executor.executor.engine_message import pack_engine_message
 from flask_executor.futures import FutureProxy
@@ -70,7 +69,7 @@ class Producer:
         handle = self._tracker.handle(job.record(), is_written=False)
         call = Call(handle, job, fn, args, kwargs, context, self._app_executor.channel, options)
         signer = call_signer(self._app_executor.app)
-        call.packed = pack_engine_message(call, destination_of(self._app_executor), self._tracker.holder, signer)
+        call.packed = pack_engine_message(call, self._app_executor.destination, self._tracker.holder, signer)
         self._sent.add(handle)
         return call
 
@@ -198,12 +197,6 @@ def _has_ended(future: Any) -> bool:
 def oldest_wait(jobs: Sequence[Job]) -> float:
     """Seconds that the oldest of these has waited; 0.0 for none."""
     return max((time.time() - job.queued_at for job in jobs), default=0.0)
-
-
-def destination_of(app_executor: AppExecutor) -> Destination:
-    """The name of the app, which an executor for an engine has, and that of the executor."""
-    app = app_executor.app
-    return "" if app is None else app.name, app_executor.config.name
 
 
 def call_signer(app: Flask | None) -> PayloadSigner:

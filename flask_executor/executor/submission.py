@@ -230,9 +230,8 @@ class Submission:
         channel = app_executor.channel
         future: FutureProxy[Any] = FutureProxy(job, channel)
         call = Call(future, job, fn, args, kwargs, context, channel, options)
-        limit = (
-            None if uncounted or context is CALLER_CONTEXT else self._limit()
-        )  # what runs in this thread does not wait
+        # What runs in this thread does not wait.
+        limit = None if uncounted or context is CALLER_CONTEXT else self._limit()
         if not app_executor.in_flight.add(call, limit, uncounted=uncounted):
             config = app_executor.config
             raise QueueFull(config.key("EXECUTOR_MAX_PENDING"), config.max_pending or 0)

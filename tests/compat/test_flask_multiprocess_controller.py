@@ -180,14 +180,14 @@ class Both(MetaMPTask):
         pass
 
 
-def make_several(names: list[str]) -> tuple[Flask, list[str]]:
+def make_several() -> tuple[Flask, list[str]]:
     """An app with several controllers of the same name and task, one for each path."""
     api, app = Api(), Flask("Sample")
-    declared = types.new_class(names[0], (MetaMPController,), {"controller_name": "Sample"})
+    declared = types.new_class("SampleController", (MetaMPController,), {"controller_name": "Sample"})
     controllers = [
         declared(target_task=Both),
-        TemplateFactory.MPController(name=names[1])(target_task=Both),
-        TemplateFactory.MPController(name=names[1])(target_task=Both, max_num_process=2),
+        TemplateFactory.MPController(name="Sample")(target_task=Both),
+        TemplateFactory.MPController(name="Sample")(target_task=Both, max_num_process=2),
     ]
     for number, controller in enumerate(controllers):
         api.add_resource(TemplateFactory.MPResource(), f"/{number}", resource_class_args=(controller,))
@@ -197,7 +197,7 @@ def make_several(names: list[str]) -> tuple[Flask, list[str]]:
 
 
 def test_controllers_of_the_same_name_in_one_app() -> None:
-    apps, found = zip(*(make_several(["SampleController", "Sample"]) for _ in range(2)), strict=True)
+    apps, found = zip(*(make_several() for _ in range(2)), strict=True)
     try:
         assert len(set(found[0])) == 3
         assert found[0] == found[1], "an app factory that is called again makes the same ones"

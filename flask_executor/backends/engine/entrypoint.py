@@ -142,12 +142,8 @@ def _consumer(destination: Destination) -> Consumer:
 
 def _candidates() -> Iterator[Flask]:
     """The apps that this process was started with; at last the one that ``FLASK_APP`` names."""
-    first = [app for app in (worker_app, current_app_or_none()) if app is not None]
-    yield from first
-    for reference in list(_apps.valuerefs()):
-        app = reference()
-        if app is not None:
-            yield app
+    here = (reference() for reference in list(_apps.valuerefs()))
+    yield from (app for app in (worker_app, current_app_or_none(), *here) if app is not None)
     if worker_app is None and "FLASK_APP" in os.environ:
         yield _imported(os.environ["FLASK_APP"])
 
