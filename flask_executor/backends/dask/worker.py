@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import Any
 
 import distributed
 from distributed.core import Status
@@ -70,6 +71,17 @@ class Signals:
             self._loop.call_soon_threadsafe((self.second if self.first.is_set() else self.first).set)
 
 
+class _Worker(distributed.Worker):  # type: ignore[misc]  # Dask has no types
+    """A worker that closes without waiting for its threads; :func:`_retire` has waited for the jobs.
+
+    Dask would wait for them with a lock on all pools of the process. If the worker of before is still closing, after a
+    restart of the scheduler, each may wait for the other for half a minute.
+    """
+
+    async def close(self, timeout: float = 30, executor_wait: bool = False, **options: Any) -> Any:
+        return await super().close(timeout=timeout, executor_wait=False, **options)
+
+
 async def serve(
     url: str, resources: dict[str, float] | None, stop: Callable[[str], object], options: BackendOptions
 ) -> None:
@@ -77,7 +89,7 @@ async def serve(
     signals = Signals()
     ending = asyncio.create_task(signals.first.wait())
     while not ending.done():
-        worker = distributed.Worker(url, nthreads=1, resources=resources)
+        worker = _Worker(url, nthreads=1, resources=resources)
         life = asyncio.create_task(_run_worker(worker))
         await asyncio.wait({life, ending}, return_when=asyncio.FIRST_COMPLETED)
         if ending.done():
@@ -85,7 +97,7 @@ async def serve(
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
         with suppress(OSError, asyncio.TimeoutError):  # closing a worker that has not started may take 30 seconds
-            await asyncio.wait_for(worker.close(timeout=1, nanny=False, executor_wait=False), _CLOSE_TIMEOUT)
+            await asyncio.wait_for(worker.close(timeout=1, nanny=False), _CLOSE_TIMEOUT)
 
 
 async def _run_worker(worker: distributed.Worker) -> None:
